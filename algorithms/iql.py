@@ -1,0 +1,305 @@
+"""Implicit Q-learning, offline and then online: never query the value of an action outside the data.
+
+Paper    Kostrikov, Nair, Levine, "Offline Reinforcement Learning with Implicit Q-Learning", ICLR 2022, arXiv 2110.06169v1.
+         The flavour is that of PEX (Zhang, Xu, Yu, ICLR 2023, arXiv 2302.00935), on which CFDG, StratDiff and DARE stand.
+Symbols  Q̂ min of q_target | Q qf | V vf | π actor | A adv = Q̂ - V | τ expectile | β inv_temp | γ gamma
+Read     Args, ENV_PRESETS, networks, losses, update, train
+Notes    D1 order of updates: the official code updates V, then the actor with the new V, then Q; CORL and PEX compute
+            everything from the parameters before the step, and so do we: one loss, one backward, one optimizer step.
+         D2 rewards: the paper divides locomotion rewards by (largest - smallest episode return) / 1000; PEX and CORL
+            leave them raw, and so do we: the scores of DARE's and StratDiff's tables need it. --normalize-reward is the paper's.
+         D3 learning rate: actor cosine to 0 over the offline phase [paper]; online fresh optimizer, constant [PEX]
+            (CORL's schedule goes on and climbs back up: its actor hardly learns for 100k online steps).
+         D4 actions: PEX executes and stores online actions unclipped, CORL clips on execution; we clip, execute, store.
+         D5 switch: PEX copies the critic into its target when going online; we keep the target.
+         U1 hopper-mini-v0: sizes that finish in minutes on two CPU cores; not a published setting.
+Metrics  loss/{v,q,actor}; q/mean of Q on the batch; adv/mean; log_std/mean: falls to its floor of -5 if exploration dies;
+         eval/score normalised, at evaluations; train/episode_return raw.
+Run      python algorithms/iql.py --env hopper-medium-v2 --seed 0
+         CORL's flavour: --normalize-obs --append-online --warmup-steps 0
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import data, run
+from common.buffer import Batch, ReplayBuffer, mix
+
+
+@dataclass(frozen=True)
+class Args:
+    env: str = "hopper-medium-v2"  # task; every default below is the papers' value for locomotion
+    dataset: Path | None = None  # HDF5 file in D4RL layout instead of the task's own
+    seed: int = 0  # networks, batches, exploration and evaluation all derive from it
+    offline_steps: int = 1_000_000  # gradient steps [DARE §7.1]
+    online_steps: int = 200_000  # environment steps [DARE §7.1]
+    from_offline: Path | None = None  # run directory (or its offline.pt) to take the offline phase from
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it works
+    compile: bool | None = None  # compile and capture the gradient step; default: on for cuda, off for cpu
+    out_dir: Path = Path("runs")  # the run lives in <out-dir>/<file>/<env>/seed<seed>
+    overwrite: bool = False  # start anew instead of resuming
+    wandb: bool = False  # also log to Weights & Biases
+    eval_every: int = 5_000  # steps of the running phase [DARE averages the last 4; period: PEX, CORL]
+    eval_episodes: int = 10  # [PEX, CORL]
+    # IQL
+    batch_size: int = 256  # transitions [DARE Table 5]
+    gamma: float = 0.99  # discount [DARE Table 5]
+    polyak: float = 0.005  # share of qf copied into q_target at every gradient step [DARE Table 5]
+    expectile: float = 0.7  # τ [DARE Table 5]
+    inv_temp: float = 3.0  # β [DARE Table 5]
+    lr: float = 3e-4  # Adam, all networks [DARE Table 5]
+    hidden: int = 256  # width of the two hidden layers [DARE Table 5]
+    normalize_reward: bool = False  # r · 1000 / (largest - smallest episode return): D2
+    normalize_obs: bool = False  # (obs - mean) / (std + 1e-3) of the dataset [CORL]
+    # online
+    warmup_steps: int = 5_000  # environment steps without updates, counted in online_steps [PEX]
+    utd: int = 1  # gradient steps per environment step
+    offline_frac: float = 0.5  # share of a batch from the dataset [PEX]
+    append_online: bool = False  # one buffer, batches from all of it [CORL]
+
+
+ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
+    "hopper-mini": dict(offline_steps=20_000, online_steps=15_000, warmup_steps=2_500, hidden=128),  # U1
+}
+OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
+    "env", "offline_steps", "batch_size", "gamma", "polyak", "expectile", "inv_temp", "lr", "hidden",
+    "normalize_reward", "normalize_obs",
+)  # fmt: skip
+
+
+# --- shared: iql.networks ---
+class GaussianActor(nn.Module):
+    """π(a|s) = N(mean(s), diag σ²): obs (B, O) -> mean (B, A) in (-1, 1), log_std (A,) in [-5, 2].  [PEX]
+
+    Only the mean is squashed, so the density has no Jacobian term. Xavier-uniform weights, zero biases.
+    """
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, act_dim)
+        )
+        self.log_std = nn.Parameter(torch.zeros(act_dim))
+        for layer in self.net[::2]:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tanh(self.net(obs)), self.log_std.clamp(-5.0, 2.0)
+
+
+class TwinQ(nn.Module):
+    """Two Q networks as stacked weights: obs (B, O), actions (B, A) -> (2, B), one batched matmul per layer."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
+        super().__init__()
+        sizes = (obs_dim + act_dim, hidden, hidden, 1)
+        self.weight, self.bias = nn.ParameterList(), nn.ParameterList()
+        for i, o in zip(sizes, sizes[1:], strict=False):
+            bound = 1 / math.sqrt(i)  # nn.Linear's own, per network
+            self.weight.append(torch.empty(2, i, o).uniform_(-bound, bound))
+            self.bias.append(torch.empty(2, 1, o).uniform_(-bound, bound))
+
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([obs, actions], -1).expand(2, -1, -1)
+        x = F.relu(torch.baddbmm(self.bias[0], x, self.weight[0]))
+        x = F.relu(torch.baddbmm(self.bias[1], x, self.weight[1]))
+        return torch.baddbmm(self.bias[2], x, self.weight[2]).squeeze(-1)
+
+
+class ValueNet(nn.Module):
+    """V(s): obs (B, O) -> (B,)."""
+
+    def __init__(self, obs_dim: int, hidden: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
+        )
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.net(obs).squeeze(-1)
+
+
+def make_nets(obs_dim: int, act_dim: int, hidden: int) -> nn.ModuleDict:
+    """actor, qf, q_target (a frozen copy of qf), vf."""
+    nets = nn.ModuleDict(
+        {
+            "actor": GaussianActor(obs_dim, act_dim, hidden),
+            "qf": TwinQ(obs_dim, act_dim, hidden),
+            "q_target": TwinQ(obs_dim, act_dim, hidden),
+            "vf": ValueNet(obs_dim, hidden),
+        }
+    )
+    nets["q_target"].load_state_dict(nets["qf"].state_dict())
+    nets["q_target"].requires_grad_(False)
+    return nets
+
+
+# --- end shared: iql.networks ---
+
+
+# --- shared: iql.losses ---
+def value_loss(adv: torch.Tensor, expectile: float | torch.Tensor) -> torch.Tensor:
+    """L_V = E[ |τ - 1(A < 0)| A² ], A = Q̂ - V; adv (B,), τ a number or (B,) -> ().  [IQL Eq. 5]"""
+    return (torch.abs(expectile - (adv < 0).float()) * adv.square()).mean()
+
+
+def td_target(rewards: torch.Tensor, terminations: torch.Tensor, v_next: torch.Tensor, gamma: float) -> torch.Tensor:
+    """r + γ (1 - terminated) V(s'), all (B,); rewards in training units.  [IQL Eq. 6]
+
+    Truncated transitions keep their bootstrap: next_obs must be the last observation of the episode.
+    """
+    return rewards + gamma * (1 - terminations) * v_next
+
+
+def log_prob(mean: torch.Tensor, log_std: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """log N(a; mean, diag σ²): (B, A), (A,), (B, A) -> (B,)."""
+    z = (actions - mean) * (-log_std).exp()
+    return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def awr_weight(adv: torch.Tensor, inv_temp: float) -> torch.Tensor:
+    """min(exp(β A), 100), (B,), no gradient.  [IQL Eq. 7; the bound: official code]"""
+    return (inv_temp * adv.detach()).exp().clamp(max=100.0)
+
+
+# --- end shared: iql.losses ---
+
+
+def losses(nets: nn.ModuleDict, batch: Batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the three losses, which share no parameter, and what to log; everything from the old parameters: D1."""
+    with torch.no_grad():
+        q_hat = nets["q_target"](batch.obs, batch.actions).amin(0)  # (2, B) -> (B,)
+        v_next = nets["vf"](batch.next_obs)
+    adv = q_hat - nets["vf"](batch.obs)
+    v_loss = value_loss(adv, args.expectile)  # [IQL Eq. 5]
+    target = td_target(batch.rewards, batch.terminations, v_next, args.gamma)
+    q = nets["qf"](batch.obs, batch.actions)
+    q_loss = (q - target).square().mean()  # [IQL Eq. 6], mean over batch and both critics
+    mean, log_std = nets["actor"](batch.obs)
+    actor_loss = -(awr_weight(adv, args.inv_temp) * log_prob(mean, log_std, batch.actions)).mean()  # [IQL Eq. 7]
+    logs = {"loss/v": v_loss, "loss/q": q_loss, "loss/actor": actor_loss}
+    logs |= {"q/mean": q.mean(), "adv/mean": adv.mean(), "log_std/mean": log_std.mean()}
+    return v_loss + q_loss + actor_loss, {k: v.detach() for k, v in logs.items()}
+
+
+def update(nets: nn.ModuleDict, opt: torch.optim.Optimizer, loss: torch.Tensor, polyak: float) -> None:
+    """One gradient step and the target update; nothing in here waits for the GPU."""
+    opt.zero_grad(set_to_none=True)
+    loss.backward()  # disjoint parameters: the same as one backward per loss
+    opt.step()
+    with torch.no_grad():
+        torch._foreach_lerp_([*nets["q_target"].parameters()], [*nets["qf"].parameters()], polyak)
+
+
+# --- shared: iql.training ---
+def make_optimizer(nets: nn.ModuleDict, lr: float, device: torch.device) -> torch.optim.Adam:
+    """Adam over both critics, V and (second group, learning rate a tensor) the actor."""
+    critics = [*nets["qf"].parameters(), *nets["vf"].parameters()]
+    actor = {"params": [*nets["actor"].parameters()], "lr": torch.tensor(lr, device=device)}
+    return torch.optim.Adam([{"params": critics}, actor], lr=lr, fused=True, capturable=device.type == "cuda")
+
+
+def decay_actor_lr(opt: torch.optim.Adam, updates: torch.Tensor, lr: float, steps: int) -> None:
+    """lr/2 (1 + cos(π n / steps)) for the n-th update, n from 0, on the device; then counts the update.  [IQL App. B]"""
+    opt.param_groups[1]["lr"].copy_(0.5 * lr * (1 + torch.cos(updates * (math.pi / max(steps, 1)))))
+    updates.add_(1)
+
+
+def restart_optimizer(opt: torch.optim.Adam, lr: float) -> None:
+    """The state of a fresh optimizer with constant learning rate, in place: D3."""
+    opt.param_groups[1]["lr"].fill_(lr)
+    for state in opt.state.values():
+        for x in state.values():
+            x.zero_()
+
+
+# --- end shared: iql.training ---
+
+
+def train(args: Args) -> dict[str, float]:
+    task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
+    r = run.Run(args, __file__, name)
+    if r.final:
+        print(f"{r.dir}: finished; --overwrite starts anew")
+        return r.final
+    dataset = data.load(args.env, args.dataset)
+    r.require(dataset=dataset.sha256)
+    moments = dataset.moments() if args.normalize_obs else None
+    returns = dataset.episode_returns()
+    reward_scale = 1_000 / max(returns.max() - returns.min(), 1e-6) if args.normalize_reward else 1.0  # D2
+    offline = ReplayBuffer(
+        len(dataset.rewards) + (args.online_steps if args.append_online else 0), task.obs_dim, task.act_dim, r.device
+    )
+    offline.extend(dataset.batch(reward_scale, 0.0, moments))
+    online = offline if args.append_online else ReplayBuffer(args.online_steps, task.obs_dim, task.act_dim, r.device)
+    nets = make_nets(task.obs_dim, task.act_dim, args.hidden).to(r.device)
+    opt = make_optimizer(nets, args.lr, r.device)
+    updates = torch.zeros((), device=r.device)  # of the offline phase
+    interaction = data.Interaction(data.make_env(task, moments), online, args.seed, reward_scale)
+    evaluate = data.Evaluator(task, args.eval_episodes, args.seed, moments)
+    r.register(nets=nets, opt=opt, updates=updates, online=online, interaction=interaction)
+    compiled_losses = r.compiled(losses)
+    offline_settings = {k: getattr(args, k) for k in OFFLINE_SETTINGS} | {"dataset": dataset.sha256}
+
+    @torch.no_grad()
+    def act(obs: torch.Tensor) -> torch.Tensor:  # deterministic
+        return nets["actor"](obs)[0]
+
+    @torch.no_grad()
+    def explore(obs: torch.Tensor) -> torch.Tensor:
+        mean, log_std = nets["actor"](obs)
+        return (mean + log_std.exp() * torch.randn_like(mean)).clamp(-1, 1)  # D4
+
+    # offline: gradient steps on the dataset
+    def offline_step() -> dict[str, torch.Tensor]:
+        decay_actor_lr(opt, updates, args.lr, args.offline_steps)
+        loss, logs = compiled_losses(nets, offline.sample(args.batch_size), args)
+        update(nets, opt, loss, args.polyak)
+        return logs
+
+    if args.from_offline and r.starting("offline"):
+        r.import_offline(args.from_offline, offline_settings, nets=nets)
+    step_fn = r.capture(offline_step)
+    for step in r.phase("offline", args.offline_steps):
+        r.log(step, step_fn())
+        if (step + 1) % args.eval_every == 0 and step + 1 < args.offline_steps:
+            r.record(step + 1, evaluate(act, r.device))
+    if r.starting("online"):
+        r.record(args.offline_steps, evaluate(act, r.device))
+        r.export_offline(offline_settings, nets=nets)
+        restart_optimizer(opt, args.lr)
+
+    # online: one environment step, then utd gradient steps on half dataset, half own experience
+    n_offline = round(args.offline_frac * args.batch_size)
+
+    def online_step() -> dict[str, torch.Tensor]:
+        if args.append_online:
+            batch = offline.sample(args.batch_size)
+        else:
+            batch = mix(offline.sample(n_offline), online.sample(args.batch_size - n_offline))
+        loss, logs = compiled_losses(nets, batch, args)
+        update(nets, opt, loss, args.polyak)
+        return logs
+
+    step_fn = r.capture(online_step)
+    for step in r.phase("online", args.online_steps):
+        if episode := interaction.step(explore):
+            r.record(step + 1, episode)
+        if step >= args.warmup_steps:
+            for _ in range(args.utd):
+                logs = step_fn()
+            r.log(step, logs)
+        if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
+            r.record(step + 1, evaluate(act, r.device))
+    return r.finish()
+
+
+if __name__ == "__main__":
+    run.main(train, Args, ENV_PRESETS)  # class defaults < ENV_PRESETS < command line

@@ -1,0 +1,97 @@
+"""Replay on the device: one packed table, batch indices drawn on the device, nothing that waits for the host."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Batch(NamedTuple):
+    """Transitions: obs, next_obs (B, O), actions (B, A), rewards, terminations (B,); float32, in training units.
+
+    `terminations` is 1 at the true end of the MDP only: a time limit keeps its bootstrap. `next_obs` is always the
+    successor, never the first observation of the next episode.
+    """
+
+    obs: torch.Tensor
+    actions: torch.Tensor
+    rewards: torch.Tensor
+    next_obs: torch.Tensor
+    terminations: torch.Tensor
+
+
+def mix(a: Batch, b: Batch) -> Batch:
+    """The rows of `a`, then those of `b`: the halves of a mixed batch stay where they are."""
+    return Batch(*(torch.cat(pair) for pair in zip(a, b, strict=True)))
+
+
+class ReplayBuffer:
+    """Up to `capacity` transitions as rows [obs, actions, reward, next_obs, terminated] of one float32 table.
+
+    The number of rows is a 0-d device tensor beside a host integer, so that a captured step that samples stays right
+    while the buffer grows. Rows that `extend` put in are the dataset's and are not part of `state_dict`; rows that
+    `add` put in are.
+    """
+
+    def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
+        self.widths = (obs_dim, act_dim, 1, obs_dim, 1)
+        self.table = torch.zeros(max(capacity, 1), sum(self.widths), device=device)
+        self.size = torch.zeros((), dtype=torch.int64, device=device)
+        self.fixed = self.rows = 0  # rows from extend; rows in all
+        pin = device.type == "cuda"
+        self.staged = torch.empty(sum(self.widths), pin_memory=pin)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def extend(self, batch: Batch) -> None:
+        """Append a dataset, before anything else is added."""
+        assert self.rows == self.fixed, "extend comes before add"
+        rows = [x if x.ndim == 2 else x[:, None] for x in batch]
+        n = len(batch.rewards)
+        self.table[self.rows : self.rows + n] = torch.cat(rows, 1).to(self.table.device)
+        self._resize(self.rows + n)
+        self.fixed = self.rows
+
+    def add(self, obs: torch.Tensor, action: torch.Tensor, reward: float, next_obs: torch.Tensor, terminated: bool) -> None:
+        """Append one transition given as CPU tensors (O,), (A,) and numbers."""
+        if self.rows == len(self.table):
+            raise IndexError(f"buffer of {len(self.table)} transitions is full")
+        flags = torch.tensor([float(terminated)]), torch.tensor([reward], dtype=torch.float32)
+        torch.cat([obs, action, flags[1], next_obs, flags[0]], out=self.staged)
+        self.table[self.rows].copy_(self.staged)
+        self._resize(self.rows + 1)
+
+    def _resize(self, rows: int) -> None:
+        self.rows = rows
+        self.size.fill_(rows)
+
+    def draw(self, n: int) -> torch.Tensor:
+        """Indices (n,) of rows, uniform with replacement, from the global generator of the device."""
+        # 62 bits, then the remainder: a Python bound would be frozen at capture, and float32 cannot index 2M rows
+        return torch.randint(1 << 62, (n,), device=self.table.device).remainder_(self.size)
+
+    def take(self, index: torch.Tensor) -> Batch:
+        """The rows at `index` (n,), gathered at once."""
+        obs, actions, rewards, next_obs, terminations = self.table.index_select(0, index).split(self.widths, 1)
+        return Batch(obs, actions, rewards.squeeze(1), next_obs, terminations.squeeze(1))
+
+    def sample(self, n: int) -> Batch:
+        """n rows, uniform with replacement."""
+        return self.take(self.draw(n))
+
+    @property
+    def obs(self) -> torch.Tensor:
+        """Observations of all rows in use, (rows, O); a view."""
+        return self.table[: self.rows, : self.widths[0]]
+
+    def state_dict(self) -> dict:
+        """The rows that `add` put in."""
+        return {"fixed": self.fixed, "rows": self.table[self.fixed : self.rows].clone()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Put them back behind the same dataset; addresses stay."""
+        if state["fixed"] != self.fixed:
+            raise ValueError(f"dataset rows must be {state['fixed']}, got {self.fixed}")
+        n = len(state["rows"])
+        self.table[self.fixed : self.fixed + n] = state["rows"]
+        self._resize(self.fixed + n)

@@ -1,0 +1,395 @@
+"""Tasks, datasets, the environment loop and D4RL-normalised evaluation.
+
+One table says what a task is; a new domain is a few rows and, if need be, a builder in envs.py.
+"""
+
+import hashlib
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common import envs
+from common.buffer import Batch, ReplayBuffer
+from common.run import UsageError
+
+D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl"  # D4RL's own host; override with $D4RL_URL
+EMBEDDED = Path(__file__).parent / "datasets"
+
+
+# ---- tasks ----
+
+
+@dataclass(frozen=True)
+class Task:
+    """What `--env` names: environment, dataset file, reference returns."""
+
+    name: str
+    make: Callable[[], gym.Env] = field(compare=False)  # builds one environment
+    obs_dim: int
+    act_dim: int
+    limit: int  # steps of an episode
+    ref_min: float  # raw return with score 0
+    ref_max: float  # raw return with score 100
+    file: str  # below the base URL, or in common/datasets
+    size: int | None = None  # bytes
+    sha256: str | None = None
+    rows: int | None = None
+
+    def score(self, episode_return: float) -> float:
+        """D4RL's normalised score, 100 (R - R_min) / (R_max - R_min)."""
+        return 100.0 * (episode_return - self.ref_min) / (self.ref_max - self.ref_min)
+
+    @property
+    def embedded(self) -> bool:
+        return "/" not in self.file
+
+    @property
+    def path(self) -> Path:
+        """Where the dataset file belongs: in the package, or in $D4RL_DATASET_DIR (default ~/.d4rl/datasets)."""
+        folder = os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets"
+        return EMBEDDED / self.file if self.embedded else Path(folder) / Path(self.file).name
+
+    @property
+    def url(self) -> str:
+        return f"{os.environ.get('D4RL_URL', D4RL_URL).rstrip('/')}/{self.file}"
+
+
+def _locomotion() -> dict[str, Task]:
+    """Hopper, HalfCheetah, Walker2d: D4RL v2's fifteen files, and the embedded one."""
+    robots = {  # Gymnasium id, obs, act, reference returns
+        "hopper": ("Hopper-v4", 11, 3, -20.272305, 3234.3),
+        "halfcheetah": ("HalfCheetah-v4", 17, 6, -280.178953, 12135.0),
+        "walker2d": ("Walker2d-v4", 17, 6, 1.629008, 4592.3),
+    }
+    files = """
+    hopper random 152525345 1000000 63103ef7059db4c0819bd054f4e83ff339030b50bcdb46bdbe50385f234b5054
+    hopper medium 152756557 1000000 5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0
+    hopper medium-replay 75854457 402000 e121c5f7c9857a307baa9edc6a2c3b48e85fedb9ac316ecddd0f48ca7ef4e39b
+    hopper medium-expert 304537315 1999906 9d51ad87f8c905be3880d84c6140bcdb7fbf39a19e046a237f238ba34fec9e26
+    hopper expert 152427435 1000000 01aa219a5f8eea5e639eccdc636ec2bf40e317159a95cf4bf6e985f16909941b
+    halfcheetah random 237338037 1000000 25407aef85b5d16c0f36b4149341edb4acc6a9e88c1db529b2de19e7464874ba
+    halfcheetah medium 237727262 1000000 41324e8487a9556d8cfa4538827f8937f4d63dae3030825ebc9f3a726ed08ca0
+    halfcheetah medium-replay 59448533 202000 48d494a4770c11f48260736dec090b78bdca8375647ed4d24bfa5b6610c7f683
+    halfcheetah medium-expert 474567252 2000000 015db75dae5bbe8e94029b71fa0bafc2073365df0c94744e71031189f3f79c06
+    halfcheetah expert 237464597 1000000 d9fe53bb994eb1e20a99b4fa3412cd76a1bb7966a7ff55e0fcbdd6081bd2965f
+    walker2d random 216109364 1000000 4e863bb6090cf4a461548bd470564b32f1ae5b32ef3085f816b2ede7f092e7fa
+    walker2d medium 232254996 1000000 cf00f43add04c17fdfc2958dd581dea0851b2e5bedbe6fda073758a8f841aeda
+    walker2d medium-replay 86323963 302000 e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db
+    walker2d medium-expert 462197079 1999995 6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04
+    walker2d expert 230567195 1000000 2985dc3d436a8baa10e8f43f946fe1d7c6337a4e4fbc65def70618093b18c59a
+    """
+    tasks = {}
+
+    def add(name: str, robot: str, file: str, **known) -> None:
+        env_id, obs_dim, act_dim, low, high = robots[robot]
+        make = lambda: envs.locomotion(env_id)  # noqa: E731
+        tasks[name] = Task(name, make, obs_dim, act_dim, 1_000, low, high, file, **known)
+
+    for line in files.split("\n"):
+        if words := line.split():
+            robot, quality, size, rows, sha256 = words
+            file = f"gym_mujoco_v2/{robot}_{quality.replace('-', '_')}-v2.hdf5"
+            add(f"{robot}-{quality}-v2", robot, file, size=int(size), rows=int(rows), sha256=sha256)
+    add("hopper-mini-v0", "hopper", "hopper-mini-v0.hdf5")
+    return tasks
+
+
+TASKS: dict[str, Task] = _locomotion()
+
+
+def get_task(name: str) -> Task:
+    """The task called `name`; raises UsageError with the names there are."""
+    if name not in TASKS:
+        raise UsageError("--env", name, ", ".join(TASKS))
+    return TASKS[name]
+
+
+def filed_name(name: str, dataset: Path | None) -> str:
+    """The name under which a run is filed: the task's, or `<task>@<file stem>` with a dataset of one's own."""
+    return get_task(name).name + (f"@{dataset.stem}" if dataset else "")
+
+
+# ---- files ----
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(f)
+
+
+def _sha256(f) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while block := f.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def download(task: Task) -> None:
+    """Fetch the file of `task` to `task.path`: `.part` first, size and hash checked, then renamed."""
+    path, part = task.path, task.path.with_name(task.path.name + ".part")
+    advice = f"a reachable {task.url}; or put the file at {path}; or --env hopper-mini-v0, which needs no download"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(task.url, timeout=20) as source, open(part, "wb") as f:
+            total = int(source.headers.get("Content-Length") or 0) or task.size
+            with tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as bar:
+                while block := source.read(1 << 20):
+                    f.write(block)
+                    bar.update(len(block))
+    except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as e:
+        part.unlink(missing_ok=True)
+        raise UsageError("dataset", f"no {path.name} ({getattr(e, 'reason', None) or e})", advice) from e
+    try:
+        verify(task, part)
+    except UsageError:
+        part.unlink()
+        raise
+    part.replace(path)
+
+
+def verify(task: Task, path: Path) -> str:
+    """SHA256 of the file at `path`; raises UsageError if size or hash are not the registered ones."""
+    size = path.stat().st_size
+    if task.size is not None and size != task.size:
+        raise UsageError("dataset", f"{path} of {size} bytes", f"{task.size} bytes, as published (cut off? delete it)")
+    digest = sha256_of(path)
+    if task.sha256 is not None and digest != task.sha256:
+        raise UsageError("dataset", f"{path} with SHA256 {digest}", f"{task.sha256}, as published (delete it)")
+    return digest
+
+
+# ---- datasets ----
+
+
+class Dataset(NamedTuple):
+    """Transitions of a file in file order: float32 arrays of N rows; `ends` marks the last row of each episode."""
+
+    obs: np.ndarray  # (N, O)
+    actions: np.ndarray  # (N, A), in [-1, 1]
+    rewards: np.ndarray  # (N,), raw
+    next_obs: np.ndarray  # (N, O), the true successor
+    terminations: np.ndarray  # (N,), 0 or 1
+    ends: np.ndarray  # (N,) bool: termination or truncation
+    sha256: str
+
+    def episode_returns(self) -> np.ndarray:
+        """Undiscounted raw return of every finished episode (of the rows there are, if none is finished)."""
+        stops = np.flatnonzero(self.ends) + 1
+        sums = [x.sum(dtype=np.float64) for x in np.split(self.rewards, stops)]
+        return np.array(sums[: len(stops)] or sums)
+
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and std + 1e-3 of the observations, each (O,) float32 (CORL's normalisation of states)."""
+        return self.obs.mean(0, dtype=np.float64).astype(np.float32), (self.obs.std(0, dtype=np.float64) + 1e-3).astype(np.float32)
+
+    def batch(self, reward_scale: float = 1.0, reward_bias: float = 0.0, moments: tuple | None = None) -> Batch:
+        """All rows as tensors; rewards become scale · r + bias, observations (obs - mean) / std if asked."""
+        obs, next_obs = self.obs, self.next_obs
+        if moments is not None:
+            obs, next_obs = ((x - moments[0]) / moments[1] for x in (obs, next_obs))
+        rewards = reward_scale * self.rewards + np.float32(reward_bias)
+        return Batch(*(torch.from_numpy(np.ascontiguousarray(x)) for x in (obs, self.actions, rewards, next_obs, self.terminations)))
+
+
+def load(name: str, dataset: Path | None = None) -> Dataset:
+    """The dataset of a task, or the file at `dataset` read for that task. Raises UsageError on anything wrong."""
+    task = get_task(name)
+    if dataset is not None:
+        if not dataset.is_file():
+            raise UsageError("--dataset", dataset, "an existing HDF5 file in D4RL layout")
+        return read_d4rl(dataset, task, sha256_of(dataset))
+    if not task.path.exists():
+        if task.embedded:
+            raise UsageError("dataset", f"no {task.path}", "a complete installation (this file belongs to the package)")
+        download(task)
+    return read_d4rl(task.path, task, verify(task, task.path))
+
+
+def read_d4rl(path: Path, task: Task, sha256: str) -> Dataset:
+    """Read an HDF5 file in D4RL layout: observations, actions, rewards, terminals, timeouts, [next_observations].
+
+    Rows are kept with their true successor. A file with `next_observations` keeps all its rows; a timeout ends an
+    episode and keeps its bootstrap. A file without takes the next row's observation as successor, except:
+    the last row of an episode that timed out and the last row of the file are dropped (their successor is unknown),
+    and a terminal row gets its own observation (D4RL's rule would give it the next episode's first; the TD target
+    masks it, a generative model would learn it). A file without `timeouts` is cut at the task's step limit.
+    """
+
+    def refuse(got: str, allowed: str) -> UsageError:
+        return UsageError("dataset", f"{path}: {got}", allowed)
+
+    try:
+        with h5py.File(path, "r") as f:
+            keys = [k for k in ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations") if k in f]
+            raw = {k: f[k][()] for k in keys}
+    except (OSError, RuntimeError, TypeError, AttributeError) as e:
+        raise refuse(f"unreadable ({str(e).splitlines()[0][:100]})", "a complete HDF5 file in D4RL layout") from e
+    for k in ("observations", "actions", "rewards", "terminals"):
+        if k not in raw:
+            raise refuse(f"no '{k}'", "an HDF5 file in D4RL layout")
+    for k, v in raw.items():
+        if not isinstance(v, np.ndarray) or v.dtype.kind not in "fbiu":
+            raise refuse(f"'{k}' is not numeric", "numbers")
+        if k in ("observations", "actions", "next_observations"):
+            width = task.act_dim if k == "actions" else task.obs_dim
+            if v.ndim != 2 or v.shape[1] != width:
+                raise refuse(f"'{k}' of shape {v.shape}", f"(rows, {width}) for {task.name}")
+        elif v.ndim == 2 and v.shape[1] == 1:
+            raw[k] = v[:, 0]
+        elif v.ndim != 1:
+            raise refuse(f"'{k}' of shape {v.shape}", "(rows,)")
+    counts = {k: len(v) for k, v in raw.items()}
+    if len(set(counts.values())) > 1 or counts["rewards"] < 2:
+        raise refuse(f"rows {counts}", "the same number of rows, at least 2, in every array")
+    for k in ("observations", "actions", "rewards", "next_observations"):
+        if k in raw:
+            raw[k] = raw[k].astype(np.float32)
+            bad = ~np.isfinite(raw[k].reshape(len(raw[k]), -1)).all(1)
+            if bad.any():
+                raise refuse(f"{bad.sum()} rows of '{k}' are NaN or infinite, first {bad.argmax()}", "finite numbers")
+    if (excess := np.abs(raw["actions"]).max()) > 1.001:
+        raise refuse(f"actions up to {excess:.3g}", "actions in [-1, 1]")
+    terminals = raw["terminals"].astype(np.float32) > 0.5
+    if "timeouts" in raw:
+        timeouts = raw["timeouts"].astype(np.float32) > 0.5
+    else:
+        timeouts, age = np.zeros_like(terminals), 0
+        for i, terminal in enumerate(terminals):
+            age += 1
+            timeouts[i] = age == task.limit
+            age = 0 if terminal or timeouts[i] else age
+    ends = terminals | timeouts
+    obs, keep = raw["observations"], np.ones(len(ends), bool)
+    if "next_observations" in raw:
+        next_obs = raw["next_observations"]
+    else:
+        next_obs = np.concatenate([obs[1:], obs[-1:]])
+        next_obs[terminals] = obs[terminals]
+        keep = ~(timeouts & ~terminals)
+        keep[-1] &= terminals[-1]
+        ends = ends | np.concatenate([ends[1:] & ~keep[1:], [False]])  # an episode ends on its last row that is kept
+    columns = (obs, raw["actions"].clip(-1, 1), raw["rewards"], next_obs, terminals.astype(np.float32), ends)
+    if not keep.all():
+        columns = tuple(x[keep] for x in columns)
+    if len(columns[0]) < 2:
+        raise refuse(f"{len(columns[0])} usable rows", "at least 2")
+    return Dataset(*columns, sha256)
+
+
+# ---- environments ----
+
+
+class Normalize(gym.ObservationWrapper):
+    """(obs - mean) / std with the dataset's constants, for online steps and evaluation alike."""
+
+    def __init__(self, env: gym.Env, moments: tuple[np.ndarray, np.ndarray]):
+        super().__init__(env)
+        self.mean, self.std = moments
+
+    def observation(self, observation: np.ndarray) -> np.ndarray:
+        return (observation - self.mean) / self.std
+
+
+def make_env(task: Task, moments: tuple[np.ndarray, np.ndarray] | None = None) -> gym.Env:
+    """One environment of the task; checks that it has the dataset's dimensions."""
+    env = task.make()
+    shapes = env.observation_space.shape, env.action_space.shape
+    assert shapes == ((task.obs_dim,), (task.act_dim,)), f"{task.name}: environment of shapes {shapes}"
+    return env if moments is None else Normalize(env, moments)
+
+
+class Interaction:
+    """The online phase's environment: steps a policy, stores transitions, resets by episode number.
+
+    Its state is the episode's number and age. Loading it resets the environment with that episode's seed and plays the
+    stored actions again, which restores the simulator exactly without asking it for its state.
+    """
+
+    def __init__(self, env: gym.Env, buffer: ReplayBuffer, seed: int, reward_scale: float = 1.0, reward_bias: float = 0.0):
+        self.env, self.buffer, self.seed = env, buffer, seed
+        self.scale, self.bias = reward_scale, reward_bias
+        self.episode = self.age = 0
+        self.episode_return = 0.0  # raw
+        self.obs: torch.Tensor | None = None
+
+    def _reset(self) -> None:
+        obs, _ = self.env.reset(seed=envs.episode_seed(self.seed, "online", self.episode))
+        self.obs, self.age, self.episode_return = torch.as_tensor(obs, dtype=torch.float32), 0, 0.0
+
+    def step(self, policy: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float] | None:
+        """One step with policy((1, O)) -> (1, A) in [-1, 1]; what to log if the episode is over, else None.
+
+        The reward is stored as scale · r + bias, the return is logged raw.
+        """
+        if self.obs is None:
+            self._reset()
+        action = policy(self.obs.to(self.buffer.table.device)[None])[0].cpu()
+        next_obs, reward, terminated, truncated, _ = self.env.step(action.numpy())
+        next_obs = torch.as_tensor(next_obs, dtype=torch.float32)
+        self.buffer.add(self.obs, action, self.scale * float(reward) + self.bias, next_obs, terminated)
+        self.obs, self.age, self.episode_return = next_obs, self.age + 1, self.episode_return + float(reward)
+        if not (terminated or truncated):
+            return None
+        result = {"train/episode_return": self.episode_return, "train/episode_length": self.age}
+        self.episode, self.obs = self.episode + 1, None
+        return result
+
+    def state_dict(self) -> dict:
+        return {"episode": self.episode, "age": self.age if self.obs is not None else 0}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore; the buffer must have been restored before."""
+        self.episode, self.obs = state["episode"], None
+        if state["age"] == 0:
+            return
+        self._reset()
+        rows = torch.arange(self.buffer.rows - state["age"], self.buffer.rows, device=self.buffer.table.device)
+        batch = Batch(*(x.cpu() for x in self.buffer.take(rows)))
+        for action in batch.actions.numpy():
+            obs, reward, *_ = self.env.step(action)
+            self.age, self.episode_return = self.age + 1, self.episode_return + float(reward)
+        self.obs = torch.as_tensor(obs, dtype=torch.float32)
+        if not torch.equal(self.obs, batch.next_obs[-1]):  # another machine or MuJoCo: start the next episode
+            print("note: the simulator does not repeat the interrupted episode exactly; going on with a new one")
+            self.episode, self.obs = self.episode + 1, None
+
+
+class Evaluator:
+    """D4RL-normalised score of a deterministic policy over a fixed number of episodes.
+
+    Own environments, stepped together so that the actor runs on a batch; start states depend on (seed, episode)
+    alone and are disjoint from training; rewards are raw; no random number of the run is used.
+    """
+
+    def __init__(self, task: Task, episodes: int, seed: int, moments: tuple | None = None):
+        self.task, self.seed, self.moments = task, seed, moments
+        self.episodes, self.envs = episodes, []
+
+    def __call__(self, policy: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> dict[str, float]:
+        """`policy` (E, O) -> (E, A), called with all E episodes even when some are over: shapes never change."""
+        self.envs = self.envs or [make_env(self.task, self.moments) for _ in range(self.episodes)]
+        seeds = [envs.episode_seed(self.seed, "eval", i) for i in range(self.episodes)]
+        obs = np.stack([e.reset(seed=s)[0] for e, s in zip(self.envs, seeds, strict=True)]).astype(np.float32)
+        returns, lengths = np.zeros(self.episodes), np.zeros(self.episodes)
+        active = list(range(self.episodes))
+        while active:
+            actions = policy(torch.from_numpy(obs).to(device)).cpu().numpy()
+            for i in list(active):
+                obs[i], reward, terminated, truncated, _ = self.envs[i].step(actions[i])
+                returns[i] += reward
+                lengths[i] += 1
+                if terminated or truncated:
+                    active.remove(i)
+        mean = float(returns.mean())
+        return {"eval/score": self.task.score(mean), "eval/return": mean, "eval/length": float(lengths.mean())}

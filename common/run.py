@@ -1,0 +1,476 @@
+"""One run: settings, device, seeds, directory, log, progress, checkpoints, and the captured gradient step.
+
+A run lives in `<out_dir>/<file>/<env>/seed<k>/`:
+  args.json   every setting with its origin, commit, versions, dataset hash
+  log.csv     one line per logging event; losses, evaluations, updates per second
+  state.pt    the checkpoint; the same command again goes on from it, bit for bit on a CPU
+  offline.pt  what `--from-offline` of another run reads
+  final.json  what `train` returns; its presence means finished
+"""
+
+import csv
+import errno
+import fcntl
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+CHECKPOINT_SECONDS = 60.0  # wall time between checkpoints; evaluations and ends of phases write one anyway
+LOG_EVERY = 1_000  # steps of the running phase between two lines of losses
+NOT_COMPARED = {"device", "compile", "out_dir", "wandb", "overwrite", "from_offline"}  # may change on resume
+LIMITS = {  # setting -> (least, most) allowed, "(" at an end excludes it; every numeric setting has a row
+    "seed": "[0, inf)", "offline_steps": "[0, inf)", "online_steps": "[0, inf)", "batch_size": "[2, inf)",
+    "gamma": "[0, 1]", "polyak": "(0, 1]", "expectile": "(0, 1)", "inv_temp": "[0, inf)", "lr": "(0, inf)",
+    "hidden": "[1, inf)", "dropout": "[0, 1)", "reward_scale": "(0, inf)", "reward_bias": "(-inf, inf)",
+    "warmup_steps": "[0, inf)", "utd": "[1, inf)", "offline_frac": "(0, 1)",
+    "eval_every": "[1, inf)", "eval_episodes": "[1, inf)",
+    "behavior_steps": "[0, inf)", "behavior_batch": "[1, inf)", "behavior_lr": "(0, inf)", "behavior_width": "[4, inf)",
+    "energy_steps": "[0, inf)", "energy_batch": "[1, inf)", "energy_lr": "(0, inf)", "energy_hidden": "[1, inf)",
+    "energy_beta": "[0, inf)", "support_k": "[2, inf)", "support_every": "[1, inf)", "guidance_scale": "[0, inf)",
+    "n_ref": "[1, inf)", "exchange_cap": "[-1, inf)", "online_expectile": "(0, 1)", "sac_alpha": "[0, inf)",
+    "max_q_samples": "[1, inf)",
+}  # fmt: skip
+
+
+class UsageError(ValueError):
+    """A user's mistake: setting, value, what is allowed. On the command line: one line on stderr, exit 2."""
+
+    def __init__(self, setting: str, value: object, allowed: str):
+        super().__init__(f"{setting}: got {value}; allowed: {allowed}")
+
+
+# ---- settings ----
+
+
+def with_presets(args_type: type, presets: dict[str, dict], env: str, **flags) -> Any:
+    """`args_type(env)` with the rows of `presets` whose prefix fits `env` (later rows win), then `flags`."""
+    row = {k: v for prefix, values in presets.items() if env.startswith(prefix) for k, v in values.items()}
+    return args_type(**{"env": env, **row, **flags})
+
+
+def parse_args(args_type: type, presets: dict[str, dict] | None = None) -> Any:
+    """Command line -> settings: class default < preset of the task < flag. Bad usage: one line, exit 2."""
+
+    def cli(**kwargs) -> Any:
+        text = io.StringIO()
+        try:
+            with redirect_stderr(text):
+                return tyro.cli(args_type, **kwargs)
+        except SystemExit as e:
+            if e.code not in (0, None):  # tyro draws a box; keep its words
+                plain = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯├┤─]", " ", text.getvalue())
+                print("error: " + " ".join(plain.split()), file=sys.stderr)
+            raise
+
+    args = cli()  # with presets: only to learn the task
+    return cli(default=with_presets(args_type, presets, args.env)) if presets is not None else args
+
+
+def check_limits(args: Any) -> None:
+    """Raise UsageError for a number outside the range of its setting, NaN included."""
+    for f in fields(args):
+        value = getattr(args, f.name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        limits = LIMITS[f.name]
+        low, high = (float(x) for x in limits[1:-1].split(","))
+        above = value > low if limits[0] == "(" else value >= low
+        below = value < high if limits[-1] == ")" else value <= high
+        if not (above and below):
+            raise UsageError("--" + f.name.replace("_", "-"), value, limits)
+
+
+def main(program: Callable, args_type: type, presets: dict[str, dict] | None = None) -> None:
+    """What stands behind `if __name__ == "__main__"`: parse, run, and the exit codes 0, 1, 2, 130, 143."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        program(parse_args(args_type, presets))
+    except UsageError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOTDIR):
+            raise
+        print(f"error: cannot write {e.filename or 'file'}: {e.strerror}", file=sys.stderr)
+        sys.exit(1 if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else 2)
+
+
+# ---- files ----
+
+
+def save_atomically(state: dict, path: Path) -> None:
+    """torch.save, written aside, synced, then renamed: `path` is the old file or the new one, never half of it."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)  # via memory, or a full disk becomes an opaque C++ error
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as f:
+            f.write(buffer.getbuffer())
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise OSError(e.errno, e.strerror, str(path)) from e
+
+
+def write_json(value: dict, path: Path) -> None:
+    """The same for a small JSON file."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.replace(path)
+
+
+def load_state(path: Path, device: torch.device) -> dict:
+    """Read a checkpoint; tensors and plain containers only, nothing executable."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:
+        raise UsageError("checkpoint", path, f"a file written by this program ({type(e).__name__})") from e
+
+
+def git_commit() -> str:
+    """Commit of the source tree, "+" appended if it has changes; "unknown" outside git."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        return commit + ("+" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# ---- the run ----
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is cuda where it works; `cuda` where it does not work is a usage error."""
+    try:
+        if name != "cpu":
+            torch.zeros(1, device="cuda").add_(1).item()
+            return torch.device("cuda")
+    except (RuntimeError, AssertionError) as e:
+        if name == "cuda":
+            reason = str(e).split("\n")[0]
+            raise UsageError("--device", "cuda", f"cpu or auto on this machine ({reason})") from e
+    return torch.device("cpu")
+
+
+class Run:
+    """Directory, log and state of one training run. Read the fields `device`, `compile`, `dir`; call the methods."""
+
+    def __init__(self, args: Any, file: str, dataset_name: str):
+        """`args` has the settings of design section 2; `file` is the algorithm's __file__; raises UsageError.
+
+        `dataset_name` is the folder under which the run is filed: the task, or `<task>@<file stem>`.
+        """
+        check_limits(args)
+        self.args = args
+        self.device = pick_device(args.device)
+        self.compile = args.compile if args.compile is not None else self.device.type == "cuda"
+        if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # small networks; two spinning threads on busy cores are far slower
+        torch.manual_seed(args.seed)
+        self.dir = Path(args.out_dir) / Path(file).stem / dataset_name / f"seed{args.seed}"
+        if args.overwrite and self.dir.exists():
+            shutil.rmtree(self.dir)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(self.dir, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UsageError("run directory", self.dir, "one that no other process is using") from e
+        self.objects: dict[str, Any] = {}
+        self.done: dict[str, int] = {}  # steps finished, per phase
+        self.seconds: dict[str, float] = {}  # wall time spent, per phase
+        self.scores: dict[str, list[float]] = {}  # eval/score, per phase
+        self.rows: list[dict] = []  # of log.csv
+        self.columns: list[str] = []
+        self.current = "offline"  # phase
+        self.bar: tqdm | None = None
+        self.wandb = None
+        self.saved_at = time.monotonic()
+        self.clock = (time.monotonic(), 0)  # of the last log line: time, step
+        self._settle_args()
+
+    @property
+    def final(self) -> dict[str, float] | None:
+        """Contents of final.json if this run is finished."""
+        path = self.dir / "final.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def _settle_args(self) -> None:
+        """Compare with the args.json of a run that has begun; `register` writes it."""
+        path = self.dir / "args.json"
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.args).items()}
+        settings = {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in settings.items()}
+        if path.exists() and ((self.dir / "state.pt").exists() or self.final):
+            before = json.loads(path.read_text())["settings"]
+            before = {k: v["value"] for k, v in before.items()}
+            keys = [k for k in {**before, **settings} if k not in NOT_COMPARED]
+            changed = [f"{k} {before.get(k)} -> {settings.get(k)}" for k in keys if before.get(k) != settings.get(k)]
+            if changed:
+                allowed = "the settings it was started with, another --out-dir, or --overwrite"
+                raise UsageError(f"settings of {self.dir}", ", ".join(changed), allowed)
+            self.info = json.loads(path.read_text())
+            return
+        defaults = {f.name: f.default for f in fields(self.args)}
+        origin = {k: "default" if defaults[k] == getattr(self.args, k) else "preset or flag" for k in settings}
+        self.info = {
+            "settings": {k: {"value": v, "origin": origin[k]} for k, v in settings.items()},
+            "command": " ".join(sys.argv),
+            "commit": git_commit(),
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else platform.processor() or "cpu",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        }
+
+    def require(self, **facts: str) -> None:
+        """Facts that must be the same each time the run is taken up, such as the dataset's hash."""
+        for k, v in facts.items():
+            if self.info.setdefault(k, v) != v:
+                raise UsageError(f"{k} of {self.dir}", v, f"{self.info[k]}, as when the run was started")
+
+    # -- state --
+
+    def register(self, **objects: Any) -> None:
+        """Everything that a checkpoint holds, by name: tensors and things with state_dict/load_state_dict.
+
+        If there is a checkpoint, it is loaded here, into the objects as they are (tensors keep their addresses), in
+        the order of the arguments. Call once, after everything is built and before anything is captured.
+        """
+        self.objects = objects
+        write_json(self.info, self.dir / "args.json")
+        path = self.dir / "state.pt"
+        if path.exists():
+            state = load_state(path, self.device)
+            for name, obj in objects.items():
+                restore(obj, state["objects"][name])
+            self.done, self.seconds, self.scores = state["done"], state["seconds"], state["scores"]
+            torch.set_rng_state(state["rng"].cpu())
+            if self.device.type == "cuda" and "cuda_rng" in state:
+                torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+            self._load_rows(state["log_rows"])
+            print(f"{self.dir}: resumed at " + ", ".join(f"{k} {v}" for k, v in self.done.items() if v))
+        if self.args.wandb:
+            self._start_wandb()
+
+    def checkpoint(self) -> None:
+        """Write state.pt: the registered objects, counters, random states."""
+        self._tick()
+        state = {
+            "objects": {k: v if isinstance(v, torch.Tensor) else v.state_dict() for k, v in self.objects.items()},
+            "done": self.done,
+            "seconds": self.seconds,
+            "scores": self.scores,
+            "rng": torch.get_rng_state(),
+            "log_rows": len(self.rows),
+        }
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state()
+        self._write_rows()
+        save_atomically(state, self.dir / "state.pt")
+        self.saved_at = time.monotonic()
+
+    def export_offline(self, settings: dict, **objects: Any) -> None:
+        """Write offline.pt for `--from-offline`: the objects' states and the settings that shaped them."""
+        state = {k: v.state_dict() for k, v in objects.items()}
+        save_atomically({"settings": settings, "objects": state, "score": self.scores["offline"][-1]}, self.dir / "offline.pt")
+
+    def import_offline(self, path: Path, settings: dict, **objects: Any) -> None:
+        """Load the offline.pt at `path` (or in that run directory); settings that differ are a usage error."""
+        path = path / "offline.pt" if path.is_dir() else path
+        if not path.exists():
+            raise UsageError("--from-offline", path, "an offline.pt, or a run directory whose offline phase is over")
+        state = load_state(path, self.device)
+        theirs = state.get("settings", {})
+        changed = [f"{k} {theirs.get(k)} -> {v}" for k, v in settings.items() if theirs.get(k) != v]
+        if changed:
+            raise UsageError("--from-offline", ", ".join(changed), "the settings of that run's offline phase")
+        for name, obj in objects.items():
+            restore(obj, state["objects"][name])
+        self.done["offline"] = self.args.offline_steps
+
+    # -- phases --
+
+    def starting(self, phase: str) -> bool:
+        """Whether no step of `phase` has been taken yet (what a switch of phases does belongs behind this)."""
+        return self.done.get(phase, 0) == 0
+
+    def phase(self, name: str, steps: int) -> Iterator[int]:
+        """Yield the steps of a phase that are still to do; checkpoint by the clock, at the end, and on a signal."""
+        self.current, first = name, self.done.setdefault(name, 0)
+        if first >= steps:
+            return
+        self._started, self.clock = time.monotonic(), (time.monotonic(), first)
+        caught: list[int] = []
+        handlers = {}
+        for s in (signal.SIGINT, signal.SIGTERM):
+            with_handler = (lambda n, _: caught.append(n)) if not caught else signal.SIG_DFL
+            try:
+                handlers[s] = signal.signal(s, with_handler)
+            except ValueError:  # not the main thread: the caller has the signals
+                break
+        self.bar = tqdm(total=steps, initial=first, desc=name, unit="step", disable=None, dynamic_ncols=True)
+        try:
+            for step in range(first, steps):
+                yield step
+                self.done[name] = step + 1
+                self.bar.update()
+                if caught:
+                    self.checkpoint()
+                    print(f"{self.dir}: stopped at {name} step {step + 1}, checkpoint written", file=sys.stderr)
+                    sys.exit(128 + caught[0])
+                if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+                    self.checkpoint()
+            self.checkpoint()
+        finally:
+            self.bar.close()
+            self.bar = None
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+
+    def _tick(self) -> None:
+        """Add the wall time since the last call to the running phase."""
+        if self.bar is not None:
+            now = time.monotonic()
+            self.seconds[self.current] = self.seconds.get(self.current, 0.0) + now - self._started
+            self._started = now
+
+    # -- log --
+
+    def log(self, step: int, metrics: dict[str, torch.Tensor], every: int = LOG_EVERY) -> None:
+        """Add a line to the log at every `every`-th step; the one place where losses come to the host."""
+        if (step + 1) % every:
+            return
+        names = [k for k, v in metrics.items() if isinstance(v, torch.Tensor)]
+        values = torch.stack([metrics[k].float() for k in names]).tolist() if names else []  # one copy
+        now = time.monotonic()
+        speed = (step + 1 - self.clock[1]) / max(now - self.clock[0], 1e-9)
+        self.clock = (now, step + 1)
+        row = {**metrics, **dict(zip(names, values, strict=True)), f"time/{self.current}_steps_per_s": speed}
+        self.record(step + 1, row)
+
+    def record(self, step: int, row: dict[str, float]) -> None:
+        """Add a line to the log now. `eval/score` also goes to the scores, the progress bar and the screen."""
+        self.rows.append({"phase": self.current, "step": step, **row})
+        if "eval/score" in row:
+            self.scores.setdefault(self.current, []).append(row["eval/score"])
+            tqdm.write(f"{self.current} {step}: score {row['eval/score']:.1f}, return {row['eval/return']:.1f}")
+            if self.bar is not None:
+                self.bar.set_postfix(score=f"{row['eval/score']:.1f}")
+            self._write_rows()
+        if self.wandb is not None:
+            self.wandb.log({**row, f"{self.current}_step": step})
+
+    def _write_rows(self) -> None:
+        columns = list(dict.fromkeys(k for row in self.rows for k in row))
+        part = self.dir / "log.csv.part"
+        with open(part, "w", newline="") as f:
+            writer = csv.DictWriter(f, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        part.replace(self.dir / "log.csv")
+
+    def _load_rows(self, count: int) -> None:
+        if count:
+            with open(self.dir / "log.csv", newline="") as f:
+                self.rows = [{k: v for k, v in row.items() if v != ""} for row in list(csv.DictReader(f))[:count]]
+
+    def _start_wandb(self) -> None:
+        try:
+            import wandb
+
+            name = "/".join(self.dir.parts[-3:])
+            self.wandb = wandb.init(
+                project="o2o-diffusion", name=name, id=re.sub(r"\W", "-", name), resume="allow", config=asdict(self.args)
+            )
+        except Exception as e:  # a logging service must never stop a run
+            print(f"warning: going on without Weights & Biases: {e}", file=sys.stderr)
+
+    def finish(self) -> dict[str, float]:
+        """Write and return final.json: scores, seconds per phase."""
+        online = self.scores.get("online", [])
+        result = {
+            "offline_score": self.scores["offline"][-1],
+            "final_score": (online or self.scores["offline"])[-1],
+            "score_last4": float(np.mean((online or self.scores["offline"])[-4:])),
+            **{f"{k}_seconds": round(v, 1) for k, v in self.seconds.items()},
+        }
+        self._write_rows()
+        write_json(result, self.dir / "final.json")
+        print(f"{self.dir}: " + ", ".join(f"{k} {v:.1f}" for k, v in result.items()))
+        if self.wandb is not None:
+            self.wandb.finish()
+        return result
+
+    # -- speed --
+
+    def compiled(self, function: Callable) -> Callable:
+        """`function` through torch.compile with --compile, else as it is. For losses: tensors in, tensors out."""
+        return torch.compile(function) if self.compile else function
+
+    def capture(self, step: Callable[[], dict[str, torch.Tensor]]) -> Callable[[], dict[str, torch.Tensor]]:
+        """`step` (no arguments, static tensors, no host sync) as a CUDA graph on a GPU with --compile, else as it is."""
+        return CapturedStep(step) if self.compile and self.device.type == "cuda" else step
+
+
+class CapturedStep:
+    """A gradient step as a CUDA graph: a few ordinary calls first (they count as training), then replays."""
+
+    WARMUP = 3  # gradients, optimizer state and library workspaces must exist before the capture
+
+    def __init__(self, step: Callable[[], dict[str, torch.Tensor]]):
+        self.step, self.calls, self.graph, self.out = step, 0, None, {}
+
+    def __call__(self) -> dict[str, torch.Tensor]:
+        if self.calls < self.WARMUP:
+            self.calls += 1
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.out = self.step()
+            torch.cuda.current_stream().wait_stream(stream)
+            return self.out
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.out = self.step()
+        self.graph.replay()
+        return self.out
+
+
+def restore(obj: Any, state: Any) -> None:
+    """Load `state` into `obj`. An optimizer keeps its own fused/capturable flags (a checkpoint would undo them)."""
+    if isinstance(obj, torch.Tensor):
+        obj.copy_(state)
+    elif isinstance(obj, torch.optim.Optimizer):
+        keep = [{k: g[k] for k in ("fused", "capturable", "foreach")} for g in obj.param_groups]
+        rates = [g["lr"] for g in obj.param_groups]
+        obj.load_state_dict(state)
+        for group, flags, lr in zip(obj.param_groups, keep, rates, strict=True):
+            if isinstance(lr, torch.Tensor):  # the tensor that the step writes the schedule into
+                group["lr"] = lr.copy_(group["lr"])
+            group.update(flags)
+    else:
+        obj.load_state_dict(state)
