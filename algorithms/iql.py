@@ -1,26 +1,32 @@
 """Implicit Q-learning, offline and then online: never query the value of an action outside the data.
 
-Paper    Kostrikov, Nair, Levine, "Offline Reinforcement Learning with Implicit Q-Learning", ICLR 2022, arXiv 2110.06169v1.
-         The flavour is that of PEX (Zhang, Xu, Yu, ICLR 2023, arXiv 2302.00935), on which CFDG, StratDiff and DARE stand.
+Paper    Kostrikov, Nair, Levine, "Offline Reinforcement Learning with Implicit Q-Learning", ICLR 2022,
+         arXiv 2110.06169v1. The flavour is that of PEX (Zhang, Xu, Yu, ICLR 2023, arXiv 2302.00935), on
+         which CFDG, StratDiff and DARE stand.
 Symbols  Q̂ min of q_target | Q qf | V vf | π actor | A adv = Q̂ - V | τ expectile | β inv_temp | γ gamma
 Read     Args, ENV_PRESETS, networks, losses, update, train
-Notes    D1 order of updates: the official code updates V, then the actor with the new V, then Q; CORL and PEX compute
-            everything from the parameters before the step, and so do we: one loss, one backward, one optimizer step.
-         D2 rewards: the paper divides locomotion rewards by (largest - smallest episode return) / 1000; PEX and CORL
-            leave them raw, and so do we: the scores of DARE's and StratDiff's tables need it. --normalize-reward is the paper's.
-         D3 learning rate: actor cosine to 0 over the offline phase [paper]; online fresh optimizer, constant [PEX]
-            (CORL's schedule goes on and climbs back up: its actor hardly learns for 100k online steps).
-         D4 actions: PEX executes and stores online actions unclipped, CORL clips on execution; we clip, execute, store.
+Notes    D1 order of updates: the official code updates V, then the actor with the new V, then Q; CORL and
+            PEX compute everything from the parameters before the step, and so do we: one loss, one
+            backward, one optimizer step.
+         D2 rewards: the paper divides locomotion rewards by (largest - smallest episode return) / 1000; PEX
+            and CORL leave them raw, and so do we: the scores of DARE's and StratDiff's tables need it.
+            --normalize-reward is the paper's.
+         D3 learning rate: actor cosine to 0 over the offline phase [paper]; online fresh optimizer,
+            constant [PEX] (CORL's schedule goes on and climbs back up: its actor hardly learns for 100k
+            online steps).
+         D4 actions: PEX executes and stores online actions unclipped, CORL clips on execution; we clip,
+            execute, store.
          D5 switch: PEX copies the critic into its target when going online; we keep the target.
          U1 hopper-mini-v0: sizes that finish in minutes on two CPU cores; not a published setting.
-Metrics  loss/{v,q,actor}; q/mean of Q on the batch; adv/mean; log_std/mean: falls to its floor of -5 if exploration dies;
-         eval/score normalised, at evaluations; train/episode_return raw.
+Metrics  loss/{v,q,actor}; q/mean of Q on the batch; adv/mean; log_std/mean: falls to its floor of -5 if
+         exploration dies; eval/score normalised, at evaluations; train/episode_return raw.
 Run      python algorithms/iql.py --env hopper-medium-v2 --seed 0
          CORL's flavour: --normalize-obs --append-online --warmup-steps 0
 """
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -83,7 +89,11 @@ class GaussianActor(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, hidden: int):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, act_dim)
+            nn.Linear(obs_dim, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, act_dim),
         )
         self.log_std = nn.Parameter(torch.zeros(act_dim))
         for layer in self.net[::2]:
@@ -95,13 +105,13 @@ class GaussianActor(nn.Module):
 
 
 class TwinQ(nn.Module):
-    """Two Q networks as stacked weights: obs (B, O), actions (B, A) -> (2, B), one batched matmul per layer."""
+    """Two Q networks as stacked weights, one batched matmul per layer: obs (B, O), actions (B, A) -> (2, B)."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: int):
         super().__init__()
         sizes = (obs_dim + act_dim, hidden, hidden, 1)
         self.weight, self.bias = nn.ParameterList(), nn.ParameterList()
-        for i, o in zip(sizes, sizes[1:], strict=False):
+        for i, o in pairwise(sizes):
             bound = 1 / math.sqrt(i)  # nn.Linear's own, per network
             self.weight.append(torch.empty(2, i, o).uniform_(-bound, bound))
             self.bias.append(torch.empty(2, 1, o).uniform_(-bound, bound))
@@ -150,7 +160,9 @@ def value_loss(adv: torch.Tensor, expectile: float | torch.Tensor) -> torch.Tens
     return (torch.abs(expectile - (adv < 0).float()) * adv.square()).mean()
 
 
-def td_target(rewards: torch.Tensor, terminations: torch.Tensor, v_next: torch.Tensor, gamma: float) -> torch.Tensor:
+def td_target(
+    rewards: torch.Tensor, terminations: torch.Tensor, v_next: torch.Tensor, gamma: float
+) -> torch.Tensor:
     """r + γ (1 - terminated) V(s'), all (B,); rewards in training units.  [IQL Eq. 6]
 
     Truncated transitions keep their bootstrap: next_obs must be the last observation of the episode.
@@ -172,8 +184,9 @@ def awr_weight(adv: torch.Tensor, inv_temp: float) -> torch.Tensor:
 # --- end shared: iql.losses ---
 
 
+# --- shared: iql.training ---
 def losses(nets: nn.ModuleDict, batch: Batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum of the three losses, which share no parameter, and what to log; everything from the old parameters: D1."""
+    """Sum of the three losses, which share no parameter, and what to log; from the old parameters: D1."""
     with torch.no_grad():
         q_hat = nets["q_target"](batch.obs, batch.actions).amin(0)  # (2, B) -> (B,)
         v_next = nets["vf"](batch.next_obs)
@@ -183,7 +196,9 @@ def losses(nets: nn.ModuleDict, batch: Batch, args: Args) -> tuple[torch.Tensor,
     q = nets["qf"](batch.obs, batch.actions)
     q_loss = (q - target).square().mean()  # [IQL Eq. 6], mean over batch and both critics
     mean, log_std = nets["actor"](batch.obs)
-    actor_loss = -(awr_weight(adv, args.inv_temp) * log_prob(mean, log_std, batch.actions)).mean()  # [IQL Eq. 7]
+    actor_loss = -(
+        awr_weight(adv, args.inv_temp) * log_prob(mean, log_std, batch.actions)
+    ).mean()  # [IQL Eq. 7]
     logs = {"loss/v": v_loss, "loss/q": q_loss, "loss/actor": actor_loss}
     logs |= {"q/mean": q.mean(), "adv/mean": adv.mean(), "log_std/mean": log_std.mean()}
     return v_loss + q_loss + actor_loss, {k: v.detach() for k, v in logs.items()}
@@ -198,7 +213,6 @@ def update(nets: nn.ModuleDict, opt: torch.optim.Optimizer, loss: torch.Tensor, 
         torch._foreach_lerp_([*nets["q_target"].parameters()], [*nets["qf"].parameters()], polyak)
 
 
-# --- shared: iql.training ---
 def make_optimizer(nets: nn.ModuleDict, lr: float, device: torch.device) -> torch.optim.Adam:
     """Adam over both critics, V and (second group, learning rate a tensor) the actor."""
     critics = [*nets["qf"].parameters(), *nets["vf"].parameters()]
@@ -207,7 +221,7 @@ def make_optimizer(nets: nn.ModuleDict, lr: float, device: torch.device) -> torc
 
 
 def decay_actor_lr(opt: torch.optim.Adam, updates: torch.Tensor, lr: float, steps: int) -> None:
-    """lr/2 (1 + cos(π n / steps)) for the n-th update, n from 0, on the device; then counts the update.  [IQL App. B]"""
+    """Set lr/2 (1 + cos(π n / steps)) for the n-th update, n from 0, and count it, on the device.  [IQL App. B]"""
     opt.param_groups[1]["lr"].copy_(0.5 * lr * (1 + torch.cos(updates * (math.pi / max(steps, 1)))))
     updates.add_(1)
 
@@ -235,10 +249,17 @@ def train(args: Args) -> dict[str, float]:
     returns = dataset.episode_returns()
     reward_scale = 1_000 / max(returns.max() - returns.min(), 1e-6) if args.normalize_reward else 1.0  # D2
     offline = ReplayBuffer(
-        len(dataset.rewards) + (args.online_steps if args.append_online else 0), task.obs_dim, task.act_dim, r.device
+        len(dataset.rewards) + (args.online_steps if args.append_online else 0),
+        task.obs_dim,
+        task.act_dim,
+        r.device,
     )
     offline.extend(dataset.batch(reward_scale, 0.0, moments))
-    online = offline if args.append_online else ReplayBuffer(args.online_steps, task.obs_dim, task.act_dim, r.device)
+    online = (
+        offline
+        if args.append_online
+        else ReplayBuffer(args.online_steps, task.obs_dim, task.act_dim, r.device)
+    )
     nets = make_nets(task.obs_dim, task.act_dim, args.hidden).to(r.device)
     opt = make_optimizer(nets, args.lr, r.device)
     updates = torch.zeros((), device=r.device)  # of the offline phase
@@ -264,14 +285,14 @@ def train(args: Args) -> dict[str, float]:
         update(nets, opt, loss, args.polyak)
         return logs
 
-    if args.from_offline and r.starting("offline"):
+    if args.from_offline and r.once("from_offline"):
         r.import_offline(args.from_offline, offline_settings, nets=nets)
     step_fn = r.capture(offline_step)
     for step in r.phase("offline", args.offline_steps):
         r.log(step, step_fn())
         if (step + 1) % args.eval_every == 0 and step + 1 < args.offline_steps:
             r.record(step + 1, evaluate(act, r.device))
-    if r.starting("online"):
+    if r.once("offline_end"):
         r.record(args.offline_steps, evaluate(act, r.device))
         r.export_offline(offline_settings, nets=nets)
         restart_optimizer(opt, args.lr)
@@ -283,7 +304,8 @@ def train(args: Args) -> dict[str, float]:
         if args.append_online:
             batch = offline.sample(args.batch_size)
         else:
-            batch = mix(offline.sample(n_offline), online.sample(args.batch_size - n_offline))
+            index = offline.draw(n_offline), online.draw(args.batch_size - n_offline)
+            batch = mix(offline.take(index[0]), online.take(index[1]))
         loss, logs = compiled_losses(nets, batch, args)
         update(nets, opt, loss, args.polyak)
         return logs

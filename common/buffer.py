@@ -52,7 +52,9 @@ class ReplayBuffer:
         self._resize(self.rows + n)
         self.fixed = self.rows
 
-    def add(self, obs: torch.Tensor, action: torch.Tensor, reward: float, next_obs: torch.Tensor, terminated: bool) -> None:
+    def add(
+        self, obs: torch.Tensor, action: torch.Tensor, reward: float, next_obs: torch.Tensor, terminated: bool
+    ) -> None:
         """Append one transition given as CPU tensors (O,), (A,) and numbers."""
         if self.rows == len(self.table):
             raise IndexError(f"buffer of {len(self.table)} transitions is full")
@@ -72,7 +74,9 @@ class ReplayBuffer:
 
     def take(self, index: torch.Tensor) -> Batch:
         """The rows at `index` (n,), gathered at once."""
-        obs, actions, rewards, next_obs, terminations = self.table.index_select(0, index).split(self.widths, 1)
+        obs, actions, rewards, next_obs, terminations = self.table.index_select(0, index).split(
+            self.widths, 1
+        )
         return Batch(obs, actions, rewards.squeeze(1), next_obs, terminations.squeeze(1))
 
     def sample(self, n: int) -> Batch:

@@ -19,6 +19,7 @@ import json
 import math
 import sys
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +35,11 @@ from tqdm import tqdm
 from common import envs, run
 
 ENV_IDS = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4"}
-MEDIUM_EPOCH = {"hopper": 400, "halfcheetah": 200, "walker2d": 300}  # from the row counts of D4RL's replay files
+MEDIUM_EPOCH = {
+    "hopper": 400,
+    "halfcheetah": 200,
+    "walker2d": 300,
+}  # from the row counts of D4RL's replay files
 EXPERT_EPOCH = 1_000  # ours: D4RL's is unpublished; its full-replay files stop at 1e6 rows
 FIELDS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 
@@ -81,7 +86,7 @@ class SAC:
     def __init__(self, obs_dim: int, act_dim: int):
         def critic() -> nn.Module:
             sizes = (obs_dim + act_dim, 256, 256, 1)
-            layers = [m for i, o in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(i, o), nn.ReLU())]
+            layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
             return nn.Sequential(*layers[:-1])
 
         self.policy = Policy(obs_dim, act_dim)
@@ -236,7 +241,9 @@ def collect(args: Args) -> tuple[dict[str, np.ndarray], dict]:
         data = whole(data) if args.whole_episodes else data
     elif args.quality == "medium-expert":
         if args.epoch:
-            raise run.UsageError("epoch", args.epoch, "0 with --quality medium-expert (it has two checkpoints)")
+            raise run.UsageError(
+                "epoch", args.epoch, "0 with --quality medium-expert (it has two checkpoints)"
+            )
         medium = whole(roll(policy_of("medium").act, "medium"))
         data = concatenate([medium, roll(policy_of("expert").act, "expert")])
     else:
@@ -259,7 +266,9 @@ def main(args: Args) -> dict[str, float]:
     if args.out.exists():
         raise run.UsageError("out", args.out, "a file that does not exist yet")
     if args.rows < 1 or args.epoch < 0 or args.seed < 0:
-        raise run.UsageError("rows, epoch, seed", (args.rows, args.epoch, args.seed), "rows >= 1, others >= 0")
+        raise run.UsageError(
+            "rows, epoch, seed", (args.rows, args.epoch, args.seed), "rows >= 1, others >= 0"
+        )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     data, recipe = collect(args)
@@ -274,7 +283,11 @@ def main(args: Args) -> dict[str, float]:
         "return_max": float(returns.max()) if len(ends) else float("nan"),
     }
     settings = {k: str(v) for k, v in asdict(args).items() if k not in ("out", "work")}
-    flags = [f"--{k.replace('_', '-')}" + ("" if v == "True" else f" {v}") for k, v in settings.items() if v != "False"]
+    flags = [
+        f"--{k.replace('_', '-')}" + ("" if v == "True" else f" {v}")
+        for k, v in settings.items()
+        if v != "False"
+    ]
     made_by = " ".join(["python -m common.collect", *flags])
     versions = {m.__name__: m.__version__ for m in (gym, mujoco, torch, np)}
     write(
@@ -287,7 +300,10 @@ def main(args: Args) -> dict[str, float]:
             "versions": json.dumps(versions),
         },
     )
-    print(f"{args.out}: " + ", ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in stats.items()))
+    print(
+        f"{args.out}: "
+        + ", ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in stats.items())
+    )
     return {k: float(v) for k, v in stats.items()}
 
 

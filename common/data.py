@@ -138,7 +138,9 @@ def _sha256(f) -> str:  # Python 3.10
 def download(task: Task) -> None:
     """Fetch the file of `task` to `task.path`: `.part` first, size and hash checked, then renamed."""
     path, part = task.path, task.path.with_name(task.path.name + ".part")
-    advice = f"a reachable {task.url}; or put the file at {path}; or --env hopper-mini-v0, which needs no download"
+    advice = (
+        f"a reachable {task.url}; or put the file at {path}; or --env hopper-mini-v0, which needs no download"
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(task.url, timeout=20) as source, open(part, "wb") as f:
@@ -162,10 +164,14 @@ def verify(task: Task, path: Path) -> str:
     """SHA256 of the file at `path`; raises UsageError if size or hash are not the registered ones."""
     size = path.stat().st_size
     if task.size is not None and size != task.size:
-        raise UsageError("dataset", f"{path} of {size} bytes", f"{task.size} bytes, as published (cut off? delete it)")
+        raise UsageError(
+            "dataset", f"{path} of {size} bytes", f"{task.size} bytes, as published (cut off? delete it)"
+        )
     digest = sha256_of(path)
     if task.sha256 is not None and digest != task.sha256:
-        raise UsageError("dataset", f"{path} with SHA256 {digest}", f"{task.sha256}, as published (delete it)")
+        raise UsageError(
+            "dataset", f"{path} with SHA256 {digest}", f"{task.sha256}, as published (delete it)"
+        )
     return digest
 
 
@@ -191,15 +197,24 @@ class Dataset(NamedTuple):
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and std + 1e-3 of the observations, each (O,) float32 (CORL's normalisation of states)."""
-        return self.obs.mean(0, dtype=np.float64).astype(np.float32), (self.obs.std(0, dtype=np.float64) + 1e-3).astype(np.float32)
+        return self.obs.mean(0, dtype=np.float64).astype(np.float32), (
+            self.obs.std(0, dtype=np.float64) + 1e-3
+        ).astype(np.float32)
 
-    def batch(self, reward_scale: float = 1.0, reward_bias: float = 0.0, moments: tuple | None = None) -> Batch:
+    def batch(
+        self, reward_scale: float = 1.0, reward_bias: float = 0.0, moments: tuple | None = None
+    ) -> Batch:
         """All rows as tensors; rewards become scale · r + bias, observations (obs - mean) / std if asked."""
         obs, next_obs = self.obs, self.next_obs
         if moments is not None:
             obs, next_obs = ((x - moments[0]) / moments[1] for x in (obs, next_obs))
         rewards = reward_scale * self.rewards + np.float32(reward_bias)
-        return Batch(*(torch.from_numpy(np.ascontiguousarray(x)) for x in (obs, self.actions, rewards, next_obs, self.terminations)))
+        return Batch(
+            *(
+                torch.from_numpy(np.ascontiguousarray(x))
+                for x in (obs, self.actions, rewards, next_obs, self.terminations)
+            )
+        )
 
 
 def load(name: str, dataset: Path | None = None) -> Dataset:
@@ -211,7 +226,9 @@ def load(name: str, dataset: Path | None = None) -> Dataset:
         return read_d4rl(dataset, task, sha256_of(dataset))
     if not task.path.exists():
         if task.embedded:
-            raise UsageError("dataset", f"no {task.path}", "a complete installation (this file belongs to the package)")
+            raise UsageError(
+                "dataset", f"no {task.path}", "a complete installation (this file belongs to the package)"
+            )
         download(task)
     return read_d4rl(task.path, task, verify(task, task.path))
 
@@ -231,10 +248,16 @@ def read_d4rl(path: Path, task: Task, sha256: str) -> Dataset:
 
     try:
         with h5py.File(path, "r") as f:
-            keys = [k for k in ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations") if k in f]
+            keys = [
+                k
+                for k in ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+                if k in f
+            ]
             raw = {k: f[k][()] for k in keys}
     except (OSError, RuntimeError, TypeError, AttributeError) as e:
-        raise refuse(f"unreadable ({str(e).splitlines()[0][:100]})", "a complete HDF5 file in D4RL layout") from e
+        raise refuse(
+            f"unreadable ({str(e).splitlines()[0][:100]})", "a complete HDF5 file in D4RL layout"
+        ) from e
     for k in ("observations", "actions", "rewards", "terminals"):
         if k not in raw:
             raise refuse(f"no '{k}'", "an HDF5 file in D4RL layout")
@@ -257,7 +280,9 @@ def read_d4rl(path: Path, task: Task, sha256: str) -> Dataset:
             raw[k] = raw[k].astype(np.float32)
             bad = ~np.isfinite(raw[k].reshape(len(raw[k]), -1)).all(1)
             if bad.any():
-                raise refuse(f"{bad.sum()} rows of '{k}' are NaN or infinite, first {bad.argmax()}", "finite numbers")
+                raise refuse(
+                    f"{bad.sum()} rows of '{k}' are NaN or infinite, first {bad.argmax()}", "finite numbers"
+                )
     if (excess := np.abs(raw["actions"]).max()) > 1.001:
         raise refuse(f"actions up to {excess:.3g}", "actions in [-1, 1]")
     terminals = raw["terminals"].astype(np.float32) > 0.5
@@ -278,7 +303,9 @@ def read_d4rl(path: Path, task: Task, sha256: str) -> Dataset:
         next_obs[terminals] = obs[terminals]
         keep = ~(timeouts & ~terminals)
         keep[-1] &= terminals[-1]
-        ends = ends | np.concatenate([ends[1:] & ~keep[1:], [False]])  # an episode ends on its last row that is kept
+        ends = ends | np.concatenate(
+            [ends[1:] & ~keep[1:], [False]]
+        )  # an episode ends on its last row that is kept
     columns = (obs, raw["actions"].clip(-1, 1), raw["rewards"], next_obs, terminals.astype(np.float32), ends)
     if not keep.all():
         columns = tuple(x[keep] for x in columns)
@@ -316,7 +343,14 @@ class Interaction:
     stored actions again, which restores the simulator exactly without asking it for its state.
     """
 
-    def __init__(self, env: gym.Env, buffer: ReplayBuffer, seed: int, reward_scale: float = 1.0, reward_bias: float = 0.0):
+    def __init__(
+        self,
+        env: gym.Env,
+        buffer: ReplayBuffer,
+        seed: int,
+        reward_scale: float = 1.0,
+        reward_bias: float = 0.0,
+    ):
         self.env, self.buffer, self.seed = env, buffer, seed
         self.scale, self.bias = reward_scale, reward_bias
         self.episode = self.age = 0
@@ -354,14 +388,18 @@ class Interaction:
         if state["age"] == 0:
             return
         self._reset()
-        rows = torch.arange(self.buffer.rows - state["age"], self.buffer.rows, device=self.buffer.table.device)
+        rows = torch.arange(
+            self.buffer.rows - state["age"], self.buffer.rows, device=self.buffer.table.device
+        )
         batch = Batch(*(x.cpu() for x in self.buffer.take(rows)))
         for action in batch.actions.numpy():
             obs, reward, *_ = self.env.step(action)
             self.age, self.episode_return = self.age + 1, self.episode_return + float(reward)
         self.obs = torch.as_tensor(obs, dtype=torch.float32)
         if not torch.equal(self.obs, batch.next_obs[-1]):  # another machine or MuJoCo: start the next episode
-            print("note: the simulator does not repeat the interrupted episode exactly; going on with a new one")
+            print(
+                "note: the simulator does not repeat the interrupted episode exactly; going on with a new one"
+            )
             self.episode, self.obs = self.episode + 1, None
 
 
@@ -376,7 +414,9 @@ class Evaluator:
         self.task, self.seed, self.moments = task, seed, moments
         self.episodes, self.envs = episodes, []
 
-    def __call__(self, policy: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> dict[str, float]:
+    def __call__(
+        self, policy: Callable[[torch.Tensor], torch.Tensor], device: torch.device
+    ) -> dict[str, float]:
         """`policy` (E, O) -> (E, A), called with all E episodes even when some are over: shapes never change."""
         self.envs = self.envs or [make_env(self.task, self.moments) for _ in range(self.episodes)]
         seeds = [envs.episode_seed(self.seed, "eval", i) for i in range(self.episodes)]
@@ -392,4 +432,8 @@ class Evaluator:
                 if terminated or truncated:
                     active.remove(i)
         mean = float(returns.mean())
-        return {"eval/score": self.task.score(mean), "eval/return": mean, "eval/length": float(lengths.mean())}
+        return {
+            "eval/score": self.task.score(mean),
+            "eval/return": mean,
+            "eval/length": float(lengths.mean()),
+        }

@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def main(program: Callable, args_type: type, presets: dict[str, dict] | None = N
 
 
 def save_atomically(state: dict, path: Path) -> None:
-    """torch.save, written aside, synced, then renamed: `path` is the old file or the new one, never half of it."""
+    """torch.save, written aside, synced, renamed: `path` is the old file or the new one, never half of it."""
     buffer = io.BytesIO()
     torch.save(state, buffer)  # via memory, or a full disk becomes an opaque C++ error
     part = path.with_name(path.name + ".part")
@@ -154,8 +154,12 @@ def git_commit() -> str:
     """Commit of the source tree, "+" appended if it has changes; "unknown" outside git."""
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
+        ).stdout
         return commit + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -178,7 +182,7 @@ def pick_device(name: str) -> torch.device:
 
 
 class Run:
-    """Directory, log and state of one training run. Read the fields `device`, `compile`, `dir`; call the methods."""
+    """Directory, log and state of one training run. Fields to read: `device`, `compile`, `dir`, `final`."""
 
     def __init__(self, args: Any, file: str, dataset_name: str):
         """`args` has the settings of design section 2; `file` is the algorithm's __file__; raises UsageError.
@@ -203,6 +207,7 @@ class Run:
             raise UsageError("run directory", self.dir, "one that no other process is using") from e
         self.objects: dict[str, Any] = {}
         self.done: dict[str, int] = {}  # steps finished, per phase
+        self.passed: list[str] = []  # names that `once` was asked for
         self.seconds: dict[str, float] = {}  # wall time spent, per phase
         self.scores: dict[str, list[float]] = {}  # eval/score, per phase
         self.rows: list[dict] = []  # of log.csv
@@ -229,20 +234,30 @@ class Run:
             before = json.loads(path.read_text())["settings"]
             before = {k: v["value"] for k, v in before.items()}
             keys = [k for k in {**before, **settings} if k not in NOT_COMPARED]
-            changed = [f"{k} {before.get(k)} -> {settings.get(k)}" for k in keys if before.get(k) != settings.get(k)]
+            changed = [
+                f"{k} {before.get(k)} -> {settings.get(k)}" for k in keys if before.get(k) != settings.get(k)
+            ]
             if changed:
                 allowed = "the settings it was started with, another --out-dir, or --overwrite"
                 raise UsageError(f"settings of {self.dir}", ", ".join(changed), allowed)
             self.info = json.loads(path.read_text())
             return
         defaults = {f.name: f.default for f in fields(self.args)}
-        origin = {k: "default" if defaults[k] == getattr(self.args, k) else "preset or flag" for k in settings}
+        origin = {
+            k: "default" if defaults[k] == getattr(self.args, k) else "preset or flag" for k in settings
+        }
         self.info = {
             "settings": {k: {"value": v, "origin": origin[k]} for k, v in settings.items()},
             "command": " ".join(sys.argv),
             "commit": git_commit(),
-            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else platform.processor() or "cpu",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+            "device": torch.cuda.get_device_name()
+            if self.device.type == "cuda"
+            else platform.processor() or "cpu",
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+            },
         }
 
     def require(self, **facts: str) -> None:
@@ -256,8 +271,8 @@ class Run:
     def register(self, **objects: Any) -> None:
         """Everything that a checkpoint holds, by name: tensors and things with state_dict/load_state_dict.
 
-        If there is a checkpoint, it is loaded here, into the objects as they are (tensors keep their addresses), in
-        the order of the arguments. Call once, after everything is built and before anything is captured.
+        If there is a checkpoint, it is loaded here, into the objects as they are (tensors keep their addresses),
+        in the order of the arguments. Call once, after everything is built and before anything is captured.
         """
         self.objects = objects
         write_json(self.info, self.dir / "args.json")
@@ -266,7 +281,8 @@ class Run:
             state = load_state(path, self.device)
             for name, obj in objects.items():
                 restore(obj, state["objects"][name])
-            self.done, self.seconds, self.scores = state["done"], state["seconds"], state["scores"]
+            self.done, self.passed = state["done"], state["passed"]
+            self.seconds, self.scores = state["seconds"], state["scores"]
             torch.set_rng_state(state["rng"].cpu())
             if self.device.type == "cuda" and "cuda_rng" in state:
                 torch.cuda.set_rng_state(state["cuda_rng"].cpu())
@@ -279,8 +295,11 @@ class Run:
         """Write state.pt: the registered objects, counters, random states."""
         self._tick()
         state = {
-            "objects": {k: v if isinstance(v, torch.Tensor) else v.state_dict() for k, v in self.objects.items()},
+            "objects": {
+                k: v if isinstance(v, torch.Tensor) else v.state_dict() for k, v in self.objects.items()
+            },
             "done": self.done,
+            "passed": self.passed,
             "seconds": self.seconds,
             "scores": self.scores,
             "rng": torch.get_rng_state(),
@@ -295,13 +314,18 @@ class Run:
     def export_offline(self, settings: dict, **objects: Any) -> None:
         """Write offline.pt for `--from-offline`: the objects' states and the settings that shaped them."""
         state = {k: v.state_dict() for k, v in objects.items()}
-        save_atomically({"settings": settings, "objects": state, "score": self.scores["offline"][-1]}, self.dir / "offline.pt")
+        save_atomically(
+            {"settings": settings, "objects": state, "score": self.scores["offline"][-1]},
+            self.dir / "offline.pt",
+        )
 
     def import_offline(self, path: Path, settings: dict, **objects: Any) -> None:
-        """Load the offline.pt at `path` (or in that run directory); settings that differ are a usage error."""
+        """Load the offline.pt at `path` (or in that run directory); other settings are a usage error."""
         path = path / "offline.pt" if path.is_dir() else path
         if not path.exists():
-            raise UsageError("--from-offline", path, "an offline.pt, or a run directory whose offline phase is over")
+            raise UsageError(
+                "--from-offline", path, "an offline.pt, or a run directory whose offline phase is over"
+            )
         state = load_state(path, self.device)
         theirs = state.get("settings", {})
         changed = [f"{k} {theirs.get(k)} -> {v}" for k, v in settings.items() if theirs.get(k) != v]
@@ -313,12 +337,14 @@ class Run:
 
     # -- phases --
 
-    def starting(self, phase: str) -> bool:
-        """Whether no step of `phase` has been taken yet (what a switch of phases does belongs behind this)."""
-        return self.done.get(phase, 0) == 0
+    def once(self, name: str) -> bool:
+        """True the first time in the life of this run, resumed or not: for what happens between phases."""
+        first = name not in self.passed
+        self.passed.append(name)
+        return first
 
     def phase(self, name: str, steps: int) -> Iterator[int]:
-        """Yield the steps of a phase that are still to do; checkpoint by the clock, at the end, and on a signal."""
+        """Yield the steps of a phase still to do; checkpoint by the clock, at the end, and on a signal."""
         self.current, first = name, self.done.setdefault(name, 0)
         if first >= steps:
             return
@@ -339,7 +365,9 @@ class Run:
                 self.bar.update()
                 if caught:
                     self.checkpoint()
-                    print(f"{self.dir}: stopped at {name} step {step + 1}, checkpoint written", file=sys.stderr)
+                    print(
+                        f"{self.dir}: stopped at {name} step {step + 1}, checkpoint written", file=sys.stderr
+                    )
                     sys.exit(128 + caught[0])
                 if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
                     self.checkpoint()
@@ -372,14 +400,17 @@ class Run:
         self.record(step + 1, row)
 
     def record(self, step: int, row: dict[str, float]) -> None:
-        """Add a line to the log now. `eval/score` also goes to the scores, the progress bar and the screen."""
+        """Add a line to the log now. `eval/score` also goes to the scores, the bar and the screen."""
         self.rows.append({"phase": self.current, "step": step, **row})
         if "eval/score" in row:
             self.scores.setdefault(self.current, []).append(row["eval/score"])
-            tqdm.write(f"{self.current} {step}: score {row['eval/score']:.1f}, return {row['eval/return']:.1f}")
+            tqdm.write(
+                f"{self.current} {step}: score {row['eval/score']:.1f}, return {row['eval/return']:.1f}"
+            )
             if self.bar is not None:
                 self.bar.set_postfix(score=f"{row['eval/score']:.1f}")
             self._write_rows()
+            self.clock = (time.monotonic(), step)  # evaluations do not count as speed
         if self.wandb is not None:
             self.wandb.log({**row, f"{self.current}_step": step})
 
@@ -395,7 +426,9 @@ class Run:
     def _load_rows(self, count: int) -> None:
         if count:
             with open(self.dir / "log.csv", newline="") as f:
-                self.rows = [{k: v for k, v in row.items() if v != ""} for row in list(csv.DictReader(f))[:count]]
+                self.rows = [
+                    {k: v for k, v in row.items() if v != ""} for row in list(csv.DictReader(f))[:count]
+                ]
 
     def _start_wandb(self) -> None:
         try:
@@ -403,7 +436,11 @@ class Run:
 
             name = "/".join(self.dir.parts[-3:])
             self.wandb = wandb.init(
-                project="o2o-diffusion", name=name, id=re.sub(r"\W", "-", name), resume="allow", config=asdict(self.args)
+                project="o2o-diffusion",
+                name=name,
+                id=re.sub(r"\W", "-", name),
+                resume="allow",
+                config=asdict(self.args),
             )
         except Exception as e:  # a logging service must never stop a run
             print(f"warning: going on without Weights & Biases: {e}", file=sys.stderr)
@@ -427,11 +464,11 @@ class Run:
     # -- speed --
 
     def compiled(self, function: Callable) -> Callable:
-        """`function` through torch.compile with --compile, else as it is. For losses: tensors in, tensors out."""
+        """`function` through torch.compile with --compile, else as it is. For losses: tensors in and out."""
         return torch.compile(function) if self.compile else function
 
     def capture(self, step: Callable[[], dict[str, torch.Tensor]]) -> Callable[[], dict[str, torch.Tensor]]:
-        """`step` (no arguments, static tensors, no host sync) as a CUDA graph on a GPU with --compile, else as it is."""
+        """`step` (no arguments, static tensors, no host sync): a CUDA graph on a GPU with --compile, else itself."""
         return CapturedStep(step) if self.compile and self.device.type == "cuda" else step
 
 
@@ -461,7 +498,7 @@ class CapturedStep:
 
 
 def restore(obj: Any, state: Any) -> None:
-    """Load `state` into `obj`. An optimizer keeps its own fused/capturable flags (a checkpoint would undo them)."""
+    """Load `state` into `obj`. An optimizer keeps its own fused and capturable flags, not the checkpoint's."""
     if isinstance(obj, torch.Tensor):
         obj.copy_(state)
     elif isinstance(obj, torch.optim.Optimizer):

@@ -65,7 +65,9 @@ def check(root: Path, fix: bool = False) -> list[str]:
                 names[name].setdefault(ast.dump(node), []).append(stem)
     for name, bodies in names.items():
         if len(bodies) > 1:
-            errors.append(f"{name}: {len(bodies)} different bodies in {sorted(sum(bodies.values(), []))}")
+            errors.append(
+                f"{name}: {len(bodies)} different bodies in {sorted(s for b in bodies.values() for s in b)}"
+            )
     return errors
 
 
