@@ -157,7 +157,7 @@ def make_nets(obs_dim: int, act_dim: int, hidden: int) -> nn.ModuleDict:
 # --- shared: iql.losses ---
 def value_loss(adv: torch.Tensor, expectile: float | torch.Tensor) -> torch.Tensor:
     """L_V = E[ |τ - 1(A < 0)| A² ], A = Q̂ - V; adv (B,), τ a number or (B,) -> ().  [IQL Eq. 5]"""
-    return (torch.abs(expectile - (adv < 0).float()) * adv.square()).mean()
+    return (torch.abs(expectile - (adv < 0).to(adv)) * adv.square()).mean()
 
 
 def td_target(
@@ -239,10 +239,15 @@ def restart_optimizer(opt: torch.optim.Adam, lr: float) -> None:
 
 def train(args: Args) -> dict[str, float]:
     task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
-    r = run.Run(args, __file__, name)
+    r = run.Run(args, __file__, name, ENV_PRESETS)
     if r.final:
         print(f"{r.dir}: finished; --overwrite starts anew")
         return r.final
+    n_offline = round(args.offline_frac * args.batch_size)
+    if not 0 < n_offline < args.batch_size:
+        raise run.UsageError(
+            "--offline-frac", args.offline_frac, f"a share of {args.batch_size} rows with both sources"
+        )
     dataset = data.load(args.env, args.dataset)
     r.require(dataset=dataset.sha256)
     moments = dataset.moments() if args.normalize_obs else None
@@ -295,11 +300,9 @@ def train(args: Args) -> dict[str, float]:
     if r.once("offline_end"):
         r.record(args.offline_steps, evaluate(act, r.device))
         r.export_offline(offline_settings, nets=nets)
-        restart_optimizer(opt, args.lr)
+        restart_optimizer(opt, args.lr)  # D3; q_target stays: D5
 
     # online: one environment step, then utd gradient steps on half dataset, half own experience
-    n_offline = round(args.offline_frac * args.batch_size)
-
     def online_step() -> dict[str, torch.Tensor]:
         if args.append_online:
             batch = offline.sample(args.batch_size)

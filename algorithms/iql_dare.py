@@ -237,7 +237,7 @@ def make_nets(obs_dim: int, act_dim: int, hidden: int) -> nn.ModuleDict:
 # --- shared: iql.losses ---
 def value_loss(adv: torch.Tensor, expectile: float | torch.Tensor) -> torch.Tensor:
     """L_V = E[ |τ - 1(A < 0)| A² ], A = Q̂ - V; adv (B,), τ a number or (B,) -> ().  [IQL Eq. 5]"""
-    return (torch.abs(expectile - (adv < 0).float()) * adv.square()).mean()
+    return (torch.abs(expectile - (adv < 0).to(adv)) * adv.square()).mean()
 
 
 def td_target(
@@ -503,10 +503,15 @@ def guided_eps(behavior: nn.Module, energy: nn.Module | None, obs: torch.Tensor,
 
 @torch.no_grad()
 def support_actions(
-    behavior: nn.Module, obs: torch.Tensor, k: int, act_dim: int, sampler: str
+    behavior: nn.Module,
+    obs: torch.Tensor,
+    k: int,
+    act_dim: int,
+    sampler: str,
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """K unguided behavior actions for each state, clamped: (N, O) -> (N, K, A).  [CEP]: D12"""
-    noise = torch.randn(len(obs) * k, act_dim, device=obs.device)
+    noise = torch.randn(len(obs) * k, act_dim, device=obs.device, generator=generator)
     eps_fn = guided_eps(behavior, None, obs.repeat_interleave(k, 0), 0.0)
     return SAMPLERS[sampler](eps_fn, noise).clamp(-1, 1).view(len(obs), k, act_dim)
 
@@ -646,10 +651,15 @@ def dare_losses(
 
 def train(args: Args) -> dict[str, float]:
     task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
-    r = run.Run(args, __file__, name)
+    r = run.Run(args, __file__, name, ENV_PRESETS)
     if r.final:
         print(f"{r.dir}: finished; --overwrite starts anew")
         return r.final
+    n_offline = round(args.offline_frac * args.batch_size)
+    if not 0 < n_offline < args.batch_size:
+        raise run.UsageError(
+            "--offline-frac", args.offline_frac, f"a share of {args.batch_size} rows with both sources"
+        )
     dataset = data.load(args.env, args.dataset)
     r.require(dataset=dataset.sha256)
     moments = dataset.moments() if args.normalize_obs else None
@@ -707,7 +717,7 @@ def train(args: Args) -> dict[str, float]:
     if r.once("offline_end"):
         r.record(args.offline_steps, evaluate(act, r.device))
         r.export_offline(offline_settings, nets=nets)
-        restart_optimizer(opt, args.lr)
+        restart_optimizer(opt, args.lr)  # D3; q_target stays: D5
 
     # NEW: between the phases: behavior model, support actions, energy on the offline Q
     exchanging, guided = args.exchange_cap != 0, args.guidance_scale > 0
@@ -718,7 +728,7 @@ def train(args: Args) -> dict[str, float]:
 
     def behavior_step() -> dict[str, torch.Tensor]:
         batch = offline.sample(args.behavior_batch)
-        with torch.autocast(r.device.type, torch.bfloat16, enabled=r.device.type == "cuda"):
+        with torch.autocast("cuda", torch.bfloat16, enabled=r.device.type == "cuda", cache_enabled=False):
             loss = compiled_behavior_loss(behavior, batch.obs, batch.actions)
         behavior_opt.zero_grad(set_to_none=True)
         loss.backward()
@@ -752,8 +762,11 @@ def train(args: Args) -> dict[str, float]:
         if (r.dir / "support.pt").exists():
             run.restore(offline_support, run.load_state(r.dir / "support.pt", r.device))
         else:
+            own = torch.Generator(r.device).manual_seed(
+                args.seed
+            )  # whether computed or read, the run goes on alike
             for obs in tqdm(offline.obs.split(1_024), desc="support", unit="chunk", disable=None):
-                chunk = support_actions(behavior, obs, args.support_k, task.act_dim, args.sampler)
+                chunk = support_actions(behavior, obs, args.support_k, task.act_dim, args.sampler, own)
                 offline_support.extend(chunk)
             run.save_atomically(offline_support.state_dict(), r.dir / "support.pt")
         step_fn = r.capture(energy_step)
@@ -761,7 +774,6 @@ def train(args: Args) -> dict[str, float]:
             r.log(step, step_fn())
 
     # online: one environment step, then utd gradient steps on half dataset, half own experience
-    n_offline = round(args.offline_frac * args.batch_size)
     from_dataset = torch.arange(args.batch_size, device=r.device) < n_offline  # NEW
     compiled_dare_losses = r.compiled(dare_losses)  # NEW
 

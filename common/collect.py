@@ -49,7 +49,9 @@ class Args:
     out: Path  # HDF5 file to write; an existing file is refused
     env: Literal["hopper", "halfcheetah", "walker2d"] = "hopper"
     quality: Literal["random", "medium", "medium-replay", "medium-expert", "expert"] = "medium-replay"
-    rows: int = 1_000_000  # rows of each roll-out part; medium-replay: at most this many
+    rows: int = (
+        1_000_000  # of each roll-out part; medium-replay: if there are more, episodes are thinned evenly
+    )
     epoch: int = 0  # SAC epoch of the checkpoint, 0 = D4RL's (medium qualities) or ours (expert)
     whole_episodes: bool = False  # never cut an episode, neither at the end of an epoch nor of the file
     seed: int = 0
@@ -161,6 +163,20 @@ def whole(data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {k: v[: ends[-1] + 1 if len(ends) else 0] for k, v in data.items()}
 
 
+def thin(data: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+    """Episodes spread evenly over `data`, in their order, at most `rows` rows of them; all if they fit."""
+    ends = np.flatnonzero(data["terminals"] | data["timeouts"]) + 1
+    starts, total = np.concatenate([[0], ends[:-1]]), len(data["rewards"])
+    if total <= rows:
+        return data
+    kept, seen = [], 0
+    for start, end in zip(starts, ends, strict=True):
+        seen += end - start
+        if sum(map(len, kept)) + end - start <= seen * rows / total:
+            kept.append(np.arange(start, end))
+    return {k: v[np.concatenate(kept)] for k, v in data.items()}
+
+
 def train_sac(args: Args, env: gym.Env, epoch: int) -> tuple[Policy, dict[str, np.ndarray]]:
     """SAC up to and including epoch `epoch` -> the policy and the replay so far, in time order.
 
@@ -237,8 +253,7 @@ def collect(args: Args) -> tuple[dict[str, np.ndarray], dict]:
     elif args.quality == "medium-replay":
         used["medium"] = args.epoch or MEDIUM_EPOCH[args.env]
         _, data = train_sac(args, env, used["medium"])
-        data = {k: v[: args.rows] for k, v in data.items()}
-        data = whole(data) if args.whole_episodes else data
+        data = thin(whole(data) if args.whole_episodes else data, args.rows)
     elif args.quality == "medium-expert":
         if args.epoch:
             raise run.UsageError(

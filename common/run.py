@@ -21,7 +21,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from dataclasses import asdict, fields
@@ -35,7 +37,7 @@ from tqdm import tqdm
 
 CHECKPOINT_SECONDS = 60.0  # wall time between checkpoints; evaluations and ends of phases write one anyway
 LOG_EVERY = 1_000  # steps of the running phase between two lines of losses
-NOT_COMPARED = {"device", "compile", "out_dir", "wandb", "overwrite", "from_offline"}  # may change on resume
+NOT_COMPARED = {"device", "compile", "out_dir", "wandb", "overwrite", "dataset"}  # may change on resume
 LIMITS = {  # setting -> (least, most) allowed, "(" at an end excludes it; every numeric setting has a row
     "seed": "[0, inf)", "offline_steps": "[0, inf)", "online_steps": "[0, inf)", "batch_size": "[2, inf)",
     "gamma": "[0, 1]", "polyak": "(0, 1]", "expectile": "(0, 1)", "inv_temp": "[0, inf)", "lr": "(0, inf)",
@@ -69,11 +71,14 @@ def with_presets(args_type: type, presets: dict[str, dict], env: str, **flags) -
 def parse_args(args_type: type, presets: dict[str, dict] | None = None) -> Any:
     """Command line -> settings: class default < preset of the task < flag. Bad usage: one line, exit 2."""
 
+    switch = {"--compile": ["--compile", "True"], "--no-compile": ["--compile", "False"]}  # None is neither
+    words = [word for arg in sys.argv[1:] for word in switch.get(arg, [arg])]
+
     def cli(**kwargs) -> Any:
         text = io.StringIO()
         try:
             with redirect_stderr(text):
-                return tyro.cli(args_type, **kwargs)
+                return tyro.cli(args_type, args=words, **kwargs)
         except SystemExit as e:
             if e.code not in (0, None):  # tyro draws a box; keep its words
                 plain = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯├┤─]", " ", text.getvalue())
@@ -184,10 +189,11 @@ def pick_device(name: str) -> torch.device:
 class Run:
     """Directory, log and state of one training run. Fields to read: `device`, `compile`, `dir`, `final`."""
 
-    def __init__(self, args: Any, file: str, dataset_name: str):
-        """`args` has the settings of design section 2; `file` is the algorithm's __file__; raises UsageError.
+    def __init__(self, args: Any, file: str, dataset_name: str, presets: dict[str, dict]):
+        """`args` has every algorithm's common flags; `file` is the algorithm's __file__; raises UsageError.
 
-        `dataset_name` is the folder under which the run is filed: the task, or `<task>@<file stem>`.
+        `dataset_name` is the folder under which the run is filed: the task, or `<task>@<file stem>`; `presets` says
+        which settings come from where.
         """
         check_limits(args)
         self.args = args
@@ -200,9 +206,10 @@ class Run:
         if args.overwrite and self.dir.exists():
             shutil.rmtree(self.dir)
         self.dir.mkdir(parents=True, exist_ok=True)
-        self.lock = os.open(self.dir, os.O_RDONLY)
+        lock = os.open(self.dir, os.O_RDONLY)
+        self.release = weakref.finalize(self, os.close, lock)
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise UsageError("run directory", self.dir, "one that no other process is using") from e
         self.objects: dict[str, Any] = {}
@@ -217,7 +224,7 @@ class Run:
         self.wandb = None
         self.saved_at = time.monotonic()
         self.clock = (time.monotonic(), 0)  # of the last log line: time, step
-        self._settle_args()
+        self._settle_args(presets)
 
     @property
     def final(self) -> dict[str, float] | None:
@@ -225,7 +232,7 @@ class Run:
         path = self.dir / "final.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    def _settle_args(self) -> None:
+    def _settle_args(self, presets: dict[str, dict]) -> None:
         """Compare with the args.json of a run that has begun; `register` writes it."""
         path = self.dir / "args.json"
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.args).items()}
@@ -243,9 +250,14 @@ class Run:
             self.info = json.loads(path.read_text())
             return
         defaults = {f.name: f.default for f in fields(self.args)}
-        origin = {
-            k: "default" if defaults[k] == getattr(self.args, k) else "preset or flag" for k in settings
-        }
+        preset = asdict(with_presets(type(self.args), presets, self.args.env))
+        origin = {}
+        for k, v in asdict(self.args).items():
+            origin[k] = (
+                "flag" if v != preset[k] or k == "env" else "default" if v == defaults[k] else "preset"
+            )
+        told = [f"{k}={settings[k]} ({o})" for k, o in origin.items() if o != "default"]
+        print(f"{self.dir}: {self.device}, compile {self.compile}; not default: {', '.join(told)}")
         self.info = {
             "settings": {k: {"value": v, "origin": origin[k]} for k, v in settings.items()},
             "command": " ".join(sys.argv),
@@ -350,13 +362,14 @@ class Run:
             return
         self._started, self.clock = time.monotonic(), (time.monotonic(), first)
         caught: list[int] = []
-        handlers = {}
-        for s in (signal.SIGINT, signal.SIGTERM):
-            with_handler = (lambda n, _: caught.append(n)) if not caught else signal.SIG_DFL
-            try:
-                handlers[s] = signal.signal(s, with_handler)
-            except ValueError:  # not the main thread: the caller has the signals
-                break
+
+        def on_signal(number: int, _) -> None:
+            if caught:  # the second time: at once
+                sys.exit(128 + number)
+            caught.append(number)
+
+        main_thread = threading.current_thread() is threading.main_thread()
+        handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM) if main_thread}
         self.bar = tqdm(total=steps, initial=first, desc=name, unit="step", disable=None, dynamic_ncols=True)
         try:
             for step in range(first, steps):
@@ -387,9 +400,9 @@ class Run:
 
     # -- log --
 
-    def log(self, step: int, metrics: dict[str, torch.Tensor], every: int = LOG_EVERY) -> None:
-        """Add a line to the log at every `every`-th step; the one place where losses come to the host."""
-        if (step + 1) % every:
+    def log(self, step: int, metrics: dict[str, torch.Tensor]) -> None:
+        """Add a line to the log at every LOG_EVERY-th step; the one place where losses come to the host."""
+        if (step + 1) % LOG_EVERY:
             return
         names = [k for k, v in metrics.items() if isinstance(v, torch.Tensor)]
         values = torch.stack([metrics[k].float() for k in names]).tolist() if names else []  # one copy
@@ -411,6 +424,7 @@ class Run:
                 self.bar.set_postfix(score=f"{row['eval/score']:.1f}")
             self._write_rows()
             self.clock = (time.monotonic(), step)  # evaluations do not count as speed
+            self.saved_at = -math.inf  # a checkpoint is due
         if self.wandb is not None:
             self.wandb.log({**row, f"{self.current}_step": step})
 
@@ -459,6 +473,7 @@ class Run:
         print(f"{self.dir}: " + ", ".join(f"{k} {v:.1f}" for k, v in result.items()))
         if self.wandb is not None:
             self.wandb.finish()
+        self.release()
         return result
 
     # -- speed --

@@ -1,0 +1,49 @@
+"""What several test files need: one torch thread, a small dataset, and settings that finish in seconds."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common import collect, envs, run
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(p.stem for p in (ROOT / "algorithms").glob("*.py"))
+TINY = dict(  # by setting; a file takes those it has
+    device="cpu", offline_steps=20, online_steps=30, warmup_steps=10, eval_every=15, eval_episodes=2,
+    batch_size=16, hidden=16, behavior_steps=20, behavior_batch=32, behavior_width=16, energy_steps=10,
+    energy_batch=16, energy_hidden=16, support_k=3, support_every=7, sampler="fast",
+)  # fmt: skip
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+def module(stem: str):
+    """algorithms/<stem>.py, imported."""
+    return importlib.import_module(f"algorithms.{stem}")
+
+
+def tiny_args(stem: str, **changes):
+    """Settings of algorithms/<stem>.py that train in a second or two; no preset."""
+    args_type = module(stem).Args
+    known = args_type.__dataclass_fields__
+    return args_type(env="hopper-medium-v2", **{k: v for k, v in TINY.items() if k in known} | changes)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    """600 rows of random Hopper roll-outs in D4RL layout."""
+    env, rng = envs.locomotion("Hopper-v4"), np.random.default_rng(0)
+    parts = [collect.rollout(env, lambda _: rng.uniform(-1, 1, 3), seed) for seed in range(60)]
+    path = tmp_path_factory.mktemp("data") / "random.hdf5"
+    collect.write(path, collect.concatenate(parts, 600), {})
+    return path
+
+
+@pytest.fixture(autouse=True)
+def frequent_logs(monkeypatch) -> None:
+    monkeypatch.setattr(run, "LOG_EVERY", 5)

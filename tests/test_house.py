@@ -1,0 +1,204 @@
+"""The house rules that a machine can check: copies, names, settings, notes, imports, branches."""
+
+import ast
+import difflib
+import re
+import subprocess
+import sys
+
+import pytest
+import shared_blocks
+import torch
+from conftest import FILES, ROOT, module, tiny_args
+
+from common import data, run
+
+SOURCES = {stem: (ROOT / "algorithms" / f"{stem}.py").read_text() for stem in FILES}
+PLUMBING = {"device", "compile", "out_dir", "wandb", "overwrite", "seed"}  # read in common/run.py
+METHODS = [stem for stem in FILES if "_" in stem]
+
+
+def code_of(source: str) -> str:
+    """The source without its module docstring."""
+    return source[source.index('"""', 3) + 3 :]
+
+
+def field_comments(stem: str) -> dict[str, tuple[str, str]]:
+    """Setting -> (type, trailing comment up to its source) of a file's Args."""
+    body = re.search(r"class Args:\n(.*?)\n\n\n", SOURCES[stem], re.S).group(1)
+    found = re.findall(r"^    (\w+): ([^=\n]+?) = [^#\n]+#\s*([^\[\n:;]*)", body, re.M)
+    return {name: (kind.strip(), unit.strip()) for name, kind, unit in found}
+
+
+def test_shared_blocks_are_identical():
+    assert shared_blocks.check(ROOT) == []
+
+
+def test_the_copies_check_sees_drift(tmp_path):
+    """A changed copy, a lonely fence, one name with two bodies, an unclosed fence; --fix restores the copy."""
+    folder = tmp_path / "algorithms"
+    folder.mkdir()
+    block = "# --- shared: a.b ---\nx = 1\n# --- end shared: a.b ---\n"
+    (folder / "a.py").write_text(block)
+    (folder / "c.py").write_text(block.replace("x = 1", "x = 2"))
+    assert shared_blocks.check(tmp_path, fix=True) == ["c.py: a.b differs from a.py"]
+    assert shared_blocks.check(tmp_path) == [] and (folder / "c.py").read_text() == block
+    (folder / "c.py").write_text("def f():\n    return 1\n")
+    (folder / "d.py").write_text("def f():\n    return 2\n")
+    problems = shared_blocks.check(tmp_path)
+    assert any("only a.py" in p for p in problems) and any("2 different bodies" in p for p in problems)
+    (folder / "c.py").write_text("# --- shared: a.b ---\n")
+    assert "never closed" in shared_blocks.check(tmp_path)[0]
+
+
+@pytest.mark.parametrize("stem", METHODS)
+def test_a_method_is_its_backbone_plus_its_own(stem):
+    """At most 40 lines of the backbone are gone, outside docstring, Args, presets and imports."""
+
+    def lines(name: str) -> list[str]:
+        source = code_of(SOURCES[name])
+        return [x for x in source[source.index("OFFLINE_SETTINGS") :].split("\n") if x.strip()]
+
+    changes = difflib.unified_diff(lines(stem.split("_")[0]), lines(stem), lineterm="", n=0)
+    removed = [x for x in changes if x.startswith("-") and not x.startswith("---")]
+    assert len(removed) <= 40, removed
+
+
+@pytest.mark.parametrize("stem", FILES)
+def test_notes_in_code_and_docstring_are_the_same(stem):
+    source = SOURCES[stem]
+    ids = r"\b[DU]\d+\b"
+    told, used = set(re.findall(ids, source[: source.index('"""', 3)])), set(re.findall(ids, code_of(source)))
+    assert told == used, (
+        f"explained, not in the code: {told - used}; in the code, not explained: {used - told}"
+    )
+
+
+@pytest.mark.parametrize("stem", FILES)
+def test_every_setting_is_read_and_has_a_comment(stem):
+    names = {f for f in module(stem).Args.__dataclass_fields__}
+    read = set(re.findall(r"\bargs\.(\w+)", code_of(SOURCES[stem])))
+    listed = set(module(stem).OFFLINE_SETTINGS)
+    assert names - read - PLUMBING == set()
+    assert listed <= names
+    uncommented = names - set(field_comments(stem))
+    assert uncommented <= {"env", "dataset", "from_offline", "seed", "sampler"}, uncommented
+
+
+def test_a_setting_means_the_same_in_every_file():
+    seen: dict[str, dict] = {}
+    for stem in FILES:
+        for name, meaning in field_comments(stem).items():
+            seen.setdefault(name, {})[stem] = meaning
+    assert {k: v for k, v in seen.items() if len(set(v.values())) > 1} == {}
+
+
+@pytest.mark.parametrize("stem", FILES)
+def test_numeric_settings_have_limits_and_right_types(stem):
+    args = module(stem).Args()
+    run.check_limits(args)
+    for name, field in module(stem).Args.__dataclass_fields__.items():
+        value = field.default
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            assert name in run.LIMITS
+            assert type(value).__name__ == getattr(field.type, "__name__", field.type), name
+
+
+@pytest.mark.parametrize("stem", FILES)
+def test_presets_fit_settings_and_tasks(stem):
+    algorithm = module(stem)
+    fields = algorithm.Args.__dataclass_fields__
+    for prefix, row in algorithm.ENV_PRESETS.items():
+        assert any(name.startswith(prefix) for name in data.TASKS), f"no task starts with {prefix}"
+        for k, v in row.items():
+            assert type(v) is type(fields[k].default), f"{prefix}: {k}"
+    for name in data.TASKS:
+        run.check_limits(run.with_presets(algorithm.Args, algorithm.ENV_PRESETS, name))
+
+
+def test_dare_guidance_scales_are_table_7():
+    algorithm = module("iql_dare")
+    table = {"halfcheetah": (10, 8, 3), "hopper": (8, 3, 2), "walker2d": (10, 5, 5)}
+    for robot, scales in table.items():
+        for quality, scale in zip(("medium", "medium-replay", "medium-expert"), scales, strict=True):
+            args = run.with_presets(algorithm.Args, algorithm.ENV_PRESETS, f"{robot}-{quality}-v2")
+            assert args.guidance_scale == scale
+
+
+def test_importing_does_nothing_and_needs_no_wandb_gpu_or_network(tmp_path):
+    """No wandb import, no socket, no CUDA initialisation, no argument parsing, no file."""
+    program = f"""
+import socket, sys
+def no(*_, **__): raise AssertionError("not at import")
+socket.socket.connect = no
+sys.modules["wandb"] = None
+sys.modules["matplotlib"] = None
+sys.argv = ["x", "--nonsense"]
+import importlib, torch
+for stem in {FILES!r}:
+    importlib.import_module("algorithms." + stem)
+assert not torch.cuda.is_initialized()
+print("quiet")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "quiet\n" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stem", FILES)
+def test_help_by_path_from_another_directory(stem, tmp_path):
+    script = str(ROOT / "algorithms" / f"{stem}.py")
+    done = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "--expectile" in done.stdout
+
+
+SWITCHES = [
+    (stem, name)
+    for stem in FILES
+    for name, field in module(stem).Args.__dataclass_fields__.items()
+    if field.default in (True, False) and type(field.default) is bool and name not in ("wandb", "overwrite")
+]
+
+
+@pytest.mark.parametrize(("stem", "name"), SWITCHES)
+def test_training_with_each_switch_flipped(stem, name, dataset, tmp_path):
+    """Branches that only a non-default flag reaches still train, and change the run."""
+    plain = module(stem).train(tiny_args(stem, dataset=dataset, out_dir=tmp_path / "plain", online_steps=40))
+    flipped = not module(stem).Args.__dataclass_fields__[name].default
+    args = tiny_args(stem, dataset=dataset, out_dir=tmp_path / "flipped", online_steps=40, **{name: flipped})
+    result = module(stem).train(args)
+    assert all(abs(result[k]) < 1e4 for k in ("offline_score", "final_score"))
+    assert result["final_score"] != plain["final_score"]
+
+
+@pytest.mark.parametrize("stem", FILES)
+def test_no_host_reads_in_updates(stem):
+    """No .item(), float(tensor), print or numpy inside the functions that a gradient step is made of."""
+    tree = ast.parse(SOURCES[stem])
+    step = {"losses", "update", "dare_losses", "exchange", "gaussian_threshold", "alignment", "energy_loss"}
+    step |= {
+        "guided_eps",
+        "behavior_loss",
+        "offline_step",
+        "online_step",
+        "energy_update",
+        "split",
+        "elbo_score",
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name in step:
+            text = ast.unparse(node)
+            assert not re.search(
+                r"\.item\(|\.tolist\(|\.cpu\(|\.numpy\(|print\(|(?<!\.)\bfloat\(|nonzero", text
+            ), node.name
+
+
+@pytest.mark.parametrize("stem", FILES)
+def test_settings_are_frozen(stem):
+    args = module(stem).Args()
+    with pytest.raises(AttributeError):
+        args.lr = 1.0
+
+
+def test_one_torch_thread_in_tests():
+    assert torch.get_num_threads() == 1
