@@ -71,8 +71,10 @@ class Args:
 
 
 ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
-    "hopper-mini": dict(offline_steps=20_000, online_steps=15_000, warmup_steps=2_500, hidden=128),  # U1
-}
+    "hopper-mini": dict(  # U1
+        offline_steps=15_000, online_steps=10_000, warmup_steps=2_000, lr=1e-3, polyak=0.02, hidden=64
+    ),
+}  # fmt: skip
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
     "env", "offline_steps", "batch_size", "gamma", "polyak", "expectile", "inv_temp", "lr", "hidden",
     "normalize_reward", "normalize_obs",
@@ -245,14 +247,13 @@ def train(args: Args) -> dict[str, float]:
         return r.final
     n_offline = round(args.offline_frac * args.batch_size)
     if not 0 < n_offline < args.batch_size:
-        raise run.UsageError(
-            "--offline-frac", args.offline_frac, f"a share of {args.batch_size} rows with both sources"
-        )
+        raise run.UsageError("--offline-frac", args.offline_frac, f"some of {args.batch_size} rows, not all")
     dataset = data.load(args.env, args.dataset)
     r.require(dataset=dataset.sha256)
     moments = dataset.moments() if args.normalize_obs else None
     returns = dataset.episode_returns()
-    reward_scale = 1_000 / max(returns.max() - returns.min(), 1e-6) if args.normalize_reward else 1.0  # D2
+    return_range = float(returns.max() - returns.min())
+    reward_scale = 1_000 / max(return_range, 1e-6) if args.normalize_reward else 1.0  # D2
     offline = ReplayBuffer(
         len(dataset.rewards) + (args.online_steps if args.append_online else 0),
         task.obs_dim,

@@ -148,9 +148,9 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     "walker2d-medium-replay-v2": dict(guidance_scale=5.0),
     "walker2d-medium-expert-v2": dict(guidance_scale=5.0),
     "hopper-mini": dict(  # U1
-        offline_steps=20_000, online_steps=7_500, warmup_steps=2_500, hidden=128,
+        offline_steps=15_000, online_steps=6_000, warmup_steps=2_000, lr=1e-3, polyak=0.02, hidden=64,
         behavior_steps=4_000, behavior_batch=512, behavior_lr=1e-3, behavior_width=64,
-        energy_steps=1_000, energy_hidden=64, support_k=8, sampler="fast",
+        energy_steps=1_000, energy_hidden=32, support_k=4, sampler="fast",
     ),
 }  # fmt: skip
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
@@ -657,14 +657,13 @@ def train(args: Args) -> dict[str, float]:
         return r.final
     n_offline = round(args.offline_frac * args.batch_size)
     if not 0 < n_offline < args.batch_size:
-        raise run.UsageError(
-            "--offline-frac", args.offline_frac, f"a share of {args.batch_size} rows with both sources"
-        )
+        raise run.UsageError("--offline-frac", args.offline_frac, f"some of {args.batch_size} rows, not all")
     dataset = data.load(args.env, args.dataset)
     r.require(dataset=dataset.sha256)
     moments = dataset.moments() if args.normalize_obs else None
     returns = dataset.episode_returns()
-    reward_scale = 1_000 / max(returns.max() - returns.min(), 1e-6) if args.normalize_reward else 1.0  # D2
+    return_range = float(returns.max() - returns.min())
+    reward_scale = 1_000 / max(return_range, 1e-6) if args.normalize_reward else 1.0  # D2
     offline = ReplayBuffer(len(dataset.rewards), task.obs_dim, task.act_dim, r.device)
     offline.extend(dataset.batch(reward_scale, 0.0, moments))
     online = ReplayBuffer(args.online_steps, task.obs_dim, task.act_dim, r.device)
@@ -680,13 +679,8 @@ def train(args: Args) -> dict[str, float]:
     behavior_opt = torch.optim.Adam(behavior.parameters(), lr=args.behavior_lr, **adam)
     energy_opt = torch.optim.Adam(energy.parameters(), lr=args.energy_lr, **adam)
     online_support = Support(args.online_steps, args.support_k, task.act_dim, r.device)
-    added = dict(
-        behavior=behavior,
-        energy=energy,
-        behavior_opt=behavior_opt,
-        energy_opt=energy_opt,
-        online_support=online_support,
-    )
+    added = {"behavior": behavior, "behavior_opt": behavior_opt, "energy": energy, "energy_opt": energy_opt}
+    added |= {"online_support": online_support}
     r.register(nets=nets, opt=opt, updates=updates, online=online, interaction=interaction, **added)
     compiled_losses = r.compiled(losses)
     offline_settings = {k: getattr(args, k) for k in OFFLINE_SETTINGS} | {"dataset": dataset.sha256}
@@ -722,9 +716,7 @@ def train(args: Args) -> dict[str, float]:
     # NEW: between the phases: behavior model, support actions, energy on the offline Q
     exchanging, guided = args.exchange_cap != 0, args.guidance_scale > 0
     compiled_behavior_loss, compiled_energy_loss = r.compiled(behavior_loss), r.compiled(energy_loss)
-    q_scale = (
-        reward_scale * (returns.max() - returns.min()) / 1_000 if args.energy_units == "qgpo" else 1.0
-    )  # U5
+    q_scale = reward_scale * return_range / 1_000 if args.energy_units == "qgpo" else 1.0  # U5
 
     def behavior_step() -> dict[str, torch.Tensor]:
         batch = offline.sample(args.behavior_batch)
@@ -762,9 +754,8 @@ def train(args: Args) -> dict[str, float]:
         if (r.dir / "support.pt").exists():
             run.restore(offline_support, run.load_state(r.dir / "support.pt", r.device))
         else:
-            own = torch.Generator(r.device).manual_seed(
-                args.seed
-            )  # whether computed or read, the run goes on alike
+            # a generator of its own: the run goes on alike, whether these are computed or read
+            own = torch.Generator(r.device).manual_seed(args.seed)
             for obs in tqdm(offline.obs.split(1_024), desc="support", unit="chunk", disable=None):
                 chunk = support_actions(behavior, obs, args.support_k, task.act_dim, args.sampler, own)
                 offline_support.extend(chunk)
@@ -782,11 +773,10 @@ def train(args: Args) -> dict[str, float]:
     def split(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         if not exchanging:
             return from_dataset, {}
-        obs = batch.obs.repeat(args.n_ref, 1)
-        eps_fn = guided_eps(behavior, energy, obs, args.guidance_scale)
-        logs = {}
+        obs = batch.obs if args.score == "elbo" else batch.obs.repeat(args.n_ref, 1)
+        eps_fn, logs = guided_eps(behavior, energy, obs, args.guidance_scale), {}
         if args.score == "elbo":
-            scores = elbo_score(guided_eps(behavior, energy, batch.obs, args.guidance_scale), batch.actions)
+            scores = elbo_score(eps_fn, batch.actions)
         else:
             refs = SAMPLERS[args.sampler](eps_fn, torch.randn(len(obs), task.act_dim, device=r.device))
             logs["ref/clip_frac"] = (refs.abs() > 1).float().mean()
@@ -817,9 +807,8 @@ def train(args: Args) -> dict[str, float]:
             r.record(step + 1, episode)
         if exchanging and guided and (step + 1) % args.support_every == 0:  # NEW U8
             new_obs = online.obs[online_support.rows :]
-            online_support.extend(
-                support_actions(behavior, new_obs, args.support_k, task.act_dim, args.sampler)
-            )
+            chunk = support_actions(behavior, new_obs, args.support_k, task.act_dim, args.sampler)
+            online_support.extend(chunk)
         if step >= args.warmup_steps:
             for _ in range(args.utd):
                 logs = step_fn()

@@ -101,7 +101,8 @@ def _locomotion() -> dict[str, Task]:
             robot, quality, size, rows, sha256 = words
             file = f"gym_mujoco_v2/{robot}_{quality.replace('-', '_')}-v2.hdf5"
             add(f"{robot}-{quality}-v2", robot, file, size=int(size), rows=int(rows), sha256=sha256)
-    add("hopper-mini-v0", "hopper", "hopper-mini-v0.hdf5")
+    digest = "e6870ea3ac08367f7872b3f09999b3bdc0835585a99691d9d426cf5853a33c52"
+    add("hopper-mini-v0", "hopper", "hopper-mini-v0.hdf5", size=7396249, rows=89839, sha256=digest)
     return tasks
 
 

@@ -401,11 +401,18 @@ class Run:
     # -- log --
 
     def log(self, step: int, metrics: dict[str, torch.Tensor]) -> None:
-        """Add a line to the log at every LOG_EVERY-th step; the one place where losses come to the host."""
+        """Add a line to the log at every LOG_EVERY-th step; the one place where losses come to the host.
+
+        Raises FloatingPointError when a loss is not finite.
+        """
         if (step + 1) % LOG_EVERY:
             return
         names = [k for k, v in metrics.items() if isinstance(v, torch.Tensor)]
         values = torch.stack([metrics[k].float() for k in names]).tolist() if names else []  # one copy
+        if broken := [
+            k for k, v in zip(names, values, strict=True) if k[:5] == "loss/" and not math.isfinite(v)
+        ]:
+            raise FloatingPointError(f"{', '.join(broken)} not finite at {self.current} step {step + 1}")
         now = time.monotonic()
         speed = (step + 1 - self.clock[1]) / max(now - self.clock[0], 1e-9)
         self.clock = (now, step + 1)
