@@ -251,9 +251,7 @@ def train(args: Args) -> dict[str, float]:
     dataset = data.load(args.env, args.dataset)
     r.require(dataset=dataset.sha256)
     moments = dataset.moments() if args.normalize_obs else None
-    returns = dataset.episode_returns()
-    return_range = float(returns.max() - returns.min())
-    reward_scale = 1_000 / max(return_range, 1e-6) if args.normalize_reward else 1.0  # D2
+    reward_scale = 1_000 / dataset.return_range() if args.normalize_reward else 1.0  # D2
     offline = ReplayBuffer(
         len(dataset.rewards) + (args.online_steps if args.append_online else 0),
         task.obs_dim,

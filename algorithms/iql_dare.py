@@ -661,9 +661,7 @@ def train(args: Args) -> dict[str, float]:
     dataset = data.load(args.env, args.dataset)
     r.require(dataset=dataset.sha256)
     moments = dataset.moments() if args.normalize_obs else None
-    returns = dataset.episode_returns()
-    return_range = float(returns.max() - returns.min())
-    reward_scale = 1_000 / max(return_range, 1e-6) if args.normalize_reward else 1.0  # D2
+    reward_scale = 1_000 / dataset.return_range() if args.normalize_reward else 1.0  # D2
     offline = ReplayBuffer(len(dataset.rewards), task.obs_dim, task.act_dim, r.device)
     offline.extend(dataset.batch(reward_scale, 0.0, moments))
     online = ReplayBuffer(args.online_steps, task.obs_dim, task.act_dim, r.device)
@@ -716,7 +714,7 @@ def train(args: Args) -> dict[str, float]:
     # NEW: between the phases: behavior model, support actions, energy on the offline Q
     exchanging, guided = args.exchange_cap != 0, args.guidance_scale > 0
     compiled_behavior_loss, compiled_energy_loss = r.compiled(behavior_loss), r.compiled(energy_loss)
-    q_scale = reward_scale * return_range / 1_000 if args.energy_units == "qgpo" else 1.0  # U5
+    q_scale = reward_scale * dataset.return_range() / 1_000 if args.energy_units == "qgpo" else 1.0  # U5
 
     def behavior_step() -> dict[str, torch.Tensor]:
         batch = offline.sample(args.behavior_batch)
@@ -786,7 +784,7 @@ def train(args: Args) -> dict[str, float]:
         if args.threshold == "sort":  # direct exchange: the n_offline lowest of the pooled scores [§7.5]
             tau = scores.sort().values[n_offline]
         off_like, m = exchange(scores, from_dataset, tau, args.exchange_cap)
-        return off_like, logs | threshold_logs | {"dare/exchanged": m}
+        return off_like, logs | threshold_logs | {"dare/tau": tau, "dare/exchanged": m}
 
     def online_step() -> dict[str, torch.Tensor]:
         index = offline.draw(n_offline), online.draw(args.batch_size - n_offline)

@@ -174,6 +174,7 @@ def thin(data: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
         seen += end - start
         if sum(map(len, kept)) + end - start <= seen * rows / total:
             kept.append(np.arange(start, end))
+    kept = kept or [np.arange(0)]
     return {k: v[np.concatenate(kept)] for k, v in data.items()}
 
 
@@ -284,9 +285,14 @@ def main(args: Args) -> dict[str, float]:
         raise run.UsageError(
             "rows, epoch, seed", (args.rows, args.epoch, args.seed), "rows >= 1, others >= 0"
         )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise run.UsageError("out", args.out, f"a file in a folder that can be made ({e.strerror})") from e
     torch.set_num_threads(1)
     data, recipe = collect(args)
+    if not len(data["rewards"]):
+        raise run.UsageError("rows", args.rows, "room for at least one whole episode")
     ends = np.flatnonzero(data["terminals"] | data["timeouts"]) + 1
     returns = np.array([r.sum() for r in np.split(data["rewards"], ends)[: len(ends)]], dtype=np.float64)
     stats = {

@@ -7,6 +7,7 @@ import hashlib
 import os
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.client import HTTPException
@@ -62,7 +63,7 @@ class Task:
 
     @property
     def url(self) -> str:
-        return f"{os.environ.get('D4RL_URL', D4RL_URL).rstrip('/')}/{self.file}"
+        return f"{(os.environ.get('D4RL_URL') or D4RL_URL).rstrip('/')}/{self.file}"
 
 
 def _locomotion() -> dict[str, Task]:
@@ -137,28 +138,32 @@ def _sha256(f) -> str:  # Python 3.10
 
 
 def download(task: Task) -> None:
-    """Fetch the file of `task` to `task.path`: `.part` first, size and hash checked, then renamed."""
-    path, part = task.path, task.path.with_name(task.path.name + ".part")
+    """Fetch the file of `task` to `task.path`: a `.part` of its own first, size and hash checked, then renamed."""
+    path, part = task.path, task.path.with_name(f"{task.path.name}.{uuid.uuid4().hex[:8]}.part")
     advice = (
         f"a reachable {task.url}; or put the file at {path}; or --env hopper-mini-v0, which needs no download"
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UsageError("D4RL_DATASET_DIR", path.parent, f"a folder that can be made ({e.strerror})") from e
+    try:
         with urllib.request.urlopen(task.url, timeout=20) as source, open(part, "wb") as f:
-            total = int(source.headers.get("Content-Length") or 0) or task.size
+            length = source.headers.get("Content-Length") or ""
+            total = int(length) if length.isdecimal() else task.size
             with tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as bar:
                 while block := source.read(1 << 20):
                     f.write(block)
                     bar.update(len(block))
-    except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as e:
-        part.unlink(missing_ok=True)
-        raise UsageError("dataset", f"no {path.name} ({getattr(e, 'reason', None) or e})", advice) from e
-    try:
         verify(task, part)
-    except UsageError:
-        part.unlink()
-        raise
-    part.replace(path)
+        part.replace(path)
+    except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError, ValueError) as e:
+        if isinstance(e, UsageError):  # of verify
+            raise
+        reason = " ".join(str(getattr(e, "reason", None) or e or type(e).__name__).split())
+        raise UsageError("dataset", f"no {path.name} ({reason})", advice) from e
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def verify(task: Task, path: Path) -> str:
@@ -196,6 +201,14 @@ class Dataset(NamedTuple):
         sums = [x.sum(dtype=np.float64) for x in np.split(self.rewards, stops)]
         return np.array(sums[: len(stops)] or sums)
 
+    def return_range(self) -> float:
+        """Largest minus smallest episode return; raises UsageError where there are no two to tell apart."""
+        returns = self.episode_returns()
+        if (spread := float(returns.max() - returns.min())) <= 0:
+            allowed = "two different ones to scale rewards or energies by (or --energy-units raw)"
+            raise UsageError("dataset", f"{len(returns)} episode(s) of return {returns[0]:.6g}", allowed)
+        return spread
+
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and std + 1e-3 of the observations, each (O,) float32 (CORL's normalisation of states)."""
         return self.obs.mean(0, dtype=np.float64).astype(np.float32), (
@@ -209,7 +222,7 @@ class Dataset(NamedTuple):
         obs, next_obs = self.obs, self.next_obs
         if moments is not None:
             obs, next_obs = ((x - moments[0]) / moments[1] for x in (obs, next_obs))
-        rewards = reward_scale * self.rewards + np.float32(reward_bias)
+        rewards = np.float32(reward_scale) * self.rewards + np.float32(reward_bias)
         return Batch(
             *(
                 torch.from_numpy(np.ascontiguousarray(x))
@@ -255,10 +268,9 @@ def read_d4rl(path: Path, task: Task, sha256: str) -> Dataset:
                 if k in f
             ]
             raw = {k: f[k][()] for k in keys}
-    except (OSError, RuntimeError, TypeError, AttributeError) as e:
-        raise refuse(
-            f"unreadable ({str(e).splitlines()[0][:100]})", "a complete HDF5 file in D4RL layout"
-        ) from e
+    except (OSError, RuntimeError, TypeError, AttributeError, KeyError, ValueError, MemoryError) as e:
+        reason = " ".join(str(e).split())[:100] or type(e).__name__
+        raise refuse(f"unreadable ({reason})", "a complete HDF5 file in D4RL layout") from e
     for k in ("observations", "actions", "rewards", "terminals"):
         if k not in raw:
             raise refuse(f"no '{k}'", "an HDF5 file in D4RL layout")
@@ -276,19 +288,18 @@ def read_d4rl(path: Path, task: Task, sha256: str) -> Dataset:
     counts = {k: len(v) for k, v in raw.items()}
     if len(set(counts.values())) > 1 or counts["rewards"] < 2:
         raise refuse(f"rows {counts}", "the same number of rows, at least 2, in every array")
-    for k in ("observations", "actions", "rewards", "next_observations"):
-        if k in raw:
+    for k in raw:
+        with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused
             raw[k] = raw[k].astype(np.float32)
-            bad = ~np.isfinite(raw[k].reshape(len(raw[k]), -1)).all(1)
-            if bad.any():
-                raise refuse(
-                    f"{bad.sum()} rows of '{k}' are NaN or infinite, first {bad.argmax()}", "finite numbers"
-                )
+        bad = ~np.isfinite(raw[k].reshape(len(raw[k]), -1)).all(1)
+        if bad.any():
+            got = f"{bad.sum()} rows of '{k}' are NaN or infinite, first {bad.argmax()}"
+            raise refuse(got, "finite numbers")
     if (excess := np.abs(raw["actions"]).max()) > 1.001:
         raise refuse(f"actions up to {excess:.3g}", "actions in [-1, 1]")
-    terminals = raw["terminals"].astype(np.float32) > 0.5
+    terminals = raw["terminals"] > 0.5
     if "timeouts" in raw:
-        timeouts = raw["timeouts"].astype(np.float32) > 0.5
+        timeouts = raw["timeouts"] > 0.5
     else:
         timeouts, age = np.zeros_like(terminals), 0
         for i, terminal in enumerate(terminals):

@@ -29,6 +29,7 @@ def levels(t: float) -> tuple[float, float]:
 
 
 def count(net: nn.Module) -> int:
+    """Number of parameters."""
     return sum(p.numel() for p in net.parameters())
 
 
@@ -733,6 +734,16 @@ def test_threshold_of_degenerate_scores_is_finite_and_between_the_means():
             assert low - 1e-6 * abs(low) <= tau.item() <= high + 1e-6 * abs(high)
 
 
+def test_threshold_of_a_side_without_spread_is_that_side():
+    """σ -> 0 on one side: the crossing is valid and at its mean, thanks to the floor; literally it would be NaN."""
+    for dtype in (torch.float32, torch.float64):
+        same, spread = torch.full((8,), 0.5, dtype=dtype), torch.linspace(2, 4, 8, dtype=dtype)
+        for off, on in ((same, spread), (spread, same), (same + 9, spread), (spread, same + 9)):
+            tau, logs = dare.gaussian_threshold(off, on)
+            constant = off[0].item() if off.std() == 0 else on[0].item()
+            assert bool(logs["dare/root_valid"]) and tau.item() == pytest.approx(constant, abs=1e-4)
+
+
 # ---- exchange (5.2, 5.5) ----
 
 
@@ -759,6 +770,7 @@ def random_batches(n: int, seed: int):
 
 
 def np_halves(scores: np.ndarray, n_off: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offline and online part."""
     return torch.tensor(scores[:n_off]), torch.tensor(scores[n_off:])
 
 
@@ -929,6 +941,7 @@ def loss_case(rows: int = 7, samples: int = 3, dtype=torch.float64) -> tuple:
 
 
 def log_normal(mean: torch.Tensor, log_std: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """log N(a; mean, diag σ²) of one row."""
     return Normal(mean, log_std.exp()).log_prob(a).sum()
 
 
@@ -1120,6 +1133,7 @@ def test_support_grows_and_survives_a_checkpoint():
     state = support.state_dict()
     assert state["actions"].shape == (7, 2, 1)
     support.extend(a)
+    support.actions.zero_()
     other = dare.Support(10, 2, 1, CPU)
     other.extend(b)
     address = other.actions.data_ptr(), other.size.data_ptr()
@@ -1193,11 +1207,14 @@ def test_log_has_what_the_docstring_promises(dataset, tmp_path):
 
 
 class Watch:
-    """What train hands to exchange, dare_losses, energy_loss and guided_eps, copied as it passes."""
+    """What train hands to the parts of the method, copied as it passes."""
+
+    NAMES = ("exchange", "dare_losses", "energy_loss", "guided_eps", "support_actions")
 
     def __init__(self, monkeypatch):
-        self.exchange, self.losses, self.energy, self.behavior, self.nets = [], [], [], [], None
-        for name in ("exchange", "dare_losses", "energy_loss", "guided_eps", "behavior_loss"):
+        self.exchange, self.losses, self.energy, self.guided, self.nets = [], [], [], [], None
+        self.support: dict[bytes, torch.Tensor] = {}  # state -> its support actions
+        for name in self.NAMES:
             monkeypatch.setattr(dare, name, self.wrap(name, getattr(dare, name)))
 
     def wrap(self, name: str, original):
@@ -1208,42 +1225,61 @@ class Watch:
                 self.nets, batch, off_like, noise, _ = args
                 self.losses.append((Batch(*(x.clone() for x in batch)), off_like.clone(), noise.clone()))
             elif name == "energy_loss":
-                extra = None
-                if self.nets is not None:
-                    with torch.no_grad():
-                        _, obs, support, *_ = args
-                        columns = [self.nets["q_target"](obs, support[:, k]) for k in range(support.shape[1])]
-                        extra = torch.stack([torch.minimum(q[0], q[1]) for q in columns], 1)
-                self.energy.append(([x.clone() for x in args[1:]], extra))
+                self.energy.append(([x.clone() for x in args[1:]], self.min_target_q(*args[1:3])))
             elif name == "guided_eps" and args[1] is not None:
-                self.behavior.append([p.clone() for p in args[0].parameters()])
-            return original(*args)
+                self.guided.append(([p.clone() for p in args[0].parameters()], args[2].clone(), args[3]))
+            out = original(*args)
+            if name == "support_actions":
+                self.support |= {
+                    row.numpy().tobytes(): x for row, x in zip(args[1], out.clone(), strict=True)
+                }
+            return out
 
         return call
+
+    def min_target_q(self, obs: torch.Tensor, support: torch.Tensor) -> torch.Tensor | None:
+        """Per state and action, once the online phase has shown the networks."""
+        if self.nets is None:
+            return None
+        with torch.no_grad():
+            q = [self.nets["q_target"](obs, support[:, k]) for k in range(support.shape[1])]
+        return torch.stack([torch.minimum(*x) for x in q], 1)
 
 
 def test_online_steps_are_wired_as_algorithm_1(dataset, tmp_path, monkeypatch):
     """Half dataset, half own rows; references score those rows; the mask that trains is the one exchanged."""
     watch = Watch(monkeypatch)
-    monkeypatch.setitem(dare.SAMPLERS, "fast", lambda eps_fn, x: 0 * eps_fn(x, 0.5) + x.sign() * 0 + 0.25)
-    dare.train(tiny(dataset, tmp_path, n_ref=2))
-    assert len(watch.exchange) == len(watch.losses) == 20  # steps 11 to 30
+    monkeypatch.setitem(dare.SAMPLERS, "fast", lambda _, x: torch.arange(x.numel()).view(x.shape) / 120)
+    dare.train(tiny(dataset, tmp_path, n_ref=2, guidance_scale=1.5))
+    assert len(watch.exchange) == len(watch.losses) == len(watch.guided) == 20  # steps 11 to 30
+    refs = (torch.arange(96).view(2, 16, 3) / 120).clamp(-1, 1)
     with h5py.File(dataset) as f:
         known = {row.tobytes() for row in f["observations"][()].astype(np.float32)}
-    for (scores, off, tau, cap), (batch, off_like, noise) in zip(watch.exchange, watch.losses, strict=True):
+    steps = zip(watch.exchange, watch.losses, watch.guided, strict=True)
+    for (scores, off, tau, cap), (batch, off_like, noise), (behavior, obs, scale) in steps:
         assert off.tolist() == [True] * 8 + [False] * 8 and cap == -1
         assert [o.numpy().tobytes() in known for o in batch.obs] == off.tolist()
-        assert torch.allclose(scores, 0.5 * (batch.actions - 0.25).square().sum(-1), atol=1e-5)
+        assert torch.equal(obs, torch.cat([batch.obs, batch.obs])) and scale == 1.5
+        expected = 0.5 * (0.5 * (batch.actions - refs).square().sum(-1)).sum(0)
+        assert torch.allclose(scores, expected, atol=1e-5)
         halves = scores[:8].double().numpy(), scores[8:].double().numpy()
         exact = [np.array([f(x)]) for x in halves for f in (np.mean, np.std)]
-        assert tau.item() == pytest.approx(
-            bisect(*exact)[0].item(), abs=1e-3 * abs(exact[0] - exact[2]).item()
-        )
+        (mid,), _ = bisect(*exact)
+        assert tau.item() == pytest.approx(mid, abs=1e-3 * abs(exact[0] - exact[2]).item())
         rows, _, _ = physical_swap(scores.tolist(), 8, tau.item(), -1)
         assert set(off_like.nonzero()[:, 0].tolist()) == rows
         assert noise.shape == (11, 16, 3)
-    for before in watch.behavior:  # frozen once trained
-        assert all(torch.equal(a, b) for a, b in zip(before, watch.behavior[0], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(behavior, watch.guided[0][0], strict=True))  # frozen
+
+
+def test_references_come_from_the_sampler_and_are_clamped(dataset, tmp_path, monkeypatch):
+    """Samples far outside the box count as its corner: d = ½ ||a - 1||², clip_frac 1."""
+    watch = Watch(monkeypatch)
+    monkeypatch.setitem(dare.SAMPLERS, "fast", lambda _, x: torch.full_like(x, 7.0))
+    dare.train(tiny(dataset, tmp_path))
+    for (scores, *_), (batch, *_) in zip(watch.exchange, watch.losses, strict=True):
+        assert torch.allclose(scores, 0.5 * (batch.actions - 1).square().sum(-1), atol=1e-5)
+    assert {float(r["ref/clip_frac"]) for r in log_rows(tmp_path) if r["ref/clip_frac"]} == {1.0}
 
 
 @pytest.mark.parametrize(
@@ -1265,17 +1301,20 @@ def test_energy_labels_are_target_q_in_qgpos_unit(changes, unit, dataset, tmp_pa
 
 
 def test_rows_get_their_support_when_it_exists(dataset, tmp_path, monkeypatch):
-    """Dataset rows always, own rows once a chunk has covered them: 10, 15, ... rows; support only where flagged."""
+    """Dataset rows always, own rows once a chunk has covered them: each the actions generated for its own state."""
     watch = Watch(monkeypatch)
-    dare.train(tiny(dataset, tmp_path, batch_size=64))
-    missing = 0
-    for args, _ in watch.energy[10:]:
-        obs, support, _, has = args
-        assert has[:32].all() and obs.shape == (64, 11)
-        assert torch.equal(has.bool(), support.flatten(1).any(1))
-        missing += int((has == 0).sum())
-    assert missing > 0
-    assert all(args[3].all() for args, _ in watch.energy[:10])
+    dare.train(tiny(dataset, tmp_path, support_every=7, batch_size=64))
+    assert len(watch.support) == 600 + 28
+    flags = []
+    for i, ((obs, support, _, has), _) in enumerate(watch.energy):
+        assert set(has.tolist()) <= {0.0, 1.0} and len(obs) == (16 if i < 10 else 64)
+        for row, actions, flag in zip(obs, support, has, strict=True):
+            made = watch.support[row.numpy().tobytes()] if flag else torch.zeros(3, 3)
+            assert torch.equal(actions, made)
+        assert has[: 16 if i < 10 else 32].all()
+        flags.append(has[32:].mean().item())
+    assert len(flags) == 30 and 0.3 < min(flags[10:]) < 1
+    assert flags[10 + 28 - 11] == 1  # at step 28 all 28 rows have theirs
 
 
 def test_switched_off_parts_do_not_run(dataset, tmp_path, monkeypatch):
@@ -1292,20 +1331,23 @@ def test_switched_off_parts_do_not_run(dataset, tmp_path, monkeypatch):
     assert all((off_like[:8] == 0).sum() <= 2 for _, off_like, _ in watch.losses[40:])
 
 
+def test_direct_exchange_takes_the_lowest_scores(dataset, tmp_path, monkeypatch):
+    """--threshold sort: offline-like are the rows with the n_off lowest of the pooled scores."""
+    watch = Watch(monkeypatch)
+    dare.train(tiny(dataset, tmp_path, threshold="sort", offline_frac=0.25))
+    for (scores, *_), (_, off_like, _) in zip(watch.exchange, watch.losses, strict=True):
+        lowest = sorted(range(16), key=scores.tolist().__getitem__)[:4]
+        assert set(off_like.nonzero()[:, 0].tolist()) == set(lowest)
+
+
 @pytest.mark.parametrize("threshold", ["gauss", "sort"])
 def test_logged_tau_is_the_one_that_splits(threshold, dataset, tmp_path, monkeypatch):
-    """dare/tau in the log against the τ given to exchange; with `sort` it is the pooled quantile."""
+    """dare/tau in the log is the τ given to exchange at that step."""
     watch = Watch(monkeypatch)
     dare.train(tiny(dataset, tmp_path, threshold=threshold))
     rows = {int(r["step"]): float(r["dare/tau"]) for r in log_rows(tmp_path) if r.get("dare/tau")}
-    used = {step: watch.exchange[step - 11][2].item() for step in rows}
-    if threshold == "sort":
-        for scores, _, tau, _ in watch.exchange:
-            assert tau.item() == sorted(scores.tolist())[8]
-        for (scores, *_), (_, off_like, _) in zip(watch.exchange, watch.losses, strict=True):
-            lowest = sorted(range(16), key=scores.tolist().__getitem__)[:8]
-            assert set(off_like.nonzero()[:, 0].tolist()) == set(lowest)
-    assert len(rows) == 4 and rows == pytest.approx(used, rel=1e-6)
+    assert list(rows) == [15, 20, 25, 30]
+    assert rows == pytest.approx({step: watch.exchange[step - 11][2].item() for step in rows}, rel=1e-6)
 
 
 @pytest.mark.parametrize("normalize_reward", [False, True])
