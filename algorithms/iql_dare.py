@@ -16,7 +16,7 @@ Idea     Offline and online batches overlap: some dataset rows look like new beh
          actor loss.
 Theory   Theorem 1 (the exchange shrinks the divergence of the two score distributions) does not hold for
          the exchange as specified: Eq. 22 moves one distribution only. Moving both, F_off - F_on grows by
-         2/N on [y, x) with each exchanged pair y < τ <= x; in the usual order of the means the divergence
+         2/N on [y, x) with each exchanged pair y < τ <= x; where it was >= 0 everywhere, the divergence
          cannot shrink. {1, 4} | {2, 5} with τ = 3 goes from 1 to 2, its maximum (tests/test_dare.py). The
          exchange separates the halves; that is its use. Theorem 2's ingredient (one swap moves the mixed
          residual by at most |2α - 1| B / N) holds.
@@ -47,7 +47,9 @@ Notes    D1, D2, D3, D4, D5, U1 as in iql.py (D2: D4RL-raw rewards are what the 
          U9 guidance scale of datasets without one: 3.
          U10 spreads are population standard deviations with a floor of 1e-6 of the pooled one.
          U11 critics in the SAC term: online twins, frozen.
-         U12 kde bandwidth 0.2; elbo at four fixed times.
+         U12 kde bandwidth 0.2; elbo at four fixed times, without references.
+         U13 DARE-IV [App. G] is told as the alternative to the SAC-style actor loss: it has Eq. 15's Q-target,
+            Eq. 35's value loss, and AWR on all rows.
 Samplers cep: DPM-Solver++ 2S, uniform time, 15 evaluations, what the papers most likely ran; contracts
          narrow distributions (std ratio 0.79 at 0.3). fast: 2M, uniform log-SNR, 10 evaluations, ratio
          1.03: cheaper and more accurate.
@@ -125,7 +127,7 @@ class Args:
     sampler: Literal["cep", "fast"] = "cep"
     # DARE: split and losses
     score: Literal["gauss", "gauss_std", "softmax", "kde", "elbo"] = "gauss"  # Eq. 7: D6
-    n_ref: int = 1  # reference actions per row; kde wants 8 or more
+    n_ref: int = 1  # reference actions per row; kde wants 8 or more, elbo uses none
     threshold: Literal["gauss", "sort"] = "gauss"  # Eqs. 8-9, or the pooled quantile: direct exchange [§7.5]
     exchange_cap: int = -1  # n, pairs [Eq. 10]; -1 = no cap [B.1], 0 = no exchange
     value_loss: Literal["iql", "expectile"] = "iql"  # expectile: Eq. 35, DARE-IV
@@ -641,7 +643,8 @@ def dare_losses(
     new_actions = mean + log_std.exp() * noise[0]  # reparameterised
     q_new = frozen_q(nets["qf"], batch.obs, new_actions.clamp(-1, 1)).amin(0)  # U11
     sac = args.sac_alpha * log_prob(mean, log_std, new_actions) - q_new
-    awr_term, sac_term = (off_like * awr).mean(), (~off_like * sac).mean()
+    awr_rows = off_like if args.value_loss == "iql" else torch.ones_like(off_like)  # U13
+    awr_term, sac_term = (awr_rows * awr).mean(), (~awr_rows * sac).mean()
     actor_loss = awr_term + sac_term  # [Eq. 16]: D9, D10
     logs = {"loss/v": v_loss, "loss/q": q_loss, "loss/actor": actor_loss}
     logs |= {"q/mean": q.mean(), "adv/mean": adv.mean(), "log_std/mean": log_std.mean()}

@@ -948,7 +948,7 @@ def log_normal(mean: torch.Tensor, log_std: torch.Tensor, a: torch.Tensor) -> to
 def textbook_losses(nets, batch, off_like, noise, args) -> tuple[torch.Tensor, ...]:
     """V, Q, AWR and SAC parts of Eqs. 2, 15, 16, 35 (signs D9, masks D10, terminals D11), row by row."""
     rows, std = len(off_like), nets["actor"].log_std.exp()
-    v_loss, q_loss, awr, sac = 0.0, 0.0, 0.0, 0.0
+    v_loss, q_loss, awr, sac = torch.zeros(4, dtype=torch.float64)
     for i in range(rows):
         s, a, s2 = batch.obs[i : i + 1], batch.actions[i : i + 1], batch.next_obs[i : i + 1]
         with torch.no_grad():
@@ -969,7 +969,7 @@ def textbook_losses(nets, batch, off_like, noise, args) -> tuple[torch.Tensor, .
         for q in nets["qf"](s, a)[:, 0]:
             q_loss = q_loss + (q - y) ** 2 / (2 * rows)
         mean = nets["actor"](s)[0][0]
-        if off_like[i]:
+        if off_like[i] or args.value_loss == "expectile":  # U13
             weight = min(math.exp(args.inv_temp * u.item()), 100.0)
             awr = awr - weight * log_normal(mean, nets["actor"].log_std, a[0]) / rows
         else:
@@ -981,7 +981,7 @@ def textbook_losses(nets, batch, off_like, noise, args) -> tuple[torch.Tensor, .
 
 @pytest.mark.parametrize("value_loss", ["iql", "expectile"])
 def test_dare_losses_equal_the_textbook(value_loss):
-    """Values and gradients: Q from Eq. 15 alone, V from Eq. 2 or 35 alone, the actor from Eq. 16 alone, Q̂ none."""
+    """Values and gradients: Q from Eq. 15 alone, V from Eq. 2 or 35 alone, the actor from Eq. 16 (DARE-IV: Eq. 4) alone, Q̂ none."""
     nets, batch, off_like, noise = loss_case()
     args = dare.Args(value_loss=value_loss)
     v_loss, q_loss, awr, sac = textbook_losses(nets, batch, off_like, noise, args)
