@@ -981,7 +981,7 @@ def textbook_losses(nets, batch, off_like, noise, args) -> tuple[torch.Tensor, .
 
 @pytest.mark.parametrize("value_loss", ["iql", "expectile"])
 def test_dare_losses_equal_the_textbook(value_loss):
-    """Values and gradients: Q from Eq. 15 alone, V from Eq. 2 or 35 alone, the actor from Eq. 16 (DARE-IV: Eq. 4) alone, Q̂ none."""
+    """Values and gradients: Q from Eq. 15 alone, V from Eq. 2 or 35, the actor from Eq. 16 (DARE-IV: Eq. 4), Q̂ none."""
     nets, batch, off_like, noise = loss_case()
     args = dare.Args(value_loss=value_loss)
     v_loss, q_loss, awr, sac = textbook_losses(nets, batch, off_like, noise, args)
