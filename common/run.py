@@ -41,8 +41,7 @@ NOT_COMPARED = {"device", "compile", "out_dir", "wandb", "overwrite", "dataset"}
 LIMITS = {  # setting -> (least, most) allowed, "(" at an end excludes it; every numeric setting has a row
     "seed": "[0, inf)", "offline_steps": "[0, inf)", "online_steps": "[0, inf)", "batch_size": "[2, inf)",
     "gamma": "[0, 1]", "polyak": "(0, 1]", "expectile": "(0, 1)", "inv_temp": "[0, inf)", "lr": "(0, inf)",
-    "hidden": "[1, inf)", "dropout": "[0, 1)", "reward_scale": "(0, inf)", "reward_bias": "(-inf, inf)",
-    "warmup_steps": "[0, inf)", "utd": "[1, inf)", "offline_frac": "(0, 1)",
+    "hidden": "[1, inf)", "warmup_steps": "[0, inf)", "utd": "[1, inf)", "offline_frac": "(0, 1)",
     "eval_every": "[1, inf)", "eval_episodes": "[1, inf)",
     "behavior_steps": "[0, inf)", "behavior_batch": "[1, inf)", "behavior_lr": "(0, inf)", "behavior_width": "[4, inf)",
     "energy_steps": "[0, inf)", "energy_batch": "[1, inf)", "energy_lr": "(0, inf)", "energy_hidden": "[1, inf)",
@@ -487,6 +486,9 @@ class Run:
 
     def compiled(self, function: Callable) -> Callable:
         """`function` through torch.compile with --compile, else as it is. For losses: tensors in and out."""
+        if self.compile and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+            print("note: no C compiler, so losses are not compiled", file=sys.stderr)
+            return function
         return torch.compile(function) if self.compile else function
 
     def capture(self, step: Callable[[], dict[str, torch.Tensor]]) -> Callable[[], dict[str, torch.Tensor]]:
