@@ -105,7 +105,7 @@ class Args:
     expectile: float = 0.7  # τ [DARE Table 5]
     inv_temp: float = 3.0  # β [DARE Table 5]
     lr: float = 3e-4  # Adam, all networks [DARE Table 5]
-    hidden: int = 256  # width of the two hidden layers [DARE Table 5]
+    hidden: int = 256  # width of the hidden layers [DARE Table 5]
     normalize_reward: bool = False  # r · 1000 / (largest - smallest episode return): D2
     normalize_obs: bool = False  # (obs - mean) / (std + 1e-3) of the dataset [CORL]
     # online

@@ -67,10 +67,15 @@ class ReplayBuffer:
         self.rows = rows
         self.size.fill_(rows)
 
-    def draw(self, n: int) -> torch.Tensor:
-        """Indices (n,) of rows, uniform with replacement, from the global generator of the device."""
+    def draw(self, n: int, first: torch.Tensor | None = None) -> torch.Tensor:
+        """Indices (n,) of rows, uniform with replacement, from the device's global generator.
+
+        With `first`, a 0-d device tensor, of the first so many rows only.
+        """
         # 62 bits, then the remainder: a Python bound would be frozen at capture, and float32 cannot index 2M rows
-        return torch.randint(1 << 62, (n,), device=self.table.device).remainder_(self.size)
+        return torch.randint(1 << 62, (n,), device=self.table.device).remainder_(
+            self.size if first is None else first
+        )
 
     def take(self, index: torch.Tensor) -> Batch:
         """The rows at `index` (n,), gathered at once."""

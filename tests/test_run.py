@@ -48,11 +48,11 @@ def test_a_killed_run_resumes_to_the_same_result(stem, dataset, tmp_path, monkey
     for life in range(20):
         calls = [0]
 
-        def deadly_draw(self, n, calls=calls, life=life):
+        def deadly_draw(self, *n, calls=calls, life=life):
             calls[0] += 1
             if calls[0] > 13 + 7 * life:
                 raise Killed
-            return draw(self, n)
+            return draw(self, *n)
 
         monkeypatch.setattr(buffer.ReplayBuffer, "draw", deadly_draw)
         try:
