@@ -70,6 +70,7 @@ Cost     hopper-mini-v0: 2.4 minutes on one CPU core. Published sizes want a GPU
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -606,6 +607,80 @@ def exchange(
     return (off & ~(high & (rank_high < m))) | (low & (rank_low < m)), m
 
 
+# NEW: the steps between and during the phases
+def behavior_update(
+    behavior: nn.Module, opt: torch.optim.Optimizer, loss_fn: Callable, batch: Batch
+) -> dict[str, torch.Tensor]:
+    """One gradient step of the behavior model, in bf16 on a GPU."""
+    on_gpu = batch.obs.is_cuda
+    with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu, cache_enabled=False):
+        loss = loss_fn(behavior, batch.obs, batch.actions)
+    opt.zero_grad(set_to_none=True)
+    loss.backward()
+    opt.step()
+    return {"loss/behavior": loss.detach()}
+
+
+def energy_update(
+    energy: nn.Module,
+    opt: torch.optim.Optimizer,
+    loss_fn: Callable,
+    q_target: nn.Module,
+    beta: float,
+    obs: torch.Tensor,
+    support: torch.Tensor,
+    has_support: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """One gradient step of f_φ on states (N, O) with support (N, K, A); beta is β over Q's unit."""
+    with torch.no_grad():  # U4
+        q = q_target(obs.repeat_interleave(support.shape[1], 0), support.flatten(0, 1)).amin(0)
+    loss, logs = loss_fn(energy, obs, support, q.view(support.shape[:2]) * beta, has_support)
+    opt.zero_grad(set_to_none=True)
+    loss.backward()
+    opt.step()
+    return logs
+
+
+def dataset_support(
+    r: run.Run, behavior: nn.Module, offline: ReplayBuffer, args: Args, act_dim: int
+) -> Support:
+    """Support actions of every dataset row, generated once and kept as support.pt in the run directory."""
+    support = Support(len(offline), args.support_k, act_dim, r.device)
+    if (r.dir / "support.pt").exists():
+        run.restore(support, run.load_state(r.dir / "support.pt", r.device))
+        return support
+    # a generator of its own: the run goes on alike, whether these are computed or read
+    own = torch.Generator(r.device).manual_seed(args.seed)
+    for obs in tqdm(offline.obs.split(1_024), desc="support", unit="chunk", disable=None):
+        support.extend(support_actions(behavior, obs, args.support_k, act_dim, args.sampler, own))
+    run.save_atomically(support.state_dict(), r.dir / "support.pt")
+    return support
+
+
+@torch.no_grad()
+def split(
+    behavior: nn.Module, energy: nn.Module, batch: Batch, off: torch.Tensor, log_std: torch.Tensor, args: Args
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Scores -> threshold -> exchange [Alg. 1, l. 6-8]: off (B,) bool, dataset rows first -> off_like (B,) bool."""
+    obs = batch.obs if args.score == "elbo" else batch.obs.repeat(args.n_ref, 1)
+    eps_fn, logs = guided_eps(behavior, energy, obs, args.guidance_scale), {}
+    if args.score == "elbo":
+        scores = elbo_score(eps_fn, batch.actions)
+    else:
+        refs = SAMPLERS[args.sampler](
+            eps_fn, batch.actions.new_empty(len(obs), batch.actions.shape[1]).normal_()
+        )
+        logs["ref/clip_frac"] = (refs.abs() > 1).float().mean()
+        refs = refs.clamp(-1, 1).view(args.n_ref, *batch.actions.shape)  # D12
+        scores = alignment(args.score, batch.actions, refs, log_std)
+    n_offline = round(args.offline_frac * args.batch_size)
+    tau, threshold_logs = gaussian_threshold(scores[:n_offline], scores[n_offline:])
+    if args.threshold == "sort":  # direct exchange: the n_offline lowest of the pooled scores [§7.5]
+        tau = scores.sort().values[n_offline]
+    off_like, m = exchange(scores, off, tau, args.exchange_cap)
+    return off_like, logs | threshold_logs | {"dare/tau": tau, "dare/exchanged": m}
+
+
 # NEW: losses of the online phase
 def max_target_q(q_target: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
     """max over S actions of min Q̂: obs (B, O), actions (S, B, A) -> (B,).  [Eq. 15]: U2"""
@@ -720,32 +795,19 @@ def train(args: Args) -> dict[str, float]:
     exchanging, guided = args.exchange_cap != 0, args.guidance_scale > 0
     compiled_behavior_loss, compiled_energy_loss = r.compiled(behavior_loss), r.compiled(energy_loss)
     q_scale = reward_scale * dataset.return_range() / 1_000 if args.energy_units == "qgpo" else 1.0  # U5
+    energy_step_of = partial(
+        energy_update, energy, energy_opt, compiled_energy_loss, nets["q_target"], args.energy_beta / q_scale
+    )
 
     def behavior_step() -> dict[str, torch.Tensor]:
-        batch = offline.sample(args.behavior_batch)
-        with torch.autocast("cuda", torch.bfloat16, enabled=r.device.type == "cuda", cache_enabled=False):
-            loss = compiled_behavior_loss(behavior, batch.obs, batch.actions)
-        behavior_opt.zero_grad(set_to_none=True)
-        loss.backward()
-        behavior_opt.step()
-        return {"loss/behavior": loss.detach()}
-
-    def energy_update(
-        obs: torch.Tensor, support: torch.Tensor, has_support: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        with torch.no_grad():  # U4
-            q = nets["q_target"](obs.repeat_interleave(support.shape[1], 0), support.flatten(0, 1)).amin(0)
-        bq = q.view(support.shape[:2]) * (args.energy_beta / q_scale)
-        loss, logs = compiled_energy_loss(energy, obs, support, bq, has_support)
-        energy_opt.zero_grad(set_to_none=True)
-        loss.backward()
-        energy_opt.step()
-        return logs
+        return behavior_update(
+            behavior, behavior_opt, compiled_behavior_loss, offline.sample(args.behavior_batch)
+        )
 
     def energy_step() -> dict[str, torch.Tensor]:
         index = offline.draw(args.energy_batch)
-        obs = offline.take(index).obs
-        return energy_update(obs, offline_support.actions[index], torch.ones(len(obs), device=r.device))
+        everywhere = torch.ones(args.energy_batch, device=r.device)
+        return energy_step_of(offline.take(index).obs, offline_support.actions[index], everywhere)
 
     if exchanging:
         step_fn = r.capture(behavior_step)
@@ -753,16 +815,7 @@ def train(args: Args) -> dict[str, float]:
             r.log(step, step_fn())
         behavior.requires_grad_(False)
     if exchanging and guided:
-        offline_support = Support(len(offline), args.support_k, task.act_dim, r.device)
-        if (r.dir / "support.pt").exists():
-            run.restore(offline_support, run.load_state(r.dir / "support.pt", r.device))
-        else:
-            # a generator of its own: the run goes on alike, whether these are computed or read
-            own = torch.Generator(r.device).manual_seed(args.seed)
-            for obs in tqdm(offline.obs.split(1_024), desc="support", unit="chunk", disable=None):
-                chunk = support_actions(behavior, obs, args.support_k, task.act_dim, args.sampler, own)
-                offline_support.extend(chunk)
-            run.save_atomically(offline_support.state_dict(), r.dir / "support.pt")
+        offline_support = dataset_support(r, behavior, offline, args, task.act_dim)
         step_fn = r.capture(energy_step)
         for step in r.phase("energy", args.energy_steps):
             r.log(step, step_fn())
@@ -771,37 +824,20 @@ def train(args: Args) -> dict[str, float]:
     from_dataset = torch.arange(args.batch_size, device=r.device) < n_offline  # NEW
     compiled_dare_losses = r.compiled(dare_losses)  # NEW
 
-    # NEW: scores -> threshold -> exchange [Alg. 1, l. 6-8]
-    @torch.no_grad()
-    def split(batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        if not exchanging:
-            return from_dataset, {}
-        obs = batch.obs if args.score == "elbo" else batch.obs.repeat(args.n_ref, 1)
-        eps_fn, logs = guided_eps(behavior, energy, obs, args.guidance_scale), {}
-        if args.score == "elbo":
-            scores = elbo_score(eps_fn, batch.actions)
-        else:
-            refs = SAMPLERS[args.sampler](eps_fn, torch.randn(len(obs), task.act_dim, device=r.device))
-            logs["ref/clip_frac"] = (refs.abs() > 1).float().mean()
-            refs = refs.clamp(-1, 1).view(args.n_ref, *batch.actions.shape)  # D12
-            scores = alignment(args.score, batch.actions, refs, nets["actor"].log_std.clamp(-5.0, 2.0))
-        tau, threshold_logs = gaussian_threshold(scores[:n_offline], scores[n_offline:])
-        if args.threshold == "sort":  # direct exchange: the n_offline lowest of the pooled scores [§7.5]
-            tau = scores.sort().values[n_offline]
-        off_like, m = exchange(scores, from_dataset, tau, args.exchange_cap)
-        return off_like, logs | threshold_logs | {"dare/tau": tau, "dare/exchanged": m}
-
     def online_step() -> dict[str, torch.Tensor]:
         index = offline.draw(n_offline), online.draw(args.batch_size - n_offline)
         batch = mix(offline.take(index[0]), online.take(index[1]))
-        off_like, split_logs = split(batch)  # NEW
+        off_like, split_logs = from_dataset, {}
+        if exchanging:  # NEW [Alg. 1, l. 6-8]
+            log_std = nets["actor"].log_std.clamp(-5.0, 2.0)
+            off_like, split_logs = split(behavior, energy, batch, from_dataset, log_std, args)
         noise = torch.randn(1 + args.max_q_samples, *batch.actions.shape, device=r.device)  # NEW
         loss, logs = compiled_dare_losses(nets, batch, off_like, noise, args)  # NEW
         update(nets, opt, loss, args.polyak)
         if exchanging and guided:  # NEW [Alg. 1, l. 10]: U6
             support = torch.cat([offline_support.actions[index[0]], online_support.actions[index[1]]])
             has_support = from_dataset | torch.cat([from_dataset[:n_offline], index[1] < online_support.size])
-            logs = logs | energy_update(batch.obs, support, has_support.float())
+            logs = logs | energy_step_of(batch.obs, support, has_support.float())
         return logs | split_logs
 
     step_fn = r.capture(online_step)

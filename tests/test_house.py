@@ -184,6 +184,7 @@ def test_no_host_reads_in_updates(stem):
     step |= {
         "guided_eps",
         "behavior_loss",
+        "behavior_update",
         "offline_step",
         "online_step",
         "energy_update",
