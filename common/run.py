@@ -117,7 +117,15 @@ def main(program: Callable, args_type: type, presets: dict[str, dict] | None = N
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOTDIR):
+        if e.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EROFS,
+            errno.EACCES,
+            errno.ENOTDIR,
+            errno.EEXIST,
+        ):
             raise
         print(f"error: cannot write {e.filename or 'file'}: {e.strerror}", file=sys.stderr)
         sys.exit(1 if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else 2)
@@ -126,14 +134,12 @@ def main(program: Callable, args_type: type, presets: dict[str, dict] | None = N
 # ---- files ----
 
 
-def save_atomically(state: dict, path: Path) -> None:
-    """torch.save, written aside, synced, renamed: `path` is the old file or the new one, never half of it."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)  # via memory, or a full disk becomes an opaque C++ error
+def write_atomically(content: bytes | memoryview, path: Path) -> None:
+    """Written aside, synced, renamed: `path` is the old file or the new one, never half of it."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as f:
-            f.write(buffer.getbuffer())
+            f.write(content)
             f.flush()
             os.fsync(f.fileno())
         part.replace(path)
@@ -142,17 +148,32 @@ def save_atomically(state: dict, path: Path) -> None:
         raise OSError(e.errno, e.strerror, str(path)) from e
 
 
+def save_atomically(state: dict, path: Path) -> None:
+    """torch.save, atomically."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)  # via memory, or a full disk becomes an opaque C++ error
+    write_atomically(buffer.getbuffer(), path)
+
+
 def write_json(value: dict, path: Path) -> None:
-    """The same for a small JSON file."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    part.replace(path)
+    """A small JSON file, atomically."""
+    write_atomically((json.dumps(value, indent=1) + "\n").encode(), path)
+
+
+def read_json(path: Path) -> dict:
+    """What write_json wrote; UsageError if it is something else."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise UsageError(
+            "run directory", f"damaged {path}", "an intact one, or --overwrite to start anew"
+        ) from e
 
 
 def load_state(path: Path, device: torch.device) -> dict:
     """Read a checkpoint; tensors and plain containers only, nothing executable."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return dict(torch.load(path, map_location=device, weights_only=True))
     except Exception as e:
         raise UsageError("checkpoint", path, f"a file written by this program ({type(e).__name__})") from e
 
@@ -205,8 +226,6 @@ class Run:
             torch.set_num_threads(1)  # small networks; two spinning threads on busy cores are far slower
         torch.manual_seed(args.seed)
         self.dir = Path(args.out_dir) / Path(file).stem / dataset_name / f"seed{args.seed}"
-        if args.overwrite and self.dir.exists():
-            shutil.rmtree(self.dir)
         self.dir.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.dir, os.O_RDONLY)
         self.release = weakref.finalize(self, os.close, lock)
@@ -214,13 +233,14 @@ class Run:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise UsageError("run directory", self.dir, "one that no other process is using") from e
+        for path in self.dir.iterdir() if args.overwrite else ():
+            path.unlink()
         self.objects: dict[str, Any] = {}
         self.done: dict[str, int] = {}  # steps finished, per phase
         self.passed: list[str] = []  # names that `once` was asked for
         self.seconds: dict[str, float] = {}  # wall time spent, per phase
         self.scores: dict[str, list[float]] = {}  # eval/score, per phase
         self.rows: list[dict] = []  # of log.csv
-        self.columns: list[str] = []
         self.current = "offline"  # phase
         self.bar: tqdm | None = None
         self.wandb = None
@@ -232,7 +252,7 @@ class Run:
     def final(self) -> dict[str, float] | None:
         """Contents of final.json if this run is finished."""
         path = self.dir / "final.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def _settle_args(self, presets: dict[str, dict]) -> None:
         """Compare with the args.json of a run that has begun; `register` writes it."""
@@ -240,8 +260,8 @@ class Run:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.args).items()}
         settings = {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in settings.items()}
         if path.exists() and ((self.dir / "state.pt").exists() or self.final):
-            before = json.loads(path.read_text())["settings"]
-            before = {k: v["value"] for k, v in before.items()}
+            self.info = read_json(path)
+            before = {k: v["value"] for k, v in self.info["settings"].items()}
             keys = [k for k in {**before, **settings} if k not in NOT_COMPARED]
             changed = [
                 f"{k} {before.get(k)} -> {settings.get(k)}" for k in keys if before.get(k) != settings.get(k)
@@ -249,7 +269,6 @@ class Run:
             if changed:
                 allowed = "the settings it was started with, another --out-dir, or --overwrite"
                 raise UsageError(f"settings of {self.dir}", ", ".join(changed), allowed)
-            self.info = json.loads(path.read_text())
             return
         defaults = {f.name: f.default for f in fields(self.args)}
         preset = asdict(with_presets(type(self.args), presets, self.args.env))
@@ -293,8 +312,7 @@ class Run:
         path = self.dir / "state.pt"
         if path.exists():
             state = load_state(path, self.device)
-            for name, obj in objects.items():
-                restore(obj, state["objects"][name])
+            self._restore(objects, state, path)
             self.done, self.passed = state["done"], state["passed"]
             self.seconds, self.scores = state["seconds"], state["scores"]
             torch.set_rng_state(state["rng"].cpu())
@@ -304,6 +322,14 @@ class Run:
             print(f"{self.dir}: resumed at " + ", ".join(f"{k} {v}" for k, v in self.done.items() if v))
         if self.args.wandb:
             self._start_wandb()
+
+    def _restore(self, objects: dict[str, Any], state: dict, path: Path) -> None:
+        try:
+            for name, obj in objects.items():
+                restore(obj, state["objects"][name])
+        except (KeyError, ValueError, RuntimeError) as e:
+            reason = " ".join(str(e).split())[:100]
+            raise UsageError("checkpoint", path, f"one that this version of the file wrote ({reason})") from e
 
     def checkpoint(self) -> None:
         """Write state.pt: the registered objects, counters, random states."""
@@ -345,8 +371,7 @@ class Run:
         changed = [f"{k} {theirs.get(k)} -> {v}" for k, v in settings.items() if theirs.get(k) != v]
         if changed:
             raise UsageError("--from-offline", ", ".join(changed), "the settings of that run's offline phase")
-        for name, obj in objects.items():
-            restore(obj, state["objects"][name])
+        self._restore(objects, state, path)
         self.done["offline"] = self.args.offline_steps
 
     # -- phases --
@@ -354,7 +379,7 @@ class Run:
     def once(self, name: str) -> bool:
         """True the first time in the life of this run, resumed or not: for what happens between phases."""
         first = name not in self.passed
-        self.passed.append(name)
+        self.passed += [name] if first else []
         return first
 
     def phase(self, name: str, steps: int) -> Iterator[int]:
@@ -438,16 +463,14 @@ class Run:
             self.wandb.log({**row, f"{self.current}_step": step})
 
     def _write_rows(self) -> None:
-        columns = list(dict.fromkeys(k for row in self.rows for k in row))
-        part = self.dir / "log.csv.part"
-        with open(part, "w", newline="") as f:
-            writer = csv.DictWriter(f, columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        part.replace(self.dir / "log.csv")
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(k for row in self.rows for k in row)))
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(text.getvalue().encode(), self.dir / "log.csv")
 
     def _load_rows(self, count: int) -> None:
-        if count:
+        if count and (self.dir / "log.csv").exists():
             with open(self.dir / "log.csv", newline="") as f:
                 self.rows = [
                     {k: v for k, v in row.items() if v != ""} for row in list(csv.DictReader(f))[:count]

@@ -127,10 +127,13 @@ def test_other_settings_are_refused_by_name_and_other_data_too(dataset, tmp_path
 
 
 def test_two_processes_cannot_share_a_run_directory(dataset, tmp_path):
-    args = tiny_args("iql", dataset=dataset, out_dir=tmp_path)
+    """Not even with --overwrite, which removes nothing before it has the directory for itself."""
+    args = tiny_args("iql", dataset=dataset, out_dir=tmp_path, overwrite=True)
     first = run.Run(args, "iql.py", "somewhere", {})
+    first.register()
     with pytest.raises(run.UsageError, match="no other process"):
         run.Run(args, "iql.py", "somewhere", {})
+    assert (first.dir / "args.json").exists()
     del first
     run.Run(args, "iql.py", "somewhere", {})
 
@@ -155,6 +158,8 @@ def refused(argv: list[str], monkeypatch, capsys, stem: str = "iql") -> str:
     err = capsys.readouterr().err
     assert e.value.code == 2, err
     assert err.startswith("error: ") and err.count("\n") == 1, err
+    del e
+    gc.collect()  # the lock of a run that failed goes with its object
     return err
 
 
@@ -216,16 +221,36 @@ def test_corrupt_dataset_and_corrupt_checkpoint_are_refused(dataset, monkeypatch
     (folder / "state.pt").write_bytes(b"not a checkpoint")
     line = refused(command("iql", dataset, out)[2:], monkeypatch, capsys)
     assert "state.pt" in line
+    (folder / "args.json").write_text("{")
+    assert "args.json" in refused(command("iql", dataset, out)[2:], monkeypatch, capsys)
 
 
-def test_full_disk_keeps_the_earlier_checkpoint(dataset, monkeypatch, capsys, tmp_path):
-    """The fourth checkpoint hits a full disk: exit 1, one line, nothing half-written; later the run goes on."""
+def test_a_checkpoint_of_another_version_is_refused(dataset, monkeypatch, capsys, tmp_path):
+    """One object more than the checkpoint has; another width of a network."""
+    module("iql").train(tiny_args("iql", dataset=dataset, out_dir=tmp_path))
+    folder = run_dir(tmp_path, "iql", dataset)
+    (folder / "final.json").unlink()
+    state = torch.load(folder / "state.pt", weights_only=True)
+    for change in (
+        lambda s: s["objects"].pop("updates"),
+        lambda s: s["objects"]["nets"].pop("actor.log_std"),
+    ):
+        older = dict(state, objects=dict(state["objects"], nets=dict(state["objects"]["nets"])))
+        change(older)
+        torch.save(older, folder / "state.pt")
+        line = refused(command("iql", dataset, tmp_path)[2:], monkeypatch, capsys)
+        assert "this version" in line
+
+
+@pytest.mark.parametrize("write", [1, 4, 9, 14])
+def test_full_disk_keeps_the_earlier_checkpoint(write, dataset, monkeypatch, capsys, tmp_path):
+    """The disk is full at some write: exit 1, one line, nothing half-written; with room again the run goes on."""
     module("iql").train(tiny_args("iql", dataset=dataset, out_dir=tmp_path / "straight"))
     fsync, calls = os.fsync, [0]
 
     def full(fd: int) -> None:
         calls[0] += 1
-        if calls[0] == 4:
+        if calls[0] == write:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(fd)
 
