@@ -249,11 +249,16 @@ def draw_noise(rows: int, act_dim: int, n: int, device: torch.device) -> tuple[t
 
 
 def losses(
-    nets: nn.ModuleDict, batch: Batch, bound: torch.Tensor | None, weight: float, noise: tuple, args: Args
+    nets: nn.ModuleDict,
+    batch: Batch,
+    bound: torch.Tensor | None,
+    weight: float | torch.Tensor,
+    noise: tuple,
+    args: Args,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Sum of the losses of critics, actor, α and α', which share no parameter; from the old parameters: D1.
 
-    bound (B,) Monte-Carlo returns or None; weight = α_cql; noise as from draw_noise.
+    bound (B,) Monte-Carlo returns or None; weight = α_cql, one number or one per row (B,); noise as from draw_noise.
     """
     n, (uniform, normal) = args.cql_n_actions, noise
     rows, act_dim = batch.actions.shape
@@ -280,14 +285,13 @@ def losses(
     )  # (2, B, 1 + 3n)
     td_loss = (q[..., 0] - target).square().mean(1).sum()  # D2
     gap, share = conservative_gap(q[..., 1:], q[..., 0], log_probs, bound, args.cql_clip_min)
-    gap = gap.mean(1)  # (2,)
     lagrange_loss = torch.zeros((), device=gap.device)
     if args.lagrange:
         multiplier = nets["weights"]["log_alpha_prime"].exp().clamp(0.0, 1e6)
-        cql_loss = (multiplier.detach() * weight * (gap - args.target_gap)).sum()
-        lagrange_loss = -0.5 * (multiplier * weight * (gap.detach() - args.target_gap)).sum()
+        cql_loss = (multiplier.detach() * weight * (gap - args.target_gap)).mean(1).sum()
+        lagrange_loss = -0.5 * (multiplier * weight * (gap.detach() - args.target_gap)).mean(1).sum()
     else:
-        cql_loss = weight * gap.sum()  # [Cal-QL Eq. 5.1]
+        cql_loss = (weight * gap).mean(1).sum()  # [Cal-QL Eq. 5.1]
     log_alpha = nets["weights"]["log_alpha"]
     alpha_loss = -(log_alpha * (log_pi.detach() - act_dim)).mean()  # target entropy -A
     q_new = frozen_q(nets["qf"], batch.obs, new_actions[:, 0]).amin(0)

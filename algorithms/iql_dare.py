@@ -53,9 +53,9 @@ Notes    D1, D2, D3, D4, D5, U1 as in iql.py (D2: D4RL-raw rewards are what the 
 Samplers cep: DPM-Solver++ 2S, uniform time, 15 evaluations, what the papers most likely ran; contracts
          narrow distributions (std ratio 0.79 at 0.3). fast: 2M, uniform log-SNR, 10 evaluations, ratio
          1.03: cheaper and more accurate.
-Metrics  dare/exchanged M, typically < 70 of 128; dare/root_valid share with a crossing between the means
-         (else midpoint); dare/mu_gap on minus off mean score: negative means the policy is closer to the
-         reference than the data are; dare/tau, dare/off_std, dare/on_std; dare/awr_term, dare/sac_term the
+Metrics  split/exchanged M, typically < 70 of 128; split/root_valid share with a crossing between the means
+         (else midpoint); split/mu_gap on minus off mean score: negative means the policy is closer to the
+         reference than the data are; split/tau, split/off_std, split/on_std; dare/awr_term, dare/sac_term the
          two parts of Eq. 16 (raw rewards: the second dominates); energy/loss; energy/label_entropy, near 0
          when labels are one-hot: guidance too weak; energy/std_bq; ref/clip_frac of reference coordinates
          at the box; loss/behavior.
@@ -583,11 +583,11 @@ def gaussian_threshold(off: torch.Tensor, on: torch.Tensor) -> tuple[torch.Tenso
     valid = (x * gap.sign() > 0) & (x * gap.sign() < gap.abs())
     tau = torch.where(valid, m1 + x, 0.5 * (m1 + m2))
     logs = {
-        "dare/root_valid": valid,
-        "dare/mu_gap": gap,
-        "dare/tau": tau,
-        "dare/off_std": s1,
-        "dare/on_std": s2,
+        "split/root_valid": valid,
+        "split/mu_gap": gap,
+        "split/tau": tau,
+        "split/off_std": s1,
+        "split/on_std": s2,
     }
     return tau, logs
 
@@ -678,7 +678,7 @@ def split(
     if args.threshold == "sort":  # direct exchange: the n_offline lowest of the pooled scores [§7.5]
         tau = scores.sort().values[n_offline]
     off_like, m = exchange(scores, off, tau, args.exchange_cap)
-    return off_like, logs | threshold_logs | {"dare/tau": tau, "dare/exchanged": m}
+    return off_like, logs | threshold_logs | {"split/tau": tau, "split/exchanged": m}
 
 
 # NEW: losses of the online phase

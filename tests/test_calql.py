@@ -228,6 +228,23 @@ def test_losses_and_gradients_equal_the_textbook(settings, calibrated):
     assert all(p.grad is None for p in nets["q_target"].parameters())
 
 
+@pytest.mark.parametrize("lagrange", [False, True])
+def test_a_weight_per_row_regularises_those_rows_only(lagrange):
+    """Rows of weight 0 keep TD alone: the same as the mean over all rows with their gaps (less the target) at 0."""
+    nets, batch, noise, args, _ = case(lagrange=lagrange)
+    mask = torch.tensor([1.0, 0, 0, 1, 1, 0, 1, 0]).double()
+    parts = [
+        calql.losses(nets, batch, None, w, noise, args)[0].item()
+        for w in (0.0, 5.0 * mask, 5.0 * (1 - mask), 5.0)
+    ]
+    assert parts[1] + parts[2] - parts[0] == pytest.approx(parts[3])
+    assert abs(parts[1] - parts[0]) > 1e-3
+    half = Batch(*(x[mask > 0] for x in batch))
+    noise_half = tuple(x[mask > 0] for x in noise)
+    alone = [calql.losses(nets, half, None, w, noise_half, args)[0].item() for w in (0.0, 5.0)]
+    assert parts[1] - parts[0] == pytest.approx((alone[1] - alone[0]) * 4 / 8)
+
+
 @pytest.mark.parametrize(("target", "grows"), [(-1e3, True), (1e3, False)])
 def test_lagrange_multiplier_grows_when_the_gap_is_above_its_target(target, grows):
     nets, batch, noise, args, _ = case(lagrange=True, target_gap=target)

@@ -642,9 +642,9 @@ def test_threshold_reference_values(off, on, tau, valid):
     for dtype in (torch.float64, torch.float32):
         out, logs = dare.gaussian_threshold(rows_with(*off, dtype), rows_with(*on, dtype))
         assert out.item() == pytest.approx(tau, abs=2e-6) and out.shape == ()
-        assert bool(logs["dare/root_valid"]) is valid and logs["dare/tau"].item() == out.item()
-        assert logs["dare/mu_gap"].item() == pytest.approx(on[0] - off[0], abs=1e-6)
-        stds = [logs["dare/off_std"].item(), logs["dare/on_std"].item()]
+        assert bool(logs["split/root_valid"]) is valid and logs["split/tau"].item() == out.item()
+        assert logs["split/mu_gap"].item() == pytest.approx(on[0] - off[0], abs=1e-6)
+        stds = [logs["split/off_std"].item(), logs["split/on_std"].item()]
         assert stds == pytest.approx([off[1], on[1]], rel=1e-5)
 
 
@@ -676,7 +676,7 @@ def test_threshold_against_bisection():
     assert 0.3 < valid.mean() < 0.9
     for i in range(n):
         out, logs = dare.gaussian_threshold(rows_with(m1[i], s1[i]), rows_with(m2[i], s2[i]))
-        assert bool(logs["dare/root_valid"]) == valid[i]
+        assert bool(logs["split/root_valid"]) == valid[i]
         assert abs(out.item() - tau[i]) <= 1e-5 * abs(m2[i] - m1[i])
 
 
@@ -692,7 +692,7 @@ def test_threshold_in_float32_with_near_equal_spreads():
         exact = [f(x) for x in (off.double().numpy(), on.double().numpy()) for f in (np.mean, np.std)]
         (tau,), (valid,) = bisect(*(np.array([x]) for x in exact))
         out, logs = dare.gaussian_threshold(off, on)
-        assert valid and bool(logs["dare/root_valid"])
+        assert valid and bool(logs["split/root_valid"])
         assert abs(out.item() - tau) <= 1e-5 * abs(m2[i] - m1[i])
 
 
@@ -741,7 +741,7 @@ def test_threshold_of_a_side_without_spread_is_that_side():
         for off, on in ((same, spread), (spread, same), (same + 9, spread), (spread, same + 9)):
             tau, logs = dare.gaussian_threshold(off, on)
             constant = off[0].item() if off.std() == 0 else on[0].item()
-            assert bool(logs["dare/root_valid"]) and tau.item() == pytest.approx(constant, abs=1e-4)
+            assert bool(logs["split/root_valid"]) and tau.item() == pytest.approx(constant, abs=1e-4)
 
 
 # ---- exchange (5.2, 5.5) ----
@@ -876,7 +876,7 @@ def test_counter_example_to_theorem_1():
     """N = 2, offline {1, 4}, online {2, 5}: τ = 3, M = 1, the divergence goes 1 -> 2; the theorem says <= 0."""
     scores = torch.tensor([1.0, 4.0, 2.0, 5.0])
     tau, logs = dare.gaussian_threshold(scores[:2], scores[2:])
-    assert tau.item() == 3.0 and bool(logs["dare/root_valid"])
+    assert tau.item() == 3.0 and bool(logs["split/root_valid"])
     mask, m = dare.exchange(scores, torch.tensor([True, True, False, False]), tau, -1)
     assert m.item() == 1 and scores[mask].tolist() == [1.0, 2.0] and scores[~mask].tolist() == [4.0, 5.0]
     before, after = divergence([1, 4], [2, 5]), divergence([1, 2], [4, 5])
@@ -1193,12 +1193,12 @@ def test_log_has_what_the_docstring_promises(dataset, tmp_path):
     dare.train(tiny(dataset, tmp_path))
     rows = [r for r in log_rows(tmp_path) if r["phase"] == "online" and r["loss/q"]]
     assert [int(r["step"]) for r in rows] == [15, 20, 25, 30]
-    names = "exchanged root_valid mu_gap tau off_std on_std awr_term sac_term"
-    columns = [f"dare/{n}" for n in names.split()]
+    columns = [f"split/{n}" for n in ["exchanged", "root_valid", "mu_gap", "tau", "off_std", "on_std"]]
+    columns += ["dare/awr_term", "dare/sac_term"]
     columns += ["energy/loss", "energy/label_entropy", "energy/std_bq", "ref/clip_frac"]
     for row in rows:
         assert all(row[k] != "" for k in columns)
-        assert 0 <= float(row["dare/exchanged"]) <= 8 and float(row["dare/root_valid"]) in (0.0, 1.0)
+        assert 0 <= float(row["split/exchanged"]) <= 8 and float(row["split/root_valid"]) in (0.0, 1.0)
         assert 0 <= float(row["energy/label_entropy"]) <= math.log(3) + 1e-6
         assert 0 <= float(row["ref/clip_frac"]) <= 1
         total = float(row["dare/awr_term"]) + float(row["dare/sac_term"])
@@ -1342,10 +1342,10 @@ def test_direct_exchange_takes_the_lowest_scores(dataset, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("threshold", ["gauss", "sort"])
 def test_logged_tau_is_the_one_that_splits(threshold, dataset, tmp_path, monkeypatch):
-    """dare/tau in the log is the τ given to exchange at that step."""
+    """split/tau in the log is the τ given to exchange at that step."""
     watch = Watch(monkeypatch)
     dare.train(tiny(dataset, tmp_path, threshold=threshold))
-    rows = {int(r["step"]): float(r["dare/tau"]) for r in log_rows(tmp_path) if r.get("dare/tau")}
+    rows = {int(r["step"]): float(r["split/tau"]) for r in log_rows(tmp_path) if r.get("split/tau")}
     assert list(rows) == [15, 20, 25, 30]
     assert rows == pytest.approx({step: watch.exchange[step - 11][2].item() for step in rows}, rel=1e-6)
 
