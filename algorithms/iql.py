@@ -17,7 +17,8 @@ Notes    D1 order of updates: the official code updates V, then the actor with t
          D4 actions: PEX executes and stores online actions unclipped, CORL clips on execution; we clip,
             execute, store.
          D5 switch: PEX copies the critic into its target when going online; we keep the target.
-         U1 hopper-mini-v0: sizes that finish in minutes on two CPU cores; not a published setting.
+         U1 hopper-mini-v0: sizes that finish in minutes on two CPU cores, states and rewards normalised so that
+            few steps settle; not a published setting.
 Metrics  loss/{v,q,actor}; q/mean of Q on the batch; adv/mean; log_std/mean: falls to its floor of -5 if
          exploration dies; eval/score normalised, at evaluations; train/episode_return raw.
 Run      python algorithms/iql.py --env hopper-medium-v2 --seed 0
@@ -77,7 +78,8 @@ class Args:
 
 ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
     "hopper-mini": dict(  # U1
-        offline_steps=15_000, online_steps=10_000, warmup_steps=2_000, lr=1e-3, polyak=0.02, hidden=64
+        offline_steps=15_000, online_steps=10_000, warmup_steps=2_000, lr=5e-4, polyak=0.01, hidden=64,
+        normalize_obs=True, normalize_reward=True,
     ),
 }  # fmt: skip
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
