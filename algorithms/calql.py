@@ -193,7 +193,7 @@ def conservative_gap(
     bound: torch.Tensor | None,
     clip_min: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """R per row: logsumexp of importance-weighted Q over sampled actions, minus Q on data.  [CQL Eq. 4; Cal-QL Eq. 5.1]
+    """R per row: logsumexp of importance-weighted Q, minus Q on data.  [CQL Eq. 4; Cal-QL §5; DARE Eq. 1]
 
     q (2, B, 3n): uniform actions, then those of π(s), then of π(s'), all at s; log_probs (B, 3n) their log-densities;
     bound (B,) the return G below which policy actions are not pushed, None for CQL -> R (2, B), share below G ().
@@ -283,7 +283,7 @@ def losses(
     q = q_of_many(
         nets["qf"], batch.obs, torch.cat([batch.actions[:, None], uniform, now, later], 1)
     )  # (2, B, 1 + 3n)
-    td_loss = (q[..., 0] - target).square().mean(1).sum()  # D2
+    td_loss = (q[..., 0] - target).square().mean(1).sum()  # [DARE Eq. 1], D2
     gap, share = conservative_gap(q[..., 1:], q[..., 0], log_probs, bound, args.cql_clip_min)
     lagrange_loss = torch.zeros((), device=gap.device)
     if args.lagrange:
@@ -291,11 +291,13 @@ def losses(
         cql_loss = (multiplier.detach() * weight * (gap - args.target_gap)).mean(1).sum()
         lagrange_loss = -0.5 * (multiplier * weight * (gap.detach() - args.target_gap)).mean(1).sum()
     else:
-        cql_loss = (weight * gap).mean(1).sum()  # [Cal-QL Eq. 5.1]
+        cql_loss = (weight * gap).mean(1).sum()  # α R [DARE Eq. 1]
     log_alpha = nets["weights"]["log_alpha"]
-    alpha_loss = -(log_alpha * (log_pi.detach() - act_dim)).mean()  # target entropy -A
+    alpha_loss = -(
+        log_alpha * (log_pi.detach() - act_dim)
+    ).mean()  # [SAC, arXiv 1812.05905 §5], target entropy -A
     q_new = frozen_q(nets["qf"], batch.obs, new_actions[:, 0]).amin(0)
-    actor_loss = (log_alpha.detach().exp() * log_pi[:, 0] - q_new).mean()
+    actor_loss = (log_alpha.detach().exp() * log_pi[:, 0] - q_new).mean()  # [SAC §4.2]
     logs = {"loss/q": td_loss, "loss/actor": actor_loss, "loss/alpha": alpha_loss, "cql/gap": gap.mean()}
     logs |= {"cql/bound_share": share, "q/mean": q[..., 0].mean(), "policy/log_prob": log_pi.mean()}
     logs["policy/data_log_prob"] = squashed_log_prob(mean[:, 0], log_std[:, 0], batch.actions).mean()

@@ -64,7 +64,7 @@ Run      python algorithms/iql_dare.py --env hopper-medium-v2 --seed 0
          direct exchange --threshold sort | DARE-IV --value-loss expectile | UTD 10 --utd 10 --online-steps 100000
          the papers' common start: --from-offline runs/iql/hopper-medium-v2/seed0
 Cost     hopper-mini-v0: 2.4 minutes on one CPU core. Published sizes want a GPU (not measured there): one core does
-         2 behavior steps and 9 online steps (--sampler fast) a second.
+         3 behavior steps or 8 reference batches (--sampler fast: 12) a second (tests/bench.py).
 """
 
 import math
