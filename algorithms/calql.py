@@ -88,6 +88,14 @@ class Args:
 
 
 ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
+    "antmaze-": dict(  # [DARE Table 4; episodes: CORL]
+        critic_layers=5, cql_weight=5.0, cql_weight_online=5.0, lagrange=True, max_target_backup=True,
+        normalize_obs=False, reward_scale=10.0, reward_bias=-5.0, sparse_reward=True,
+        eval_every=10_000, eval_episodes=100,
+    ),
+    **{k: dict(cql_weight=1.0, cql_weight_online=1.0, max_target_backup=True, normalize_obs=False)
+       for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL, fine-tuning]
+    "maze2d-": dict(policy_lr=3e-5, lagrange=True, target_gap=5.0),  # [CORL, offline CQL]
     "hopper-mini": dict(  # U1
         offline_steps=8_000, online_steps=6_000, warmup_steps=2_000, hidden=64, batch_size=128,
         policy_lr=3e-4, critic_lr=1e-3, polyak=0.02, cql_n_actions=4, cql_weight=5.0, cql_weight_online=5.0,
@@ -100,6 +108,7 @@ OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the datase
 )  # fmt: skip
 
 
+# --- shared: calql.networks ---
 def orthogonal(
     sizes: tuple[int, ...], gains: list[float], copies: int
 ) -> tuple[nn.ParameterList, nn.ParameterList]:
@@ -161,6 +170,10 @@ def make_calql_nets(obs_dim: int, act_dim: int, hidden: int, critic_layers: int)
     return nets
 
 
+# --- end shared: calql.networks ---
+
+
+# --- shared: calql.losses ---
 def squash(
     mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,6 +226,10 @@ def frozen_q(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.T
     return torch.func.functional_call(qf, weights, (obs, actions))
 
 
+# --- end shared: calql.losses ---
+
+
+# --- shared: calql.returns ---
 def mc_returns(
     rewards: np.ndarray,
     terminations: np.ndarray,
@@ -241,6 +258,10 @@ def mc_returns(
     return returns.astype(np.float32)
 
 
+# --- end shared: calql.returns ---
+
+
+# --- shared: calql.training ---
 def draw_noise(rows: int, act_dim: int, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Uniform actions (B, n, A) and N(0, I) (B, 3n + 1, A) for π(s), π(s'), the backup, the actor's own."""
     return torch.rand(rows, n, act_dim, device=device) * 2 - 1, torch.randn(
@@ -326,6 +347,9 @@ def make_calql_optimizer(
     return torch.optim.Adam([policy, critic], fused=True, capturable=device.type == "cuda")
 
 
+# --- end shared: calql.training ---
+
+
 def train(args: Args) -> dict[str, float]:
     task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
     r = run.Run(args, __file__, name, ENV_PRESETS)
@@ -386,7 +410,7 @@ def train(args: Args) -> dict[str, float]:
         return logs
 
     if args.from_offline and r.once("from_offline"):
-        r.import_offline(args.from_offline, offline_settings, nets=nets, opt=opt)
+        r.import_phase("offline", args.from_offline, offline_settings, nets=nets, opt=opt)
     step_fn = r.capture(offline_step)
     for step in r.phase("offline", args.offline_steps):
         r.log(step, step_fn())
@@ -394,7 +418,7 @@ def train(args: Args) -> dict[str, float]:
             r.record(step + 1, evaluate(act, r.device))
     if r.once("offline_end"):
         r.record(args.offline_steps, evaluate(act, r.device))
-        r.export_offline(offline_settings, nets=nets, opt=opt)  # U3
+        r.export_phase("offline", offline_settings, nets=nets, opt=opt)  # U3
 
     # online: one environment step, then utd gradient steps on half dataset, half own experience
     def online_step() -> dict[str, torch.Tensor]:

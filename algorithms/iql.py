@@ -297,7 +297,7 @@ def train(args: Args) -> dict[str, float]:
         return logs
 
     if args.from_offline and r.once("from_offline"):
-        r.import_offline(args.from_offline, offline_settings, nets=nets)
+        r.import_phase("offline", args.from_offline, offline_settings, nets=nets)
     step_fn = r.capture(offline_step)
     for step in r.phase("offline", args.offline_steps):
         r.log(step, step_fn())
@@ -305,7 +305,7 @@ def train(args: Args) -> dict[str, float]:
             r.record(step + 1, evaluate(act, r.device))
     if r.once("offline_end"):
         r.record(args.offline_steps, evaluate(act, r.device))
-        r.export_offline(offline_settings, nets=nets)
+        r.export_phase("offline", offline_settings, nets=nets)
         restart_optimizer(opt, args.lr)  # D3; q_target stays: D5
 
     # online: one environment step, then utd gradient steps on half dataset, half own experience

@@ -7,8 +7,8 @@ Paper    "DARE: Dynamic Alignment for RElease", ICLR 2026 submission (later arXi
 Symbols  ν behavior | ε̂ its noise estimate | f_φ energy | s guidance_scale | β energy_beta | K support_k |
          â reference action d alignment score | τ separation point | M exchanged pairs | n exchange_cap |
          b'_off, b'_on off_like, ~off_like
-Read     what iql.py has; then NEW: behavior model, sampler, energy, scores, threshold, exchange; losses;
-         train
+Read     what iql.py has; then NEW: behavior model, samplers, energy, scores, exchange, Guide; threshold;
+         losses; train
 Idea     Offline and online batches overlap: some dataset rows look like new behavior, some new rows like
          the dataset. Each row is scored by its action's distance to a reference action of the guided
          behavior model; a threshold between the two score distributions exchanges the rows on its wrong
@@ -21,35 +21,40 @@ Theory   Theorem 1 (the exchange shrinks the divergence of the two score distrib
          exchange separates the halves; that is its use. Theorem 2's ingredient (one swap moves the mixed
          residual by at most |2α - 1| B / N) holds.
 Notes    D1, D2, D3, D4, D5, U1 as in iql.py (D2: D4RL-raw rewards are what the paper's base code has).
-         D6 Eq. 7: KL between two points is 0 or infinite; `gauss` is the KL of equal-variance Gaussians
+         Of the guided behavior model, in every file that has it:
+         D10 Eq. 7: KL between two points is 0 or infinite; `gauss` is the KL of equal-variance Gaussians
             around them, half the squared distance (scale does not matter to the rule); `gauss_std`,
             `softmax`, `kde`, `elbo` are other readings.
-         D7 Eq. 34 has e^{-f}, Eq. 6 adds the gradient of f; taken together guidance goes downhill. CEP's
+         D11 Eq. 34 has e^{-f}, Eq. 6 adds the gradient of f; taken together guidance goes downhill. CEP's
             code has e^{+f}, as we.
-         D8 Eq. 9 in a form without division by σ²_on - σ²_off (float32 loses the textbook root for
-            near-equal spreads).
-         D9 Eq. 16 adds a maximised AWR term to a minimised SAC term; here both are minimised.
-         D10 Eqs. 15, 16 as masked means over the whole batch, so a sample's weight does not depend on the
-            split.
-         D11 Eq. 3 lacks the square, Eq. 15 the terminal mask; both are here.
          D12 samples are clamped to the action box (CEP leaves them): they are compared with data and fed to
             Q.
-         U2 max over a' [Eq. 15]: best of max_q_samples policy actions under min Q̂.
-         U3 which pairs are the "top" M: largest d offline against smallest d online.
-         U4 Q in f_φ's labels: min of the target twins.
-         U5 its unit: β = 3 is QGPO's, whose rewards are r · 1000 / return range, so Q is divided by our
-            reward unit over theirs; --energy-units raw does not.
-         U6 f_φ gets energy_steps on the offline Q first, then one step per gradient step, after it, on the
-            batch at hand.
-         U7 K, β, sampler, behavior schedule are CEP's.
-         U8 support for online rows comes every support_every steps; rows still without are left out of
+         U10 Q in f_φ's labels: min of the target twins.
+         U11 its unit: β = 3 is QGPO's, whose rewards are r · 1000 / return range (AntMaze: r - 1), so Q is divided
+            by our reward unit over theirs: --energy-units qgpo, for AntMaze reward; raw does not.
+         U12 f_φ gets energy_steps on the offline Q first, then one step per gradient step, on the batch at
+            hand.
+         U13 K, β, sampler, behavior schedule are CEP's.
+         U14 support for online rows comes every support_every steps; rows still without are left out of
             f_φ's loss.
-         U9 guidance scale of datasets without one: 3.
-         U10 spreads are population standard deviations with a floor of 1e-6 of the pooled one.
-         U11 critics in the SAC term: online twins, frozen.
-         U12 kde bandwidth 0.2; elbo at four fixed times, without references.
-         U13 DARE-IV [App. G] is told as the alternative to the SAC-style actor loss: it has Eq. 15's Q-target,
+         U15 guidance scale of datasets without one: 3.
+         U16 kde bandwidth 0.2; elbo at four fixed times, without references.
+         U17 which pairs are the "top" M: largest d offline against smallest d online.
+         Of DARE:
+         D13 Eq. 9 in a form without division by σ²_on - σ²_off (float32 loses the textbook root for
+            near-equal spreads).
+         D14 Eq. 16 adds a maximised AWR term to a minimised SAC term; here both are minimised.
+         D15 Eqs. 15, 16 as masked means over the whole batch, so a sample's weight does not depend on the
+            split.
+         D16 Eq. 3 lacks the square, Eq. 15 the terminal mask; both are here.
+         U18 spreads are population standard deviations with a floor of 1e-6 of the pooled one.
+         U19 max over a' [Eq. 15]: best of max_q_samples policy actions under min Q̂.
+         U20 critics in the SAC term: online twins, frozen.
+         U21 DARE-IV [App. G] is told as the alternative to the SAC-style actor loss: it has Eq. 15's Q-target,
             Eq. 35's value loss, and AWR on all rows.
+Cache    the behavior model is kept beside the dataset, as <file>.behavior-<key>.pt; the key holds dataset, settings,
+         seed, device kind and the code that trains it, so a change of any of these trains anew. Each phase
+         draws random numbers of its own: a run is the same with and without the cache.
 Samplers cep: DPM-Solver++ 2S, uniform time, 15 evaluations, what the papers most likely ran; contracts
          narrow distributions (std ratio 0.79 at 0.3). fast: 2M, uniform log-SNR, 10 evaluations, ratio
          1.03: cheaper and more accurate.
@@ -63,14 +68,18 @@ Run      python algorithms/iql_dare.py --env hopper-medium-v2 --seed 0
          no energy --guidance-scale 0 | no exchange --exchange-cap 0 | capped exchange --exchange-cap 32 |
          direct exchange --threshold sort | DARE-IV --value-loss expectile | UTD 10 --utd 10 --online-steps 100000
          the papers' common start: --from-offline runs/iql/hopper-medium-v2/seed0
+         a behavior model of another seed or method: --from-behavior runs/iql_dare/hopper-medium-v2/seed0
 Cost     hopper-mini-v0: 2.4 minutes on one CPU core. Published sizes want a GPU (not measured there): one core does
          3 behavior steps or 8 reference batches (--sampler fast: 12) a second (tests/bench.py).
 """
 
+import hashlib
+import inspect
+import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -113,36 +122,37 @@ class Args:
     warmup_steps: int = 5_000  # environment steps without updates, counted in online_steps [PEX]
     utd: int = 1  # gradient steps per environment step
     offline_frac: float = 0.5  # share of a batch from the dataset [PEX]
-    # DARE: behavior model and energy
+    # NEW: behavior model and energy
+    from_behavior: Path | None = None  # run directory (or its behavior.pt) to take the behavior model from
     guidance_scale: float = 8.0  # s [Table 7]; 0 = no energy
     behavior_steps: int = 600_000  # gradient steps [B.5]
     behavior_batch: int = 4_096  # [B.5]
     behavior_lr: float = 1e-4  # Adam [B.5]
     behavior_width: int = 512  # of the widest block [SfBC]
-    energy_steps: int = 100_000  # steps of f_φ before going online: U6
+    energy_steps: int = 100_000  # steps of f_φ before going online: U12
     energy_batch: int = 256  # states [B.5]
     energy_lr: float = 3e-4  # Adam [B.5]
     energy_hidden: int = 256  # width of the four hidden layers [B.5]
-    energy_beta: float = 3.0  # β [CEP]: U7
-    energy_units: Literal["qgpo", "raw"] = "qgpo"  # unit of Q in the labels: U5
-    support_k: int = 16  # K, support actions per state [CEP]: U7
-    support_every: int = 250  # environment steps between support generations for online rows: U8
-    sampler: Literal["cep", "fast"] = "cep"  # of references and support actions: U7, Samplers
-    # DARE: split and losses
-    score: Literal["gauss", "gauss_std", "softmax", "kde", "elbo"] = "gauss"  # Eq. 7: D6
+    energy_beta: float = 3.0  # β [CEP]: U13
+    energy_units: Literal["qgpo", "reward", "raw"] = "qgpo"  # unit of Q in the labels: U11
+    support_k: int = 16  # K, support actions per state [CEP]: U13
+    support_every: int = 250  # environment steps between support generations for online rows: U14
+    sampler: Literal["cep", "fast"] = "cep"  # of references and support actions: U13, Samplers
+    # NEW: split and losses
+    score: Literal["gauss", "gauss_std", "softmax", "kde", "elbo"] = "gauss"  # how d is measured [Eq. 7]: D10
     n_ref: int = 1  # reference actions per row; kde wants 8 or more, elbo uses none
     threshold: Literal["gauss", "sort"] = "gauss"  # Eqs. 8-9, or the pooled quantile: direct exchange [§7.5]
-    exchange_cap: int = -1  # n, pairs [Eq. 10]; -1 = no cap [B.1], 0 = no exchange
+    exchange_cap: int = -1  # most pairs exchanged, n [Eq. 10]; -1 = no cap [B.1], 0 = no exchange
     value_loss: Literal["iql", "expectile"] = "iql"  # expectile: Eq. 35, DARE-IV
-    online_expectile: float = 0.99  # of online-like rows with --value-loss expectile [Eq. 35]
+    online_expectile: float = 0.99  # τ of online-like rows; for --value-loss expectile [Eq. 35]
     sac_alpha: float = 0.2  # α, fixed entropy weight of Eq. 16, locomotion [B.1]
-    max_q_samples: int = 10  # policy actions behind max_a' Q: U2
+    max_q_samples: int = 10  # policy actions behind max_a' Q: U19
 
 
 ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
-    "hopper-": dict(guidance_scale=3.0),  # U9
-    "halfcheetah-": dict(guidance_scale=3.0),  # U9
-    "walker2d-": dict(guidance_scale=3.0),  # U9
+    "hopper-": dict(guidance_scale=3.0),  # U15
+    "halfcheetah-": dict(guidance_scale=3.0),  # U15
+    "walker2d-": dict(guidance_scale=3.0),  # U15
     "hopper-medium-v2": dict(guidance_scale=8.0),  # this and the rest: [Table 7]
     "hopper-medium-replay-v2": dict(guidance_scale=3.0),
     "hopper-medium-expert-v2": dict(guidance_scale=2.0),
@@ -162,6 +172,9 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
     "env", "offline_steps", "batch_size", "gamma", "polyak", "expectile", "inv_temp", "lr", "hidden",
     "normalize_reward", "normalize_obs",
+)  # fmt: skip
+BEHAVIOR_SETTINGS = (  # NEW: what a behavior model depends on, beside the dataset and the code
+    "behavior_steps", "behavior_batch", "behavior_lr", "behavior_width", "normalize_obs",
 )  # fmt: skip
 
 
@@ -323,7 +336,8 @@ def restart_optimizer(opt: torch.optim.Adam, lr: float) -> None:
 # --- end shared: iql.training ---
 
 
-# NEW: the behavior model ν(a|s), a diffusion over actions. Outside the NEW parts this file is algorithms/iql.py.
+# NEW: the behavior model ν(a|s), a diffusion over actions, and its guidance. Outside NEW this file is iql.py.
+# --- shared: iql_dare.guidance ---
 T_MIN = 1e-3  # smallest diffusion time [CEP]
 
 
@@ -368,7 +382,7 @@ class ResidualBlock(nn.Module):
 
 
 class BehaviorNet(nn.Module):
-    """ε̂(a_t, t | s), U-Net-like with dense layers: a_t (B, A), t (B,) or (1,), obs (B, O) -> (B, A).  [SfBC; B.5]
+    """ε̂(a_t, t | s), U-Net-like with dense layers: a_t (B, A), t (B,) or (1,), obs (B, O) -> (B, A).  [SfBC; DARE B.5]
 
     The state enters through the embedding only, like a class. SfBC's score is -ε̂ / σ_t.
     """
@@ -394,14 +408,14 @@ class BehaviorNet(nn.Module):
 
 
 def behavior_loss(behavior: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """E Σ_A (ε̂(α_t a + σ_t ε, t | s) - ε)², t ~ U[1e-3, 1]: obs (B, O), actions (B, A) -> ().  [SfBC; B.5]"""
+    """E Σ_A (ε̂(α_t a + σ_t ε, t | s) - ε)², t ~ U[1e-3, 1]: obs (B, O), actions (B, A) -> ().  [SfBC; DARE B.5]"""
     t = T_MIN + (1 - T_MIN) * torch.rand(len(obs), device=obs.device)
     alpha, sigma = (x[:, None] for x in noise_levels(t))
     noise = torch.randn_like(actions)
     return (behavior(alpha * actions + sigma * noise, t, obs) - noise).square().sum(-1).mean()
 
 
-# NEW: DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095). eps_fn: x (B, A), t -> ε̂ (B, A); t is a host number.
+# DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095). eps_fn: x (B, A), t -> ε̂ (B, A); t is a host number.
 EpsFn = Callable[[torch.Tensor, float], torch.Tensor]
 
 
@@ -457,9 +471,9 @@ def sample_fast(eps_fn: EpsFn, x: torch.Tensor) -> torch.Tensor:
 SAMPLERS = {"cep": sample_cep, "fast": sample_fast}
 
 
-# NEW: the energy f_φ(s, a_t, t), trained by contrastive energy prediction
+# The energy f_φ(s, a_t, t), trained by contrastive energy prediction
 class EnergyNet(nn.Module):
-    """f(s, a_t, t), higher is better (D7): obs (..., O), a_t (..., A), t (...,) or (1,) -> (...,).  [B.5]"""
+    """f(s, a_t, t), higher is better (D11): obs (..., O), a_t (..., A), t (...,) or (1,) -> (...,).  [DARE B.5]"""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: int):
         super().__init__()
@@ -474,7 +488,7 @@ class EnergyNet(nn.Module):
 def energy_loss(
     energy: nn.Module, obs: torch.Tensor, support: torch.Tensor, bq: torch.Tensor, has_support: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """-E Σ_k softmax(βQ)_k log softmax(f(s, a_t, t))_k over the K support actions of a state.  [Eq. 34, sign: D7]
+    """-E Σ_k softmax(βQ)_k log softmax(f(s, a_t, t))_k over the K support actions of a state.  [DARE Eq. 34, sign: D11]
 
     obs (N, O), support (N, K, A), bq = βQ / unit (N, K), has_support (N,) 0 or 1 -> (). One t per state: the softmax
     compares its actions at equal noise.
@@ -492,7 +506,7 @@ def energy_loss(
 
 
 def guided_eps(behavior: nn.Module, energy: nn.Module | None, obs: torch.Tensor, scale: float) -> EpsFn:
-    """ε̂_g = ε̂(a_t, t | s) - s σ_t ∇_{a_t} f(s, a_t, t) for fixed obs (B, O): the score of ν e^{s f}.  [Eqs. 5-6]"""
+    """ε̂_g = ε̂(a_t, t | s) - s σ_t ∇_{a_t} f(s, a_t, t) for fixed obs (B, O), of ν e^{s f}.  [DARE Eqs. 5-6]"""
 
     def eps_fn(x: torch.Tensor, t: float) -> torch.Tensor:
         time = torch.full((1,), t, device=x.device)
@@ -544,9 +558,9 @@ class Support:
         self.extend(state["actions"])
 
 
-# NEW: alignment scores, threshold, exchange
+# Alignment scores and the exchange
 def alignment(kind: str, actions: torch.Tensor, refs: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
-    """d(s, a), higher = less aligned: actions (N, A), references (R, N, A), log_std (A,) -> (N,).  [Eq. 7]: D6"""
+    """d(s, a), higher = less aligned: actions (N, A), references (R, N, A), log_std (A,) -> (N,).  [DARE Eq. 7]: D10"""
     gap = actions - refs  # (R, N, A)
     if kind == "gauss":  # KL(N(a, I) || N(â, I)), mean over references
         return 0.5 * gap.square().sum(-1).mean(0)
@@ -555,12 +569,12 @@ def alignment(kind: str, actions: torch.Tensor, refs: torch.Tensor, log_std: tor
     if kind == "softmax":  # KL(softmax(a) || softmax(â)); blind to a common offset, 0 for A = 1
         log_p, log_q = actions.log_softmax(-1), refs.log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean(0)
-    assert kind == "kde", kind  # -log of a kernel density estimate at a, up to a constant: U12
+    assert kind == "kde", kind  # -log of a kernel density estimate at a, up to a constant: U16
     return -(-0.5 * (gap / 0.2).square().sum(-1)).logsumexp(0)
 
 
 def elbo_score(eps_fn: EpsFn, actions: torch.Tensor) -> torch.Tensor:
-    """Mean of ||ε̂_g - ε||² over four times, a stand-in for -log π_0(a|s): (N, A) -> (N,).  U12"""
+    """Mean of ||ε̂_g - ε||² over four times, a stand-in for -log π_0(a|s): (N, A) -> (N,).  U16"""
     errors = []
     for t in (0.1, 0.3, 0.5, 0.7):
         noise, alpha = torch.randn_like(actions), math.exp(log_alpha(t))
@@ -569,36 +583,12 @@ def elbo_score(eps_fn: EpsFn, actions: torch.Tensor) -> torch.Tensor:
     return torch.stack(errors).mean(0)
 
 
-def gaussian_threshold(off: torch.Tensor, on: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """τ where the Gaussians fitted to two score samples cross between their means, else the midpoint.  [Eqs. 8-9]: D8
-
-    off, on (N,) -> (). Between the means the log-ratio is monotone; with Δ = μ_on - μ_off, L = ln(σ_on / σ_off), v = σ²
-    its only root there is μ_off + v_off (Δ² + 2 v_on L) / (v_off Δ + sign(Δ) σ_off σ_on √(Δ² + 2 (v_on - v_off) L)).
-    """
-    floor = 1e-6 * torch.cat([off, on]).std(correction=0) + 1e-30  # U10
-    m1, m2 = off.mean(), on.mean()
-    s1, s2 = (torch.maximum(x.std(correction=0), floor) for x in (off, on))
-    v1, v2, gap, ratio = s1.square(), s2.square(), m2 - m1, (s2 / s1).log()
-    root = (gap.square() + 2 * (v2 - v1) * ratio).clamp(min=0).sqrt()
-    x = v1 * (gap.square() + 2 * v2 * ratio) / (v1 * gap + gap.sign() * s1 * s2 * root)
-    valid = (x * gap.sign() > 0) & (x * gap.sign() < gap.abs())
-    tau = torch.where(valid, m1 + x, 0.5 * (m1 + m2))
-    logs = {
-        "split/root_valid": valid,
-        "split/mu_gap": gap,
-        "split/tau": tau,
-        "split/off_std": s1,
-        "split/on_std": s2,
-    }
-    return tau, logs
-
-
 def exchange(
-    scores: torch.Tensor, off: torch.Tensor, tau: torch.Tensor, cap: int
+    scores: torch.Tensor, off: torch.Tensor, tau: torch.Tensor | int, cap: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Swap the top-M pairs: scores (N,), off (N,) bool by origin, τ () -> off_like (N,) bool, M ().  [Eq. 10]
+    """Swap the top-M pairs: scores (N,), off (N,) bool by origin, τ () -> off_like (N,) bool, M ().  [DARE Eq. 10]
 
-    Candidates are off rows with d >= τ and on rows with d < τ; M = min(both counts, cap); the most extreme go: U3.
+    Candidates are off rows with d >= τ and on rows with d < τ; M = min(both counts, cap); the most extreme go: U17.
     Flips labels instead of moving rows: fixed shapes, nothing read back. cap < 0 is no cap.
     """
     high, low = off & (scores >= tau), ~off & (scores < tau)
@@ -608,38 +598,17 @@ def exchange(
     return (off & ~(high & (rank_high < m))) | (low & (rank_low < m)), m
 
 
-# NEW: the steps between and during the phases
-def behavior_update(
-    behavior: nn.Module, opt: torch.optim.Optimizer, loss_fn: Callable, batch: Batch
-) -> dict[str, torch.Tensor]:
-    """One gradient step of the behavior model, in bf16 on a GPU."""
-    on_gpu = batch.obs.is_cuda
-    with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu, cache_enabled=False):
-        loss = loss_fn(behavior, batch.obs, batch.actions)
-    opt.zero_grad(set_to_none=True)
-    loss.backward()
-    opt.step()
-    return {"loss/behavior": loss.detach()}
+def sorted_exchange(
+    scores: torch.Tensor, off: torch.Tensor, n_offline: int, cap: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The n_offline lowest scores become offline-like, by at most `cap` swaps: (N,), off (N,) bool -> off_like (N,).
 
-
-def energy_update(
-    energy: nn.Module,
-    opt: torch.optim.Optimizer,
-    loss_fn: Callable,
-    q_target: nn.Module,
-    beta: float,
-    obs: torch.Tensor,
-    support: torch.Tensor,
-    has_support: torch.Tensor,
-) -> dict[str, torch.Tensor]:
-    """One gradient step of f_φ on states (N, O) with support (N, K, A); beta is β over Q's unit."""
-    with torch.no_grad():  # U4
-        q = q_target(obs.repeat_interleave(support.shape[1], 0), support.flatten(0, 1)).amin(0)
-    loss, logs = loss_fn(energy, obs, support, q.view(support.shape[:2]) * beta, has_support)
-    opt.zero_grad(set_to_none=True)
-    loss.backward()
-    opt.step()
-    return logs
+    The exchange at the pooled quantile, on ranks, so that ties do not matter.  [StratDiff §3.2, App. F]
+    """
+    order = scores.argsort(stable=True)
+    rank = order.argsort()
+    off_like, m = exchange(rank.to(scores), off, n_offline, cap)
+    return off_like, {"split/tau": scores[order][n_offline], "split/exchanged": m}
 
 
 def dataset_support(
@@ -658,36 +627,195 @@ def dataset_support(
     return support
 
 
-@torch.no_grad()
-def split(
-    behavior: nn.Module, energy: nn.Module, batch: Batch, off: torch.Tensor, log_std: torch.Tensor, args: Args
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Scores -> threshold -> exchange [Alg. 1, l. 6-8]: off (B,) bool, dataset rows first -> off_like (B,) bool."""
-    obs = batch.obs if args.score == "elbo" else batch.obs.repeat(args.n_ref, 1)
-    eps_fn, logs = guided_eps(behavior, energy, obs, args.guidance_scale), {}
-    if args.score == "elbo":
-        scores = elbo_score(eps_fn, batch.actions)
-    else:
-        refs = SAMPLERS[args.sampler](
-            eps_fn, batch.actions.new_empty(len(obs), batch.actions.shape[1]).normal_()
+class Guide:
+    """π_0(a|s) ∝ ν(a|s) e^{s f(s, a)}: both models, their support actions, their phases before going online."""
+
+    def __init__(
+        self,
+        r: run.Run,
+        args: Args,
+        dataset: data.Dataset,
+        offline: ReplayBuffer,
+        q_target: nn.Module,
+        reward_scale: float,
+    ):
+        """`offline` is `dataset` as the agent sees it, its rewards multiplied by `reward_scale`."""
+        self.r, self.args, self.offline, self.q_target = r, args, offline, q_target
+        obs_dim, self.act_dim = dataset.obs.shape[1], dataset.actions.shape[1]
+        r.seed("behavior")  # the same behavior model beside any backbone
+        self.behavior = BehaviorNet(obs_dim, self.act_dim, args.behavior_width).to(r.device)
+        self.energy = EnergyNet(obs_dim, self.act_dim, args.energy_hidden).to(r.device)
+        adam = dict(fused=True, capturable=r.device.type == "cuda")
+        self.behavior_opt = torch.optim.Adam(self.behavior.parameters(), lr=args.behavior_lr, **adam)
+        self.energy_opt = torch.optim.Adam(self.energy.parameters(), lr=args.energy_lr, **adam)
+        self.online_support = Support(args.online_steps, args.support_k, self.act_dim, r.device)
+        self.behavior_loss, self.energy_loss = r.compiled(behavior_loss), r.compiled(energy_loss)
+        self.guided = args.guidance_scale > 0
+        self.beta = args.energy_beta  # over Q's unit: U11
+        if self.guided and args.energy_units != "raw":
+            unit = dataset.return_range() / 1_000 if args.energy_units == "qgpo" else 1.0
+            self.beta /= reward_scale * unit
+        parts = (
+            log_alpha,
+            noise_levels,
+            FourierTime,
+            ResidualBlock,
+            BehaviorNet,
+            behavior_loss,
+            Guide.behavior_step,
         )
-        logs["ref/clip_frac"] = (refs.abs() > 1).float().mean()
+        code = "".join(map(inspect.getsource, parts))
+        self.settings = {k: getattr(args, k) for k in BEHAVIOR_SETTINGS} | {
+            "dataset": dataset.sha256,
+            "code": hashlib.sha256(code.encode()).hexdigest()[:16],
+        }
+        content = json.dumps([self.settings, args.seed, r.device.type])
+        key = hashlib.sha256(content.encode()).hexdigest()[:16]
+        self.cache = dataset.path.with_name(f"{dataset.path.stem}.behavior-{key}.pt")
+
+    def state(self) -> dict:
+        """What a checkpoint holds, by name."""
+        names = ("behavior", "behavior_opt", "energy", "energy_opt", "online_support")
+        return {k: getattr(self, k) for k in names}
+
+    def behavior_step(self) -> dict[str, torch.Tensor]:
+        """One gradient step of the behavior model, in bf16 on a GPU."""
+        batch = self.offline.sample(self.args.behavior_batch)
+        on_gpu = batch.obs.is_cuda
+        with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu, cache_enabled=False):
+            loss = self.behavior_loss(self.behavior, batch.obs, batch.actions)
+        self.behavior_opt.zero_grad(set_to_none=True)
+        loss.backward()
+        self.behavior_opt.step()
+        return {"loss/behavior": loss.detach()}
+
+    def energy_step(
+        self, obs: torch.Tensor, support: torch.Tensor, has_support: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """One gradient step of f_φ on states (N, O) with support (N, K, A)."""
+        with torch.no_grad():  # U10
+            q = self.q_target(obs.repeat_interleave(support.shape[1], 0), support.flatten(0, 1)).amin(0)
+        bq = q.view(support.shape[:2]) * self.beta
+        loss, logs = self.energy_loss(self.energy, obs, support, bq, has_support)
+        self.energy_opt.zero_grad(set_to_none=True)
+        loss.backward()
+        self.energy_opt.step()
+        return logs
+
+    def offline_energy_step(self) -> dict[str, torch.Tensor]:
+        index = self.offline.draw(self.args.energy_batch)
+        everywhere = torch.ones(self.args.energy_batch, device=self.r.device)
+        return self.energy_step(self.offline.obs[index], self.support.actions[index], everywhere)
+
+    def pretrain(self) -> None:
+        """Behavior model (here, from a file, or from the cache), support actions, energy on the offline Q: U12."""
+        r, args = self.r, self.args
+        source = args.from_behavior or (self.cache if self.cache.exists() else None)
+        if source and not r.done.get("behavior"):
+            r.import_phase("behavior", source, self.settings, behavior=self.behavior)
+            print(f"{r.dir}: behavior model of {source}")
+        step_fn = r.capture(self.behavior_step)
+        for step in r.phase("behavior", args.behavior_steps):
+            r.log(step, step_fn())
+        self.behavior.requires_grad_(False)
+        if r.once("behavior_end"):
+            state = r.export_phase("behavior", self.settings, behavior=self.behavior)
+            if not source:
+                try:
+                    run.save_atomically(state, self.cache)
+                except OSError as e:
+                    print(f"note: behavior model not kept at {self.cache}: {e.strerror}", file=sys.stderr)
+        if self.guided:
+            self.support = dataset_support(r, self.behavior, self.offline, args, self.act_dim)
+            step_fn = r.capture(self.offline_energy_step)
+            for step in r.phase("energy", args.energy_steps):
+                r.log(step, step_fn())
+
+    def extend_support(self, online: ReplayBuffer) -> None:
+        """Support actions of the online rows that have none yet: U14."""
+        new_obs = online.obs[self.online_support.rows :]
+        chunk = support_actions(self.behavior, new_obs, self.args.support_k, self.act_dim, self.args.sampler)
+        self.online_support.extend(chunk)
+
+    @torch.no_grad()
+    def score(self, batch: Batch, log_std: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """d of each row to references drawn at its state (B,); log_std (A,) or (B, A) of the policy.  [DARE Eq. 7]"""
+        args = self.args
+        if args.score == "elbo":
+            eps_fn = guided_eps(self.behavior, self.energy, batch.obs, args.guidance_scale)
+            return elbo_score(eps_fn, batch.actions), {}
+        obs = batch.obs.repeat(args.n_ref, 1)
+        eps_fn = guided_eps(self.behavior, self.energy, obs, args.guidance_scale)
+        noise = torch.randn(len(obs), self.act_dim, device=obs.device)
+        refs = SAMPLERS[args.sampler](eps_fn, noise)
+        logs = {"ref/clip_frac": (refs.abs() > 1).float().mean()}
         refs = refs.clamp(-1, 1).view(args.n_ref, *batch.actions.shape)  # D12
-        scores = alignment(args.score, batch.actions, refs, log_std)
+        return alignment(args.score, batch.actions, refs, log_std), logs
+
+    def online_energy_step(
+        self, obs: torch.Tensor, offline_index: torch.Tensor, online_index: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """One step of f_φ on the batch at hand, whose rows have these indices: U12, U14."""
+        support = torch.cat([self.support.actions[offline_index], self.online_support.actions[online_index]])
+        known = torch.cat([torch.ones_like(offline_index), (online_index < self.online_support.size).long()])
+        return self.energy_step(obs, support, known.to(obs))
+
+
+# --- end shared: iql_dare.guidance ---
+
+
+# NEW: the threshold
+# --- shared: iql_dare.threshold ---
+def gaussian_threshold(off: torch.Tensor, on: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """τ where the Gaussians fitted to two score samples cross between their means, else the midpoint.  [Eqs. 8-9]: D13
+
+    off, on (N,) -> (). Between the means the log-ratio is monotone; with Δ = μ_on - μ_off, L = ln(σ_on / σ_off), v = σ²
+    its only root there is μ_off + v_off (Δ² + 2 v_on L) / (v_off Δ + sign(Δ) σ_off σ_on √(Δ² + 2 (v_on - v_off) L)).
+    """
+    floor = 1e-6 * torch.cat([off, on]).std(correction=0) + 1e-30  # U18
+    m1, m2 = off.mean(), on.mean()
+    s1, s2 = (torch.maximum(x.std(correction=0), floor) for x in (off, on))
+    v1, v2, gap, ratio = s1.square(), s2.square(), m2 - m1, (s2 / s1).log()
+    root = (gap.square() + 2 * (v2 - v1) * ratio).clamp(min=0).sqrt()
+    x = v1 * (gap.square() + 2 * v2 * ratio) / (v1 * gap + gap.sign() * s1 * s2 * root)
+    valid = (x * gap.sign() > 0) & (x * gap.sign() < gap.abs())
+    tau = torch.where(valid, m1 + x, 0.5 * (m1 + m2))
+    logs = {
+        "split/root_valid": valid,
+        "split/mu_gap": gap,
+        "split/tau": tau,
+        "split/off_std": s1,
+        "split/on_std": s2,
+    }
+    return tau, logs
+
+
+def split(
+    scores: torch.Tensor, off: torch.Tensor, args: Args
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Threshold, then exchange [Alg. 1, l. 7-8]: scores (B,), off (B,) bool, dataset rows first -> off_like (B,)."""
     n_offline = round(args.offline_frac * args.batch_size)
-    tau, threshold_logs = gaussian_threshold(scores[:n_offline], scores[n_offline:])
+    tau, logs = gaussian_threshold(scores[:n_offline], scores[n_offline:])
     if args.threshold == "sort":  # direct exchange: the n_offline lowest of the pooled scores [§7.5]
-        tau = scores.sort().values[n_offline]
+        off_like, more = sorted_exchange(scores, off, n_offline, args.exchange_cap)
+        return off_like, logs | more
     off_like, m = exchange(scores, off, tau, args.exchange_cap)
-    return off_like, logs | threshold_logs | {"split/tau": tau, "split/exchanged": m}
+    return off_like, logs | {"split/exchanged": m}
+
+
+# --- end shared: iql_dare.threshold ---
 
 
 # NEW: losses of the online phase
+# --- shared: iql_dare.max_target ---
 def max_target_q(q_target: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """max over S actions of min Q̂: obs (B, O), actions (S, B, A) -> (B,).  [Eq. 15]: U2"""
+    """max over S actions of min Q̂: obs (B, O), actions (S, B, A) -> (B,).  [DARE Eq. 15]: U19"""
     samples, rows, _ = actions.shape
     q = q_target(obs.repeat(samples, 1), actions.flatten(0, 1)).amin(0)
     return q.view(samples, rows).amax(0)
+
+
+# --- end shared: iql_dare.max_target ---
 
 
 def frozen_q(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -716,14 +844,14 @@ def dare_losses(
     v_loss = value_loss(adv, expectile)  # [Eq. 2]
     target = td_target(batch.rewards, batch.terminations, v_next, args.gamma)
     q = nets["qf"](batch.obs, batch.actions)
-    q_loss = (q - target).square().mean()  # [Eq. 15]: D10, D11
+    q_loss = (q - target).square().mean()  # [Eq. 15]: D15, D16
     awr = -awr_weight(adv, args.inv_temp) * log_prob(mean, log_std, batch.actions)  # [Eq. 4]
     new_actions = mean + log_std.exp() * noise[0]  # reparameterised
-    q_new = frozen_q(nets["qf"], batch.obs, new_actions.clamp(-1, 1)).amin(0)  # U11
+    q_new = frozen_q(nets["qf"], batch.obs, new_actions.clamp(-1, 1)).amin(0)  # U20
     sac = args.sac_alpha * log_prob(mean, log_std, new_actions) - q_new
-    awr_rows = off_like if args.value_loss == "iql" else torch.ones_like(off_like)  # U13
+    awr_rows = off_like if args.value_loss == "iql" else torch.ones_like(off_like)  # U21
     awr_term, sac_term = (awr_rows * awr).mean(), (~awr_rows * sac).mean()
-    actor_loss = awr_term + sac_term  # [Eq. 16]: D9, D10
+    actor_loss = awr_term + sac_term  # [Eq. 16]: D14, D15
     logs = {"loss/v": v_loss, "loss/q": q_loss, "loss/actor": actor_loss}
     logs |= {"q/mean": q.mean(), "adv/mean": adv.mean(), "log_std/mean": log_std.mean()}
     logs |= {"dare/awr_term": awr_term, "dare/sac_term": sac_term}
@@ -751,15 +879,10 @@ def train(args: Args) -> dict[str, float]:
     updates = torch.zeros((), device=r.device)  # of the offline phase
     interaction = data.Interaction(data.make_env(task, moments), online, args.seed, reward_scale)
     evaluate = data.Evaluator(task, args.eval_episodes, args.seed, moments)
-    # NEW: behavior model, energy, support actions
-    behavior = BehaviorNet(task.obs_dim, task.act_dim, args.behavior_width).to(r.device)
-    energy = EnergyNet(task.obs_dim, task.act_dim, args.energy_hidden).to(r.device)
-    adam = dict(fused=True, capturable=r.device.type == "cuda")
-    behavior_opt = torch.optim.Adam(behavior.parameters(), lr=args.behavior_lr, **adam)
-    energy_opt = torch.optim.Adam(energy.parameters(), lr=args.energy_lr, **adam)
-    online_support = Support(args.online_steps, args.support_k, task.act_dim, r.device)
-    added = {"behavior": behavior, "behavior_opt": behavior_opt, "energy": energy, "energy_opt": energy_opt}
-    added |= {"online_support": online_support}
+    guide = None  # NEW: behavior model and energy
+    if args.exchange_cap != 0:
+        guide = Guide(r, args, dataset, offline, nets["q_target"], reward_scale)
+    added = guide.state() if guide else {}
     r.register(nets=nets, opt=opt, updates=updates, online=online, interaction=interaction, **added)
     compiled_losses = r.compiled(losses)
     offline_settings = {k: getattr(args, k) for k in OFFLINE_SETTINGS} | {"dataset": dataset.sha256}
@@ -781,7 +904,7 @@ def train(args: Args) -> dict[str, float]:
         return logs
 
     if args.from_offline and r.once("from_offline"):
-        r.import_offline(args.from_offline, offline_settings, nets=nets)
+        r.import_phase("offline", args.from_offline, offline_settings, nets=nets)
     step_fn = r.capture(offline_step)
     for step in r.phase("offline", args.offline_steps):
         r.log(step, step_fn())
@@ -789,37 +912,11 @@ def train(args: Args) -> dict[str, float]:
             r.record(step + 1, evaluate(act, r.device))
     if r.once("offline_end"):
         r.record(args.offline_steps, evaluate(act, r.device))
-        r.export_offline(offline_settings, nets=nets)
+        r.export_phase("offline", offline_settings, nets=nets)
         restart_optimizer(opt, args.lr)  # D3; q_target stays: D5
 
-    # NEW: between the phases: behavior model, support actions, energy on the offline Q
-    exchanging, guided = args.exchange_cap != 0, args.guidance_scale > 0
-    compiled_behavior_loss, compiled_energy_loss = r.compiled(behavior_loss), r.compiled(energy_loss)
-    q_scale = reward_scale * dataset.return_range() / 1_000 if args.energy_units == "qgpo" else 1.0  # U5
-    energy_step_of = partial(
-        energy_update, energy, energy_opt, compiled_energy_loss, nets["q_target"], args.energy_beta / q_scale
-    )
-
-    def behavior_step() -> dict[str, torch.Tensor]:
-        return behavior_update(
-            behavior, behavior_opt, compiled_behavior_loss, offline.sample(args.behavior_batch)
-        )
-
-    def energy_step() -> dict[str, torch.Tensor]:
-        index = offline.draw(args.energy_batch)
-        everywhere = torch.ones(args.energy_batch, device=r.device)
-        return energy_step_of(offline.take(index).obs, offline_support.actions[index], everywhere)
-
-    if exchanging:
-        step_fn = r.capture(behavior_step)
-        for step in r.phase("behavior", args.behavior_steps):
-            r.log(step, step_fn())
-        behavior.requires_grad_(False)
-    if exchanging and guided:
-        offline_support = dataset_support(r, behavior, offline, args, task.act_dim)
-        step_fn = r.capture(energy_step)
-        for step in r.phase("energy", args.energy_steps):
-            r.log(step, step_fn())
+    if guide:  # NEW: between the phases
+        guide.pretrain()
 
     # online: one environment step, then utd gradient steps on half dataset, half own experience
     from_dataset = torch.arange(args.batch_size, device=r.device) < n_offline  # NEW
@@ -828,27 +925,25 @@ def train(args: Args) -> dict[str, float]:
     def online_step() -> dict[str, torch.Tensor]:
         index = offline.draw(n_offline), online.draw(args.batch_size - n_offline)
         batch = mix(offline.take(index[0]), online.take(index[1]))
-        off_like, split_logs = from_dataset, {}
-        if exchanging:  # NEW [Alg. 1, l. 6-8]
-            log_std = nets["actor"].log_std.clamp(-5.0, 2.0)
-            off_like, split_logs = split(behavior, energy, batch, from_dataset, log_std, args)
+        off_like = from_dataset  # NEW
+        if guide:  # NEW [Alg. 1, l. 6-8]
+            scores, score_logs = guide.score(batch, nets["actor"].log_std.clamp(-5.0, 2.0))
+            off_like, split_logs = split(scores, from_dataset, args)
         noise = torch.randn(1 + args.max_q_samples, *batch.actions.shape, device=r.device)  # NEW
         loss, logs = compiled_dare_losses(nets, batch, off_like, noise, args)  # NEW
         update(nets, opt, loss, args.polyak)
-        if exchanging and guided:  # NEW [Alg. 1, l. 10]: U6
-            support = torch.cat([offline_support.actions[index[0]], online_support.actions[index[1]]])
-            has_support = from_dataset | torch.cat([from_dataset[:n_offline], index[1] < online_support.size])
-            logs = logs | energy_step_of(batch.obs, support, has_support.float())
-        return logs | split_logs
+        if guide:  # NEW
+            logs = logs | score_logs | split_logs
+        if guide and guide.guided:  # NEW [Alg. 1, l. 10]: U12
+            logs = logs | guide.online_energy_step(batch.obs, *index)
+        return logs
 
     step_fn = r.capture(online_step)
     for step in r.phase("online", args.online_steps):
         if episode := interaction.step(explore):
             r.record(step + 1, episode)
-        if exchanging and guided and (step + 1) % args.support_every == 0:  # NEW U8
-            new_obs = online.obs[online_support.rows :]
-            chunk = support_actions(behavior, new_obs, args.support_k, task.act_dim, args.sampler)
-            online_support.extend(chunk)
+        if guide and guide.guided and (step + 1) % args.support_every == 0:  # NEW
+            guide.extend_support(online)
         if step >= args.warmup_steps:
             for _ in range(args.utd):
                 logs = step_fn()

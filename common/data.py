@@ -194,6 +194,7 @@ class Dataset(NamedTuple):
     terminations: np.ndarray  # (N,), 0 or 1
     ends: np.ndarray  # (N,) bool: termination or truncation
     sha256: str
+    path: Path
 
     def episode_returns(self) -> np.ndarray:
         """Undiscounted raw return of every finished episode (of the rows there are, if none is finished)."""
@@ -323,7 +324,7 @@ def read_d4rl(path: Path, task: Task, sha256: str) -> Dataset:
         columns = tuple(x[keep] for x in columns)
     if len(columns[0]) < 2:
         raise refuse(f"{len(columns[0])} usable rows", "at least 2")
-    return Dataset(*columns, sha256)
+    return Dataset(*columns, sha256, path)
 
 
 # ---- environments ----

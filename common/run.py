@@ -4,13 +4,14 @@ A run lives in `<out_dir>/<file>/<env>/seed<k>/`:
   args.json   every setting with its origin, commit, versions, dataset hash
   log.csv     one line per logging event; losses, evaluations, updates per second
   state.pt    the checkpoint; the same command again goes on from it, bit for bit on a CPU
-  offline.pt  what `--from-offline` of another run reads
+  offline.pt  what `--from-offline` of another run reads; behavior.pt likewise
   final.json  what `train` returns; its presence means finished
 """
 
 import csv
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import math
@@ -136,7 +137,7 @@ def main(program: Callable, args_type: type, presets: dict[str, dict] | None = N
 
 def write_atomically(content: bytes | memoryview, path: Path) -> None:
     """Written aside, synced, renamed: `path` is the old file or the new one, never half of it."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as f:
             f.write(content)
@@ -351,28 +352,28 @@ class Run:
         save_atomically(state, self.dir / "state.pt")
         self.saved_at = time.monotonic()
 
-    def export_offline(self, settings: dict, **objects: Any) -> None:
-        """Write offline.pt for `--from-offline`: the objects' states and the settings that shaped them."""
-        state = {k: v.state_dict() for k, v in objects.items()}
-        save_atomically(
-            {"settings": settings, "objects": state, "score": self.scores["offline"][-1]},
-            self.dir / "offline.pt",
-        )
+    def export_phase(self, phase: str, settings: dict, **objects: Any) -> dict:
+        """Write <phase>.pt for `--from-<phase>`: the objects' states and the settings that shaped them; returns it."""
+        state = {
+            "settings": settings,
+            "objects": {k: v.state_dict() for k, v in objects.items()},
+        }
+        save_atomically(state, self.dir / f"{phase}.pt")
+        return state
 
-    def import_offline(self, path: Path, settings: dict, **objects: Any) -> None:
-        """Load the offline.pt at `path` (or in that run directory); other settings are a usage error."""
-        path = path / "offline.pt" if path.is_dir() else path
+    def import_phase(self, phase: str, path: Path, settings: dict, **objects: Any) -> None:
+        """Load the <phase>.pt at `path` (or in that run directory) instead of the phase; UsageError if it differs."""
+        flag = f"--from-{phase}"
+        path = path / f"{phase}.pt" if path.is_dir() else path
         if not path.exists():
-            raise UsageError(
-                "--from-offline", path, "an offline.pt, or a run directory whose offline phase is over"
-            )
+            raise UsageError(flag, path, f"a {phase}.pt, or a run directory whose {phase} phase is over")
         state = load_state(path, self.device)
         theirs = state.get("settings", {})
         changed = [f"{k} {theirs.get(k)} -> {v}" for k, v in settings.items() if theirs.get(k) != v]
         if changed:
-            raise UsageError("--from-offline", ", ".join(changed), "the settings of that run's offline phase")
+            raise UsageError(flag, ", ".join(changed), f"the settings of that run's {phase} phase")
         self._restore(objects, state, path)
-        self.done["offline"] = self.args.offline_steps
+        self.done[phase] = getattr(self.args, f"{phase}_steps")
 
     # -- phases --
 
@@ -382,11 +383,21 @@ class Run:
         self.passed += [name] if first else []
         return first
 
+    def seed(self, name: str) -> None:
+        """Random numbers from `--seed` and `name` alone, whatever was drawn before."""
+        digest = hashlib.sha256(f"{self.args.seed} {name}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "big"))
+
     def phase(self, name: str, steps: int) -> Iterator[int]:
-        """Yield the steps of a phase still to do; checkpoint by the clock, at the end, and on a signal."""
+        """Yield the steps of a phase still to do; checkpoint by the clock, at the end, and on a signal.
+
+        Each phase has random numbers of its own: it goes on alike, whether those before it ran here or were imported.
+        """
         self.current, first = name, self.done.setdefault(name, 0)
         if first >= steps:
             return
+        if first == 0:
+            self.seed(name)
         self._started, self.clock = time.monotonic(), (time.monotonic(), first)
         caught: list[int] = []
 

@@ -1,6 +1,7 @@
 """What several test files need: one torch thread, a small dataset, and settings that finish in seconds."""
 
 import importlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +36,27 @@ def tiny_args(stem: str, **changes):
 
 
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory) -> Path:
+def random_rows(tmp_path_factory) -> Path:
     """600 rows of random Hopper roll-outs in D4RL layout."""
     env, rng = envs.locomotion("Hopper-v4"), np.random.default_rng(0)
     parts = [collect.rollout(env, lambda _: rng.uniform(-1, 1, 3), seed) for seed in range(60)]
     path = tmp_path_factory.mktemp("data") / "random.hdf5"
     collect.write(path, collect.concatenate(parts, 600), {})
     return path
+
+
+@pytest.fixture
+def dataset(random_rows, tmp_path_factory) -> Path:
+    """The same file in a folder of its own: what is cached beside it is this test's."""
+    return Path(shutil.copy(random_rows, tmp_path_factory.mktemp("data")))
+
+
+def forget_cached(dataset: Path) -> int:
+    """Remove the behavior models beside the dataset; returns how many there were."""
+    cached = list(dataset.parent.glob("*.behavior-*.pt"))
+    for path in cached:
+        path.unlink()
+    return len(cached)
 
 
 @pytest.fixture(autouse=True)

@@ -1209,10 +1209,11 @@ def test_log_has_what_the_docstring_promises(dataset, tmp_path):
 class Watch:
     """What train hands to the parts of the method, copied as it passes."""
 
-    NAMES = ("exchange", "dare_losses", "energy_loss", "guided_eps", "support_actions")
+    NAMES = ("split", "exchange", "dare_losses", "energy_loss", "guided_eps", "support_actions")
 
     def __init__(self, monkeypatch):
         self.exchange, self.losses, self.energy, self.guided, self.nets = [], [], [], [], None
+        self.scores: list[torch.Tensor] = []
         self.support: dict[bytes, torch.Tensor] = {}  # state -> its support actions
         for name in self.NAMES:
             monkeypatch.setattr(dare, name, self.wrap(name, getattr(dare, name)))
@@ -1221,6 +1222,8 @@ class Watch:
         def call(*args):
             if name == "exchange":
                 self.exchange.append([x.clone() if isinstance(x, torch.Tensor) else x for x in args])
+            elif name == "split":
+                self.scores.append(args[0].clone())
             elif name == "dare_losses":
                 self.nets, batch, off_like, noise, _ = args
                 self.losses.append((Batch(*(x.clone() for x in batch)), off_like.clone(), noise.clone()))
@@ -1335,7 +1338,7 @@ def test_direct_exchange_takes_the_lowest_scores(dataset, tmp_path, monkeypatch)
     """--threshold sort: offline-like are the rows with the n_off lowest of the pooled scores."""
     watch = Watch(monkeypatch)
     dare.train(tiny(dataset, tmp_path, threshold="sort", offline_frac=0.25))
-    for (scores, *_), (_, off_like, _) in zip(watch.exchange, watch.losses, strict=True):
+    for scores, (_, off_like, _) in zip(watch.scores, watch.losses, strict=True):
         lowest = sorted(range(16), key=scores.tolist().__getitem__)[:4]
         assert set(off_like.nonzero()[:, 0].tolist()) == set(lowest)
 
@@ -1347,7 +1350,11 @@ def test_logged_tau_is_the_one_that_splits(threshold, dataset, tmp_path, monkeyp
     dare.train(tiny(dataset, tmp_path, threshold=threshold))
     rows = {int(r["step"]): float(r["split/tau"]) for r in log_rows(tmp_path) if r.get("split/tau")}
     assert list(rows) == [15, 20, 25, 30]
-    assert rows == pytest.approx({step: watch.exchange[step - 11][2].item() for step in rows}, rel=1e-6)
+    if threshold == "gauss":
+        taus = {step: watch.exchange[step - 11][2].item() for step in rows}
+    else:  # half the batch is below it
+        taus = {step: watch.scores[step - 11].sort().values[8].item() for step in rows}
+    assert rows == pytest.approx(taus, rel=1e-6)
 
 
 @pytest.mark.parametrize("normalize_reward", [False, True])

@@ -320,7 +320,7 @@ def test_moments_do_not_lose_digits_on_long_files():
     n = 400_000
     x = np.where(np.arange(n) % 2, 1_000.5, 999.5).astype(np.float32)[:, None].repeat(3, 1)
     empty = np.zeros(n, np.float32)
-    mean, std = data.Dataset(x, x, empty, x, empty, empty > 0, "").moments()
+    mean, std = data.Dataset(x, x, empty, x, empty, empty > 0, "", Path()).moments()
     assert mean == pytest.approx(1_000, abs=1e-3) and std == pytest.approx(0.501, abs=1e-6)
 
 

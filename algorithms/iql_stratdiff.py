@@ -1,0 +1,895 @@
+"""StratDiff on IQL: sort each batch by distance to an energy-guided behavior model, release the far half.
+
+Paper    "Energy-Guided Diffusion Stratification for Offline-to-Online RL" (StratDiff), arXiv 2511.03828v1; Eq.,
+         Table, App. below are its, unless DARE's, its successor. Behavior model and guidance: Lu et al.,
+         "Contrastive Energy Prediction" (CEP), ICML 2023, arXiv 2304.12824; score network: Chen et al. (SfBC),
+         ICLR 2023, arXiv 2209.14548. Backbone: iql.py, line for line outside the NEW parts.
+Symbols  μ_0 behavior | ε̂ its noise estimate | f_φ energy | s guidance_scale | β energy_beta | K support_k |
+         â reference action d alignment score | ρ offline_frac | n_c exchange_cap | b_off, b_on off_like,
+         ~off_like
+Read     what iql.py has; then NEW: behavior model, samplers, energy, scores, exchange, Guide; losses; train
+Idea     Each row of an online batch is scored by its action's distance to a reference action of the guided
+         behavior model; the ρN nearest are offline-like, wherever they come from, and keep IQL's losses; the
+         others have expectile 0.99 for V and a max-Q target for Q.
+Notes    D1, D2, D3, D4, D5, U1 as in iql.py (D2: D4RL-raw rewards are what the paper's base code has).
+         Of the guided behavior model, in every file that has it (D10: Eq. 10; D11: Eqs. 7, 9):
+         D10 Eq. 10: KL between two points is 0 or infinite; `gauss` is the KL of equal-variance Gaussians
+            around them, half the squared distance (scale does not matter to the rule); `gauss_std`,
+            `softmax`, `kde`, `elbo` are other readings.
+         D11 Eq. 7 has e^{-f}, Eq. 9 adds the gradient of f; taken together guidance goes downhill. CEP's
+            code has e^{+f}, as we.
+         D12 samples are clamped to the action box (CEP leaves them): they are compared with data and fed to
+            Q.
+         U10 Q in f_φ's labels: min of the target twins.
+         U11 its unit: β = 3 is QGPO's, whose rewards are r · 1000 / return range (AntMaze: r - 1), so Q is divided
+            by our reward unit over theirs: --energy-units qgpo, for AntMaze reward; raw does not.
+         U12 f_φ gets energy_steps on the offline Q first, then one step per gradient step, on the batch at
+            hand.
+         U13 sampler and schedule of the behavior model are CEP's.
+         U14 support for online rows comes every support_every steps; rows still without are left out of
+            f_φ's loss.
+         U15 guidance scale of datasets without one: 3.
+         U16 kde bandwidth 0.2; elbo at four fixed times, without references.
+         U17 which pairs are the "top" M: largest d offline against smallest d online.
+         Of StratDiff:
+         D17 Alg. 1 draws â, updates f_φ, scores: the score needs no f_φ, so here â and score come first, and
+            the f_φ step stays before the update of Q.
+         D18 the swap of §3.2's sort is the exchange at the pooled ρ-quantile; an n_c [App. F] takes the n_c
+            most extreme of its pairs.
+         D15 Eqs. 12, 13 as masked means over the whole batch, so a sample's weight does not depend on the
+            split.
+         D16 Eq. 13 prints Q without a target's hat and without the terminal mask; both are here, and Eq. 12's Q
+            is IQL's min of the target twins.
+         D19 App. E replaces the expectile by the difference Q - V, unbounded below; taken as it stands.
+         U19 max over a' [Eq. 13]: best of max_q_samples policy actions under min Q̂.
+         U26 the policy, of which the paper says nothing: AWR on all rows.
+         U27 "w/o stratification" [App. G]: losses by origin, --exchange-cap 0; the other reading, IQL's losses
+            on all rows, is iql.py.
+Cache    the behavior model is kept beside the dataset, as <file>.behavior-<key>.pt; the key holds dataset, settings,
+         seed, device kind and the code that trains it, so a change of any of these trains anew. Each phase
+         draws random numbers of its own: a run is the same with and without the cache.
+Samplers cep: DPM-Solver++ 2S, uniform time, 15 evaluations, what the papers most likely ran; contracts
+         narrow distributions (std ratio 0.79 at 0.3). fast: 2M, uniform log-SNR, 10 evaluations, ratio
+         1.03: cheaper and more accurate.
+Metrics  those of iql.py; split/exchanged pairs per batch, half of ρN when the halves overlap; split/tau the
+         quantile; ref/clip_frac of reference coordinates at the box; energy/loss; energy/label_entropy, near 0
+         when labels are one-hot: guidance too weak; energy/std_bq; loss/behavior.
+Run      python algorithms/iql_stratdiff.py --env hopper-medium-v2 --seed 0
+         no expectile --online-value advantage | no stratification --exchange-cap 0 | no energy
+         --guidance-scale 0 | UTD 10 --utd 10 --online-steps 120000 [Table 5]
+         the papers' common start: --from-offline runs/iql/hopper-medium-v2/seed0
+         a behavior model of another seed or method: --from-behavior runs/iql_dare/hopper-medium-v2/seed0
+Cost     hopper-mini-v0: COST
+"""
+
+import hashlib
+import inspect
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common import data, run
+from common.buffer import Batch, ReplayBuffer, mix
+
+
+@dataclass(frozen=True)
+class Args:
+    env: str = "hopper-medium-v2"  # task; every default below is the papers' value for locomotion
+    dataset: Path | None = None  # HDF5 file in D4RL layout instead of the task's own
+    seed: int = 0  # networks, batches, exploration and evaluation all derive from it
+    offline_steps: int = 1_000_000  # gradient steps [DARE §7.1]
+    online_steps: int = 200_000  # environment steps [DARE §7.1]
+    from_offline: Path | None = None  # run directory (or its offline.pt) to take the offline phase from
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it works
+    compile: bool | None = None  # compile and capture the gradient step; default: on for cuda, off for cpu
+    out_dir: Path = Path("runs")  # the run lives in <out-dir>/<file>/<env>/seed<seed>
+    overwrite: bool = False  # start anew instead of resuming
+    wandb: bool = False  # also log to Weights & Biases
+    eval_every: int = 5_000  # steps of the running phase [DARE averages the last 4; period: PEX, CORL]
+    eval_episodes: int = 10  # [PEX, CORL]
+    # IQL
+    batch_size: int = 256  # transitions [DARE Table 5]
+    gamma: float = 0.99  # discount [DARE Table 5]
+    polyak: float = 0.005  # share of qf copied into q_target at every gradient step [DARE Table 5]
+    expectile: float = 0.7  # τ [DARE Table 5]
+    inv_temp: float = 3.0  # β [DARE Table 5]
+    lr: float = 3e-4  # Adam, all networks [DARE Table 5]
+    hidden: int = 256  # width of the hidden layers [DARE Table 5]
+    normalize_reward: bool = False  # r · 1000 / (largest - smallest episode return): D2
+    normalize_obs: bool = False  # (obs - mean) / (std + 1e-3) of the dataset [CORL]
+    # online
+    warmup_steps: int = 5_000  # environment steps without updates, counted in online_steps [PEX]
+    utd: int = 1  # gradient steps per environment step
+    offline_frac: float = 0.5  # share of a batch from the dataset and of offline-like rows, ρ [B]
+    # NEW: behavior model and energy
+    from_behavior: Path | None = None  # run directory (or its behavior.pt) to take the behavior model from
+    guidance_scale: float = 8.0  # s [Table 4]; 0 = no energy
+    behavior_steps: int = 600_000  # gradient steps [B.3]
+    behavior_batch: int = 4_096  # [B.3]
+    behavior_lr: float = 1e-4  # Adam [B.3]
+    behavior_width: int = 512  # of the widest block [SfBC]
+    energy_steps: int = 100_000  # steps of f_φ before going online: U12
+    energy_batch: int = 256  # states [B.3]
+    energy_lr: float = 3e-4  # Adam [B.3]
+    energy_hidden: int = 256  # width of the four hidden layers [B.3]
+    energy_beta: float = 3.0  # β [B.3]
+    energy_units: Literal["qgpo", "reward", "raw"] = "qgpo"  # unit of Q in the labels: U11
+    support_k: int = 16  # K, support actions per state [B.3]
+    support_every: int = 250  # environment steps between support generations for online rows: U14
+    sampler: Literal["cep", "fast"] = "cep"  # of references and support actions: U13, Samplers
+    # NEW: split and losses
+    score: Literal["gauss", "gauss_std", "softmax", "kde", "elbo"] = (
+        "gauss"  # how d is measured [Eq. 10]: D10
+    )
+    n_ref: int = 1  # reference actions per row; kde wants 8 or more, elbo uses none
+    exchange_cap: int = -1  # most pairs exchanged, n_c [App. F]; -1 = no cap, 0 = no exchange
+    online_value: Literal["expectile", "advantage"] = (
+        "expectile"  # V's loss on online-like rows [Eq. 12; App. E]
+    )
+    online_expectile: float = 0.99  # τ of online-like rows [Eq. 12]
+    max_q_samples: int = 10  # policy actions behind max_a' Q: U19
+
+
+ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
+    "hopper-": dict(guidance_scale=3.0),  # U15
+    "halfcheetah-": dict(guidance_scale=3.0),  # U15
+    "walker2d-": dict(guidance_scale=3.0),  # U15
+    "hopper-medium-v2": dict(guidance_scale=8.0),  # this and the rest: [Table 4]
+    "hopper-medium-replay-v2": dict(guidance_scale=3.0),
+    "hopper-medium-expert-v2": dict(guidance_scale=2.0),
+    "halfcheetah-medium-v2": dict(guidance_scale=10.0),
+    "halfcheetah-medium-replay-v2": dict(guidance_scale=8.0),
+    "halfcheetah-medium-expert-v2": dict(guidance_scale=3.0),
+    "walker2d-medium-v2": dict(guidance_scale=10.0),
+    "walker2d-medium-replay-v2": dict(guidance_scale=5.0),
+    "walker2d-medium-expert-v2": dict(guidance_scale=5.0),
+    "hopper-mini": dict(  # U1
+        offline_steps=15_000, online_steps=6_000, warmup_steps=2_000, lr=5e-4, polyak=0.01, hidden=64,
+        normalize_obs=True, normalize_reward=True,
+        behavior_steps=4_000, behavior_batch=512, behavior_lr=1e-3, behavior_width=64,
+        energy_steps=1_000, energy_hidden=32, support_k=4, sampler="fast",
+    ),
+}  # fmt: skip
+OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
+    "env", "offline_steps", "batch_size", "gamma", "polyak", "expectile", "inv_temp", "lr", "hidden",
+    "normalize_reward", "normalize_obs",
+)  # fmt: skip
+BEHAVIOR_SETTINGS = (  # NEW: what a behavior model depends on, beside the dataset and the code
+    "behavior_steps", "behavior_batch", "behavior_lr", "behavior_width", "normalize_obs",
+)  # fmt: skip
+
+
+# --- shared: iql.networks ---
+class GaussianActor(nn.Module):
+    """π(a|s) = N(mean(s), diag σ²): obs (B, O) -> mean (B, A) in (-1, 1), log_std (A,) in [-5, 2].  [PEX]
+
+    Only the mean is squashed, so the density has no Jacobian term. Xavier-uniform weights, zero biases.
+    """
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(obs_dim, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, act_dim),
+        )
+        self.log_std = nn.Parameter(torch.zeros(act_dim))
+        for layer in self.net[::2]:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tanh(self.net(obs)), self.log_std.clamp(-5.0, 2.0)
+
+
+class TwinQ(nn.Module):
+    """Two Q networks as stacked weights, one batched matmul per layer: obs (B, O), actions (B, A) -> (2, B)."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
+        super().__init__()
+        sizes = (obs_dim + act_dim, hidden, hidden, 1)
+        self.weight, self.bias = nn.ParameterList(), nn.ParameterList()
+        for i, o in pairwise(sizes):
+            bound = 1 / math.sqrt(i)  # nn.Linear's own, per network
+            self.weight.append(torch.empty(2, i, o).uniform_(-bound, bound))
+            self.bias.append(torch.empty(2, 1, o).uniform_(-bound, bound))
+
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([obs, actions], -1).expand(2, -1, -1)
+        x = F.relu(torch.baddbmm(self.bias[0], x, self.weight[0]))
+        x = F.relu(torch.baddbmm(self.bias[1], x, self.weight[1]))
+        return torch.baddbmm(self.bias[2], x, self.weight[2]).squeeze(-1)
+
+
+class ValueNet(nn.Module):
+    """V(s): obs (B, O) -> (B,)."""
+
+    def __init__(self, obs_dim: int, hidden: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
+        )
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.net(obs).squeeze(-1)
+
+
+def make_nets(obs_dim: int, act_dim: int, hidden: int) -> nn.ModuleDict:
+    """actor, qf, q_target (a frozen copy of qf), vf."""
+    nets = nn.ModuleDict(
+        {
+            "actor": GaussianActor(obs_dim, act_dim, hidden),
+            "qf": TwinQ(obs_dim, act_dim, hidden),
+            "q_target": TwinQ(obs_dim, act_dim, hidden),
+            "vf": ValueNet(obs_dim, hidden),
+        }
+    )
+    nets["q_target"].load_state_dict(nets["qf"].state_dict())
+    nets["q_target"].requires_grad_(False)
+    return nets
+
+
+# --- end shared: iql.networks ---
+
+
+# --- shared: iql.losses ---
+def value_loss(adv: torch.Tensor, expectile: float | torch.Tensor) -> torch.Tensor:
+    """L_V = E[ |τ - 1(A < 0)| A² ], A = Q̂ - V; adv (B,), τ a number or (B,) -> ().  [IQL Eq. 5]"""
+    return (torch.abs(expectile - (adv < 0).to(adv)) * adv.square()).mean()
+
+
+def td_target(
+    rewards: torch.Tensor, terminations: torch.Tensor, v_next: torch.Tensor, gamma: float
+) -> torch.Tensor:
+    """r + γ (1 - terminated) V(s'), all (B,); rewards in training units.  [IQL Eq. 6]
+
+    Truncated transitions keep their bootstrap: next_obs must be the last observation of the episode.
+    """
+    return rewards + gamma * (1 - terminations) * v_next
+
+
+def log_prob(mean: torch.Tensor, log_std: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """log N(a; mean, diag σ²): (B, A), (A,), (B, A) -> (B,)."""
+    z = (actions - mean) * (-log_std).exp()
+    return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def awr_weight(adv: torch.Tensor, inv_temp: float) -> torch.Tensor:
+    """min(exp(β A), 100), (B,), no gradient.  [IQL Eq. 7; the bound: official code]"""
+    return (inv_temp * adv.detach()).exp().clamp(max=100.0)
+
+
+# --- end shared: iql.losses ---
+
+
+# --- shared: iql.training ---
+def losses(nets: nn.ModuleDict, batch: Batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the three losses, which share no parameter, and what to log; from the old parameters: D1."""
+    with torch.no_grad():
+        q_hat = nets["q_target"](batch.obs, batch.actions).amin(0)  # (2, B) -> (B,)
+        v_next = nets["vf"](batch.next_obs)
+    adv = q_hat - nets["vf"](batch.obs)
+    v_loss = value_loss(adv, args.expectile)  # [IQL Eq. 5]
+    target = td_target(batch.rewards, batch.terminations, v_next, args.gamma)
+    q = nets["qf"](batch.obs, batch.actions)
+    q_loss = (q - target).square().mean()  # [IQL Eq. 6], mean over batch and both critics
+    mean, log_std = nets["actor"](batch.obs)
+    actor_loss = -(
+        awr_weight(adv, args.inv_temp) * log_prob(mean, log_std, batch.actions)
+    ).mean()  # [IQL Eq. 7]
+    logs = {"loss/v": v_loss, "loss/q": q_loss, "loss/actor": actor_loss}
+    logs |= {"q/mean": q.mean(), "adv/mean": adv.mean(), "log_std/mean": log_std.mean()}
+    return v_loss + q_loss + actor_loss, {k: v.detach() for k, v in logs.items()}
+
+
+def update(nets: nn.ModuleDict, opt: torch.optim.Optimizer, loss: torch.Tensor, polyak: float) -> None:
+    """One gradient step and the target update; nothing in here waits for the GPU."""
+    opt.zero_grad(set_to_none=True)
+    loss.backward()  # disjoint parameters: the same as one backward per loss
+    opt.step()
+    with torch.no_grad():
+        torch._foreach_lerp_([*nets["q_target"].parameters()], [*nets["qf"].parameters()], polyak)
+
+
+def make_optimizer(nets: nn.ModuleDict, lr: float, device: torch.device) -> torch.optim.Adam:
+    """Adam over both critics, V and (second group, learning rate a tensor) the actor."""
+    critics = [*nets["qf"].parameters(), *nets["vf"].parameters()]
+    actor = {"params": [*nets["actor"].parameters()], "lr": torch.tensor(lr, device=device)}
+    return torch.optim.Adam([{"params": critics}, actor], lr=lr, fused=True, capturable=device.type == "cuda")
+
+
+def decay_actor_lr(opt: torch.optim.Adam, updates: torch.Tensor, lr: float, steps: int) -> None:
+    """Set lr/2 (1 + cos(π n / steps)) for the n-th update, n from 0, and count it, on the device.  [IQL App. B]"""
+    opt.param_groups[1]["lr"].copy_(0.5 * lr * (1 + torch.cos(updates * (math.pi / max(steps, 1)))))
+    updates.add_(1)
+
+
+def restart_optimizer(opt: torch.optim.Adam, lr: float) -> None:
+    """The state of a fresh optimizer with constant learning rate, in place: D3."""
+    opt.param_groups[1]["lr"].fill_(lr)
+    for state in opt.state.values():
+        for x in state.values():
+            x.zero_()
+
+
+# --- end shared: iql.training ---
+
+
+# NEW: the behavior model ν(a|s), a diffusion over actions, and its guidance. Outside NEW this file is iql.py.
+# --- shared: iql_dare.guidance ---
+T_MIN = 1e-3  # smallest diffusion time [CEP]
+
+
+def log_alpha(t):
+    """log α_t of the VP-SDE with linear β from 0.1 to 20; t a number or a tensor.  [CEP; Song et al. 2021]"""
+    return -0.25 * t * t * (20.0 - 0.1) - 0.5 * t * 0.1
+
+
+def noise_levels(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """α_t, σ_t = √(1 - α_t²), in the shape of t."""
+    return log_alpha(t).exp(), (-torch.expm1(2 * log_alpha(t))).sqrt()
+
+
+class FourierTime(nn.Module):
+    """t (...,) -> (..., 32): fixed Gaussian Fourier features N(0, 30²), then a linear layer.  [SfBC]"""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("frequencies", 30.0 * torch.randn(16))
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        angles = 2 * math.pi * t[..., None] * self.frequencies
+        return self.linear(torch.cat([angles.sin(), angles.cos()], -1))
+
+
+class ResidualBlock(nn.Module):
+    """x (B, I), embedding e (B, 128) -> (B, W).  [SfBC]"""
+
+    def __init__(self, width_in: int, width: int):
+        super().__init__()
+        self.first, self.cond, self.second = (
+            nn.Linear(width_in, width),
+            nn.Linear(128, width),
+            nn.Linear(width, width),
+        )
+        self.skip = nn.Linear(width_in, width) if width_in != width else nn.Identity()
+
+    def forward(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        h = F.silu(self.first(x)) + self.cond(F.silu(e))
+        return F.silu(self.second(h)) + self.skip(x)
+
+
+class BehaviorNet(nn.Module):
+    """ε̂(a_t, t | s), U-Net-like with dense layers: a_t (B, A), t (B,) or (1,), obs (B, O) -> (B, A).  [SfBC; DARE B.5]
+
+    The state enters through the embedding only, like a class. SfBC's score is -ε̂ / σ_t.
+    """
+
+    def __init__(self, obs_dim: int, act_dim: int, width: int):
+        super().__init__()
+        self.time, self.state = FourierTime(), nn.Linear(obs_dim, 32)
+        self.embed = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 128))
+        w, half, quarter = width, width // 2, width // 4
+        self.down1, self.down2 = ResidualBlock(act_dim, w), ResidualBlock(w, half)
+        self.down3, self.middle = ResidualBlock(half, quarter), ResidualBlock(quarter, quarter)
+        self.up3, self.up2 = ResidualBlock(2 * quarter, half), ResidualBlock(2 * half, w)
+        self.out = nn.Linear(2 * w, act_dim)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
+        e = self.embed(torch.cat([F.silu(self.state(obs)), self.time(t).expand(len(obs), -1)], -1))
+        d1 = self.down1(x, e)
+        d2 = self.down2(d1, e)
+        d3 = self.down3(d2, e)
+        u3 = self.up3(torch.cat([d3, self.middle(d3, e)], -1), e)
+        u2 = self.up2(torch.cat([d2, u3], -1), e)
+        return self.out(torch.cat([d1, u2], -1))
+
+
+def behavior_loss(behavior: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """E Σ_A (ε̂(α_t a + σ_t ε, t | s) - ε)², t ~ U[1e-3, 1]: obs (B, O), actions (B, A) -> ().  [SfBC; DARE B.5]"""
+    t = T_MIN + (1 - T_MIN) * torch.rand(len(obs), device=obs.device)
+    alpha, sigma = (x[:, None] for x in noise_levels(t))
+    noise = torch.randn_like(actions)
+    return (behavior(alpha * actions + sigma * noise, t, obs) - noise).square().sum(-1).mean()
+
+
+# DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095). eps_fn: x (B, A), t -> ε̂ (B, A); t is a host number.
+EpsFn = Callable[[torch.Tensor, float], torch.Tensor]
+
+
+def half_log_snr(t: float) -> float:
+    """λ_t = log α_t - log σ_t."""
+    return log_alpha(t) - 0.5 * math.log(-math.expm1(2 * log_alpha(t)))
+
+
+def time_of(lam: float) -> float:
+    """The inverse: t with λ_t = lam."""
+    u = 2 * (20.0 - 0.1) * (math.log1p(math.exp(-2 * lam)) if lam > -300 else -2 * lam)
+    return u / ((20.0 - 0.1) * (math.sqrt(0.1**2 + u) + 0.1))
+
+
+def denoise(eps_fn: EpsFn, x: torch.Tensor, t: float) -> torch.Tensor:
+    """Estimate of the clean action, (x - σ_t ε̂) / α_t."""
+    alpha = math.exp(log_alpha(t))
+    return (x - math.sqrt(1 - alpha**2) * eps_fn(x, t)) / alpha
+
+
+def solver_step(x: torch.Tensor, denoised: torch.Tensor, s: float, t: float) -> torch.Tensor:
+    """From time s to t < s along a constant x̂: (σ_t / σ_s) x - α_t (e^{-h} - 1) x̂, h = λ_t - λ_s."""
+    sigma_s, sigma_t = (math.sqrt(-math.expm1(2 * log_alpha(u))) for u in (s, t))
+    h = half_log_snr(t) - half_log_snr(s)
+    return (sigma_t / sigma_s) * x - math.exp(log_alpha(t)) * math.expm1(-h) * denoised
+
+
+def sample_cep(eps_fn: EpsFn, x: torch.Tensor) -> torch.Tensor:
+    """Singlestep second order, uniform in time, 15 evaluations: CEP's sampler.  x ~ N(0, I) (B, A) -> (B, A)."""
+    times = [1.0 + i / 15 * (T_MIN - 1.0) for i in range(16)]
+    for s, mid, t in zip(times[0:13:2], times[1:14:2], times[2:15:2], strict=True):
+        d = denoise(eps_fn, x, s)
+        r = (half_log_snr(mid) - half_log_snr(s)) / (half_log_snr(t) - half_log_snr(s))
+        d_mid = denoise(eps_fn, solver_step(x, d, s, mid), mid)
+        x = solver_step(x, d + (d_mid - d) / (2 * r), s, t)
+    return solver_step(x, denoise(eps_fn, x, times[14]), times[14], times[15])
+
+
+def sample_fast(eps_fn: EpsFn, x: torch.Tensor) -> torch.Tensor:
+    """Multistep second order, uniform in log-SNR, 10 evaluations.  x ~ N(0, I) (B, A) -> (B, A)."""
+    low, high = half_log_snr(1.0), half_log_snr(T_MIN)
+    lam = [low + i / 10 * (high - low) for i in range(11)]
+    times, previous = [time_of(v) for v in lam], None
+    for s, t in pairwise(times):
+        d = denoise(eps_fn, x, s)
+        x = solver_step(
+            x, d if previous is None else d + (d - previous) / 2, s, t
+        )  # equal steps: 1 / (2r) = 1/2
+        previous = d
+    return x
+
+
+SAMPLERS = {"cep": sample_cep, "fast": sample_fast}
+
+
+# The energy f_φ(s, a_t, t), trained by contrastive energy prediction
+class EnergyNet(nn.Module):
+    """f(s, a_t, t), higher is better (D11): obs (..., O), a_t (..., A), t (...,) or (1,) -> (...,).  [DARE B.5]"""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
+        super().__init__()
+        self.time, sizes = FourierTime(), (act_dim + 32 + obs_dim, hidden, hidden, hidden, hidden)
+        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.SiLU())]
+        self.net = nn.Sequential(*layers, nn.Linear(hidden, 1))
+
+    def forward(self, obs: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.net(torch.cat([x, self.time(t).expand(*x.shape[:-1], -1), obs], -1)).squeeze(-1)
+
+
+def energy_loss(
+    energy: nn.Module, obs: torch.Tensor, support: torch.Tensor, bq: torch.Tensor, has_support: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """-E Σ_k softmax(βQ)_k log softmax(f(s, a_t, t))_k over the K support actions of a state.  [DARE Eq. 34, sign: D11]
+
+    obs (N, O), support (N, K, A), bq = βQ / unit (N, K), has_support (N,) 0 or 1 -> (). One t per state: the softmax
+    compares its actions at equal noise.
+    """
+    labels = bq.softmax(1)
+    t = T_MIN + (1 - T_MIN) * torch.rand(len(obs), 1, device=obs.device).expand(bq.shape)
+    alpha, sigma = (x[..., None] for x in noise_levels(t))
+    x = alpha * support + sigma * torch.randn_like(support)
+    log_f = energy(obs[:, None].expand(-1, bq.shape[1], -1), x, t).log_softmax(1)
+    rows = has_support.sum().clamp(min=1)
+    loss = -((labels * log_f).sum(1) * has_support).sum() / rows
+    entropy = -((labels * labels.clamp(min=1e-30).log()).sum(1) * has_support).sum() / rows
+    std_bq = (bq.std(1, correction=0) * has_support).sum() / rows
+    return loss, {"energy/loss": loss.detach(), "energy/label_entropy": entropy, "energy/std_bq": std_bq}
+
+
+def guided_eps(behavior: nn.Module, energy: nn.Module | None, obs: torch.Tensor, scale: float) -> EpsFn:
+    """ε̂_g = ε̂(a_t, t | s) - s σ_t ∇_{a_t} f(s, a_t, t) for fixed obs (B, O), of ν e^{s f}.  [DARE Eqs. 5-6]"""
+
+    def eps_fn(x: torch.Tensor, t: float) -> torch.Tensor:
+        time = torch.full((1,), t, device=x.device)
+        eps = behavior(x, time, obs)
+        if energy is None or scale == 0:
+            return eps
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(energy(obs, x, time).sum(), x)
+        return eps - scale * math.sqrt(-math.expm1(2 * log_alpha(t))) * gradient
+
+    return eps_fn
+
+
+@torch.no_grad()
+def support_actions(
+    behavior: nn.Module,
+    obs: torch.Tensor,
+    k: int,
+    act_dim: int,
+    sampler: str,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """K unguided behavior actions for each state, clamped: (N, O) -> (N, K, A).  [CEP]: D12"""
+    noise = torch.randn(len(obs) * k, act_dim, device=obs.device, generator=generator)
+    eps_fn = guided_eps(behavior, None, obs.repeat_interleave(k, 0), 0.0)
+    return SAMPLERS[sampler](eps_fn, noise).clamp(-1, 1).view(len(obs), k, act_dim)
+
+
+class Support:
+    """Support actions of the rows of a buffer, (capacity, K, A); those below the 0-d device tensor `size` exist."""
+
+    def __init__(self, capacity: int, k: int, act_dim: int, device: torch.device):
+        self.actions = torch.zeros(capacity, k, act_dim, device=device)
+        self.size = torch.zeros((), dtype=torch.int64, device=device)
+        self.rows = 0  # the same number, on the host
+
+    def extend(self, actions: torch.Tensor) -> None:
+        """Append those of the next rows, (N, K, A)."""
+        self.actions[self.rows : self.rows + len(actions)] = actions
+        self.rows += len(actions)
+        self.size.fill_(self.rows)
+
+    def state_dict(self) -> dict:
+        return {"actions": self.actions[: self.rows].clone()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rows = 0
+        self.extend(state["actions"])
+
+
+# Alignment scores and the exchange
+def alignment(kind: str, actions: torch.Tensor, refs: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+    """d(s, a), higher = less aligned: actions (N, A), references (R, N, A), log_std (A,) -> (N,).  [DARE Eq. 7]: D10"""
+    gap = actions - refs  # (R, N, A)
+    if kind == "gauss":  # KL(N(a, I) || N(â, I)), mean over references
+        return 0.5 * gap.square().sum(-1).mean(0)
+    if kind == "gauss_std":  # the same with the policy's spread
+        return 0.5 * (gap * (-log_std).exp()).square().sum(-1).mean(0)
+    if kind == "softmax":  # KL(softmax(a) || softmax(â)); blind to a common offset, 0 for A = 1
+        log_p, log_q = actions.log_softmax(-1), refs.log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1).mean(0)
+    assert kind == "kde", kind  # -log of a kernel density estimate at a, up to a constant: U16
+    return -(-0.5 * (gap / 0.2).square().sum(-1)).logsumexp(0)
+
+
+def elbo_score(eps_fn: EpsFn, actions: torch.Tensor) -> torch.Tensor:
+    """Mean of ||ε̂_g - ε||² over four times, a stand-in for -log π_0(a|s): (N, A) -> (N,).  U16"""
+    errors = []
+    for t in (0.1, 0.3, 0.5, 0.7):
+        noise, alpha = torch.randn_like(actions), math.exp(log_alpha(t))
+        x = alpha * actions + math.sqrt(1 - alpha**2) * noise
+        errors.append((eps_fn(x, t) - noise).square().sum(-1))
+    return torch.stack(errors).mean(0)
+
+
+def exchange(
+    scores: torch.Tensor, off: torch.Tensor, tau: torch.Tensor | int, cap: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Swap the top-M pairs: scores (N,), off (N,) bool by origin, τ () -> off_like (N,) bool, M ().  [DARE Eq. 10]
+
+    Candidates are off rows with d >= τ and on rows with d < τ; M = min(both counts, cap); the most extreme go: U17.
+    Flips labels instead of moving rows: fixed shapes, nothing read back. cap < 0 is no cap.
+    """
+    high, low = off & (scores >= tau), ~off & (scores < tau)
+    m = torch.minimum(high.sum(), low.sum()).clamp(max=len(scores) if cap < 0 else cap)
+    rank_high = torch.where(high, -scores, torch.inf).argsort().argsort()
+    rank_low = torch.where(low, scores, torch.inf).argsort().argsort()
+    return (off & ~(high & (rank_high < m))) | (low & (rank_low < m)), m
+
+
+def sorted_exchange(
+    scores: torch.Tensor, off: torch.Tensor, n_offline: int, cap: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The n_offline lowest scores become offline-like, by at most `cap` swaps: (N,), off (N,) bool -> off_like (N,).
+
+    The exchange at the pooled quantile, on ranks, so that ties do not matter.  [StratDiff §3.2, App. F]
+    """
+    order = scores.argsort(stable=True)
+    rank = order.argsort()
+    off_like, m = exchange(rank.to(scores), off, n_offline, cap)
+    return off_like, {"split/tau": scores[order][n_offline], "split/exchanged": m}
+
+
+def dataset_support(
+    r: run.Run, behavior: nn.Module, offline: ReplayBuffer, args: Args, act_dim: int
+) -> Support:
+    """Support actions of every dataset row, generated once and kept as support.pt in the run directory."""
+    support = Support(len(offline), args.support_k, act_dim, r.device)
+    if (r.dir / "support.pt").exists():
+        run.restore(support, run.load_state(r.dir / "support.pt", r.device))
+        return support
+    # a generator of its own: the run goes on alike, whether these are computed or read
+    own = torch.Generator(r.device).manual_seed(args.seed)
+    for obs in tqdm(offline.obs.split(1_024), desc="support", unit="chunk", disable=None):
+        support.extend(support_actions(behavior, obs, args.support_k, act_dim, args.sampler, own))
+    run.save_atomically(support.state_dict(), r.dir / "support.pt")
+    return support
+
+
+class Guide:
+    """π_0(a|s) ∝ ν(a|s) e^{s f(s, a)}: both models, their support actions, their phases before going online."""
+
+    def __init__(
+        self,
+        r: run.Run,
+        args: Args,
+        dataset: data.Dataset,
+        offline: ReplayBuffer,
+        q_target: nn.Module,
+        reward_scale: float,
+    ):
+        """`offline` is `dataset` as the agent sees it, its rewards multiplied by `reward_scale`."""
+        self.r, self.args, self.offline, self.q_target = r, args, offline, q_target
+        obs_dim, self.act_dim = dataset.obs.shape[1], dataset.actions.shape[1]
+        r.seed("behavior")  # the same behavior model beside any backbone
+        self.behavior = BehaviorNet(obs_dim, self.act_dim, args.behavior_width).to(r.device)
+        self.energy = EnergyNet(obs_dim, self.act_dim, args.energy_hidden).to(r.device)
+        adam = dict(fused=True, capturable=r.device.type == "cuda")
+        self.behavior_opt = torch.optim.Adam(self.behavior.parameters(), lr=args.behavior_lr, **adam)
+        self.energy_opt = torch.optim.Adam(self.energy.parameters(), lr=args.energy_lr, **adam)
+        self.online_support = Support(args.online_steps, args.support_k, self.act_dim, r.device)
+        self.behavior_loss, self.energy_loss = r.compiled(behavior_loss), r.compiled(energy_loss)
+        self.guided = args.guidance_scale > 0
+        self.beta = args.energy_beta  # over Q's unit: U11
+        if self.guided and args.energy_units != "raw":
+            unit = dataset.return_range() / 1_000 if args.energy_units == "qgpo" else 1.0
+            self.beta /= reward_scale * unit
+        parts = (
+            log_alpha,
+            noise_levels,
+            FourierTime,
+            ResidualBlock,
+            BehaviorNet,
+            behavior_loss,
+            Guide.behavior_step,
+        )
+        code = "".join(map(inspect.getsource, parts))
+        self.settings = {k: getattr(args, k) for k in BEHAVIOR_SETTINGS} | {
+            "dataset": dataset.sha256,
+            "code": hashlib.sha256(code.encode()).hexdigest()[:16],
+        }
+        content = json.dumps([self.settings, args.seed, r.device.type])
+        key = hashlib.sha256(content.encode()).hexdigest()[:16]
+        self.cache = dataset.path.with_name(f"{dataset.path.stem}.behavior-{key}.pt")
+
+    def state(self) -> dict:
+        """What a checkpoint holds, by name."""
+        names = ("behavior", "behavior_opt", "energy", "energy_opt", "online_support")
+        return {k: getattr(self, k) for k in names}
+
+    def behavior_step(self) -> dict[str, torch.Tensor]:
+        """One gradient step of the behavior model, in bf16 on a GPU."""
+        batch = self.offline.sample(self.args.behavior_batch)
+        on_gpu = batch.obs.is_cuda
+        with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu, cache_enabled=False):
+            loss = self.behavior_loss(self.behavior, batch.obs, batch.actions)
+        self.behavior_opt.zero_grad(set_to_none=True)
+        loss.backward()
+        self.behavior_opt.step()
+        return {"loss/behavior": loss.detach()}
+
+    def energy_step(
+        self, obs: torch.Tensor, support: torch.Tensor, has_support: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """One gradient step of f_φ on states (N, O) with support (N, K, A)."""
+        with torch.no_grad():  # U10
+            q = self.q_target(obs.repeat_interleave(support.shape[1], 0), support.flatten(0, 1)).amin(0)
+        bq = q.view(support.shape[:2]) * self.beta
+        loss, logs = self.energy_loss(self.energy, obs, support, bq, has_support)
+        self.energy_opt.zero_grad(set_to_none=True)
+        loss.backward()
+        self.energy_opt.step()
+        return logs
+
+    def offline_energy_step(self) -> dict[str, torch.Tensor]:
+        index = self.offline.draw(self.args.energy_batch)
+        everywhere = torch.ones(self.args.energy_batch, device=self.r.device)
+        return self.energy_step(self.offline.obs[index], self.support.actions[index], everywhere)
+
+    def pretrain(self) -> None:
+        """Behavior model (here, from a file, or from the cache), support actions, energy on the offline Q: U12."""
+        r, args = self.r, self.args
+        source = args.from_behavior or (self.cache if self.cache.exists() else None)
+        if source and not r.done.get("behavior"):
+            r.import_phase("behavior", source, self.settings, behavior=self.behavior)
+            print(f"{r.dir}: behavior model of {source}")
+        step_fn = r.capture(self.behavior_step)
+        for step in r.phase("behavior", args.behavior_steps):
+            r.log(step, step_fn())
+        self.behavior.requires_grad_(False)
+        if r.once("behavior_end"):
+            state = r.export_phase("behavior", self.settings, behavior=self.behavior)
+            if not source:
+                try:
+                    run.save_atomically(state, self.cache)
+                except OSError as e:
+                    print(f"note: behavior model not kept at {self.cache}: {e.strerror}", file=sys.stderr)
+        if self.guided:
+            self.support = dataset_support(r, self.behavior, self.offline, args, self.act_dim)
+            step_fn = r.capture(self.offline_energy_step)
+            for step in r.phase("energy", args.energy_steps):
+                r.log(step, step_fn())
+
+    def extend_support(self, online: ReplayBuffer) -> None:
+        """Support actions of the online rows that have none yet: U14."""
+        new_obs = online.obs[self.online_support.rows :]
+        chunk = support_actions(self.behavior, new_obs, self.args.support_k, self.act_dim, self.args.sampler)
+        self.online_support.extend(chunk)
+
+    @torch.no_grad()
+    def score(self, batch: Batch, log_std: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """d of each row to references drawn at its state (B,); log_std (A,) or (B, A) of the policy.  [DARE Eq. 7]"""
+        args = self.args
+        if args.score == "elbo":
+            eps_fn = guided_eps(self.behavior, self.energy, batch.obs, args.guidance_scale)
+            return elbo_score(eps_fn, batch.actions), {}
+        obs = batch.obs.repeat(args.n_ref, 1)
+        eps_fn = guided_eps(self.behavior, self.energy, obs, args.guidance_scale)
+        noise = torch.randn(len(obs), self.act_dim, device=obs.device)
+        refs = SAMPLERS[args.sampler](eps_fn, noise)
+        logs = {"ref/clip_frac": (refs.abs() > 1).float().mean()}
+        refs = refs.clamp(-1, 1).view(args.n_ref, *batch.actions.shape)  # D12
+        return alignment(args.score, batch.actions, refs, log_std), logs
+
+    def online_energy_step(
+        self, obs: torch.Tensor, offline_index: torch.Tensor, online_index: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """One step of f_φ on the batch at hand, whose rows have these indices: U12, U14."""
+        support = torch.cat([self.support.actions[offline_index], self.online_support.actions[online_index]])
+        known = torch.cat([torch.ones_like(offline_index), (online_index < self.online_support.size).long()])
+        return self.energy_step(obs, support, known.to(obs))
+
+
+# --- end shared: iql_dare.guidance ---
+
+
+# NEW: losses of the online phase
+# --- shared: iql_dare.max_target ---
+def max_target_q(q_target: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """max over S actions of min Q̂: obs (B, O), actions (S, B, A) -> (B,).  [DARE Eq. 15]: U19"""
+    samples, rows, _ = actions.shape
+    q = q_target(obs.repeat(samples, 1), actions.flatten(0, 1)).amin(0)
+    return q.view(samples, rows).amax(0)
+
+
+# --- end shared: iql_dare.max_target ---
+
+
+def stratdiff_losses(
+    nets: nn.ModuleDict, batch: Batch, off_like: torch.Tensor, noise: torch.Tensor, args: Args
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """`losses`, constraint released on the rows that are not off_like (B,) bool; noise (S, B, A) ~ N(0, I)."""
+    mean, log_std = nets["actor"](batch.obs)
+    with torch.no_grad():
+        q_hat = nets["q_target"](batch.obs, batch.actions).amin(0)  # (2, B) -> (B,)
+        v_next = nets["vf"](batch.next_obs)
+        next_actions = (nets["actor"](batch.next_obs)[0] + log_std.exp() * noise).clamp(-1, 1)  # (S, B, A)
+        max_q = max_target_q(nets["q_target"], batch.next_obs, next_actions)
+        v_next = torch.where(off_like, v_next, max_q)  # [Eq. 13]
+    adv = q_hat - nets["vf"](batch.obs)
+    if args.online_value == "expectile":
+        v_loss = value_loss(
+            adv, torch.where(off_like, args.expectile, args.online_expectile)
+        )  # [Eq. 12]: D15
+    else:
+        v_loss = (
+            value_loss(off_like * adv, args.expectile) + (~off_like * adv).mean()
+        )  # [App. E, Eq. 14]: D19
+    target = td_target(batch.rewards, batch.terminations, v_next, args.gamma)
+    q = nets["qf"](batch.obs, batch.actions)
+    q_loss = (q - target).square().mean()  # [Eq. 13]: D15, D16
+    actor_loss = -(awr_weight(adv, args.inv_temp) * log_prob(mean, log_std, batch.actions)).mean()  # U26
+    logs = {"loss/v": v_loss, "loss/q": q_loss, "loss/actor": actor_loss}
+    logs |= {"q/mean": q.mean(), "adv/mean": adv.mean(), "log_std/mean": log_std.mean()}
+    return v_loss + q_loss + actor_loss, {k: v.detach() for k, v in logs.items()}
+
+
+def train(args: Args) -> dict[str, float]:
+    task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
+    r = run.Run(args, __file__, name, ENV_PRESETS)
+    if r.final:
+        print(f"{r.dir}: finished; --overwrite starts anew")
+        return r.final
+    n_offline = round(args.offline_frac * args.batch_size)
+    if not 0 < n_offline < args.batch_size:
+        raise run.UsageError("--offline-frac", args.offline_frac, f"some of {args.batch_size} rows, not all")
+    dataset = data.load(args.env, args.dataset)
+    r.require(dataset=dataset.sha256)
+    moments = dataset.moments() if args.normalize_obs else None
+    reward_scale = 1_000 / dataset.return_range() if args.normalize_reward else 1.0  # D2
+    offline = ReplayBuffer(len(dataset.rewards), task.obs_dim, task.act_dim, r.device)
+    offline.extend(dataset.batch(reward_scale, 0.0, moments))
+    online = ReplayBuffer(args.online_steps, task.obs_dim, task.act_dim, r.device)
+    nets = make_nets(task.obs_dim, task.act_dim, args.hidden).to(r.device)
+    opt = make_optimizer(nets, args.lr, r.device)
+    updates = torch.zeros((), device=r.device)  # of the offline phase
+    interaction = data.Interaction(data.make_env(task, moments), online, args.seed, reward_scale)
+    evaluate = data.Evaluator(task, args.eval_episodes, args.seed, moments)
+    guide = None  # NEW: behavior model and energy
+    if args.exchange_cap != 0:
+        guide = Guide(r, args, dataset, offline, nets["q_target"], reward_scale)
+    added = guide.state() if guide else {}
+    r.register(nets=nets, opt=opt, updates=updates, online=online, interaction=interaction, **added)
+    compiled_losses = r.compiled(losses)
+    offline_settings = {k: getattr(args, k) for k in OFFLINE_SETTINGS} | {"dataset": dataset.sha256}
+
+    @torch.no_grad()
+    def act(obs: torch.Tensor) -> torch.Tensor:  # deterministic
+        return nets["actor"](obs)[0]
+
+    @torch.no_grad()
+    def explore(obs: torch.Tensor) -> torch.Tensor:
+        mean, log_std = nets["actor"](obs)
+        return (mean + log_std.exp() * torch.randn_like(mean)).clamp(-1, 1)  # D4
+
+    # offline: gradient steps on the dataset
+    def offline_step() -> dict[str, torch.Tensor]:
+        decay_actor_lr(opt, updates, args.lr, args.offline_steps)
+        loss, logs = compiled_losses(nets, offline.sample(args.batch_size), args)
+        update(nets, opt, loss, args.polyak)
+        return logs
+
+    if args.from_offline and r.once("from_offline"):
+        r.import_phase("offline", args.from_offline, offline_settings, nets=nets)
+    step_fn = r.capture(offline_step)
+    for step in r.phase("offline", args.offline_steps):
+        r.log(step, step_fn())
+        if (step + 1) % args.eval_every == 0 and step + 1 < args.offline_steps:
+            r.record(step + 1, evaluate(act, r.device))
+    if r.once("offline_end"):
+        r.record(args.offline_steps, evaluate(act, r.device))
+        r.export_phase("offline", offline_settings, nets=nets)
+        restart_optimizer(opt, args.lr)  # D3; q_target stays: D5
+
+    if guide:  # NEW: between the phases
+        guide.pretrain()
+
+    # online: one environment step, then utd gradient steps on half dataset, half own experience
+    from_dataset = torch.arange(args.batch_size, device=r.device) < n_offline  # NEW
+    compiled_stratdiff_losses = r.compiled(stratdiff_losses)  # NEW
+
+    def online_step() -> dict[str, torch.Tensor]:
+        index = offline.draw(n_offline), online.draw(args.batch_size - n_offline)
+        batch = mix(offline.take(index[0]), online.take(index[1]))
+        off_like = from_dataset  # NEW U27
+        if guide:  # NEW [Alg. 1, l. 7, 9, 10]: D17, D18
+            scores, score_logs = guide.score(batch, nets["actor"].log_std.clamp(-5.0, 2.0))
+            if guide.guided:  # [Alg. 1, l. 8]: U12
+                score_logs |= guide.online_energy_step(batch.obs, *index)
+            off_like, split_logs = sorted_exchange(scores, from_dataset, n_offline, args.exchange_cap)
+        noise = torch.randn(args.max_q_samples, *batch.actions.shape, device=r.device)  # NEW
+        loss, logs = compiled_stratdiff_losses(nets, batch, off_like, noise, args)  # NEW
+        update(nets, opt, loss, args.polyak)
+        if guide:  # NEW
+            logs = logs | score_logs | split_logs
+        return logs
+
+    step_fn = r.capture(online_step)
+    for step in r.phase("online", args.online_steps):
+        if episode := interaction.step(explore):
+            r.record(step + 1, episode)
+        if guide and guide.guided and (step + 1) % args.support_every == 0:  # NEW
+            guide.extend_support(online)
+        if step >= args.warmup_steps:
+            for _ in range(args.utd):
+                logs = step_fn()
+            r.log(step, logs)
+        if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
+            r.record(step + 1, evaluate(act, r.device))
+    return r.finish()
+
+
+if __name__ == "__main__":
+    run.main(train, Args, ENV_PRESETS)  # class defaults < ENV_PRESETS < command line
