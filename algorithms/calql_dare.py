@@ -141,10 +141,10 @@ class Args:
     support_every: int = 250  # environment steps between support generations for online rows: U14
     sampler: Literal["cep", "fast"] = "cep"  # of references and support actions: U13, Samplers
     # NEW: split and losses
-    score: Literal["gauss", "gauss_std", "softmax", "kde", "elbo"] = "gauss"  # how d is measured [Eq. 7]: D10
+    score: Literal["gauss", "gauss_std", "softmax", "kde", "elbo"] = "gauss"  # measure of d [Eq. 7]: D10
     n_ref: int = 1  # reference actions per row; kde wants 8 or more, elbo uses none
     threshold: Literal["gauss", "sort"] = "gauss"  # Eqs. 8-9, or the pooled quantile: direct exchange [§7.5]
-    exchange_cap: int = 32  # most pairs exchanged, n [Eq. 10; B.1]; -1 = no cap, 0 = no exchange
+    exchange_cap: int = 32  # most pairs exchanged; n [Eq. 10; B.1]; -1 = no cap, 0 = no exchange
     cql_reduction: Literal["batch", "subset"] = "batch"  # rows that R is averaged over: U22
 
 

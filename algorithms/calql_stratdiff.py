@@ -122,7 +122,7 @@ class Args:
     # online
     warmup_steps: int = 5_000  # environment steps without updates, counted in online_steps: D4
     utd: int = 1  # gradient steps per environment step
-    offline_frac: float = 0.5  # share of a batch from the dataset and of offline-like rows, ρ [B]
+    offline_frac: float = 0.5  # share of a batch from the dataset; ρ [B]
     # NEW: behavior model and energy
     from_behavior: Path | None = None  # run directory (or its behavior.pt) to take the behavior model from
     guidance_scale: float = 8.0  # s [Table 4]; 0 = no energy
@@ -140,11 +140,9 @@ class Args:
     support_every: int = 250  # environment steps between support generations for online rows: U14
     sampler: Literal["cep", "fast"] = "cep"  # of references and support actions: U13, Samplers
     # NEW: split and losses
-    score: Literal["gauss", "gauss_std", "softmax", "kde", "elbo"] = (
-        "gauss"  # how d is measured [Eq. 10]: D10
-    )
+    score: Literal["gauss", "gauss_std", "softmax", "kde", "elbo"] = "gauss"  # measure of d [Eq. 10]: D10
     n_ref: int = 1  # reference actions per row; kde wants 8 or more, elbo uses none
-    exchange_cap: int = -1  # most pairs exchanged, n_c [App. F]; -1 = no cap, 0 = no exchange
+    exchange_cap: int = -1  # most pairs exchanged; n_c [App. F]; -1 = no cap, 0 = no exchange
     cql_reduction: Literal["batch", "subset"] = "batch"  # rows that R is averaged over: U22
 
 

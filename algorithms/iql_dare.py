@@ -139,10 +139,10 @@ class Args:
     support_every: int = 250  # environment steps between support generations for online rows: U14
     sampler: Literal["cep", "fast"] = "cep"  # of references and support actions: U13, Samplers
     # NEW: split and losses
-    score: Literal["gauss", "gauss_std", "softmax", "kde", "elbo"] = "gauss"  # how d is measured [Eq. 7]: D10
+    score: Literal["gauss", "gauss_std", "softmax", "kde", "elbo"] = "gauss"  # measure of d [Eq. 7]: D10
     n_ref: int = 1  # reference actions per row; kde wants 8 or more, elbo uses none
     threshold: Literal["gauss", "sort"] = "gauss"  # Eqs. 8-9, or the pooled quantile: direct exchange [§7.5]
-    exchange_cap: int = -1  # most pairs exchanged, n [Eq. 10]; -1 = no cap [B.1], 0 = no exchange
+    exchange_cap: int = -1  # most pairs exchanged; n [Eq. 10]; -1 = no cap [B.1], 0 = no exchange
     value_loss: Literal["iql", "expectile"] = "iql"  # expectile: Eq. 35, DARE-IV
     online_expectile: float = 0.99  # τ of online-like rows; for --value-loss expectile [Eq. 35]
     sac_alpha: float = 0.2  # α, fixed entropy weight of Eq. 16, locomotion [B.1]

@@ -110,7 +110,7 @@ class Args:
     # online
     warmup_steps: int = 5_000  # environment steps without updates, counted in online_steps [PEX]
     utd: int = 1  # gradient steps per environment step
-    offline_frac: float = 0.5  # share of a batch from the dataset and of offline-like rows, ρ [B]
+    offline_frac: float = 0.5  # share of a batch from the dataset; ρ [B]
     # NEW: behavior model and energy
     from_behavior: Path | None = None  # run directory (or its behavior.pt) to take the behavior model from
     guidance_scale: float = 8.0  # s [Table 4]; 0 = no energy
@@ -128,14 +128,10 @@ class Args:
     support_every: int = 250  # environment steps between support generations for online rows: U14
     sampler: Literal["cep", "fast"] = "cep"  # of references and support actions: U13, Samplers
     # NEW: split and losses
-    score: Literal["gauss", "gauss_std", "softmax", "kde", "elbo"] = (
-        "gauss"  # how d is measured [Eq. 10]: D10
-    )
+    score: Literal["gauss", "gauss_std", "softmax", "kde", "elbo"] = "gauss"  # measure of d [Eq. 10]: D10
     n_ref: int = 1  # reference actions per row; kde wants 8 or more, elbo uses none
-    exchange_cap: int = -1  # most pairs exchanged, n_c [App. F]; -1 = no cap, 0 = no exchange
-    online_value: Literal["expectile", "advantage"] = (
-        "expectile"  # V's loss on online-like rows [Eq. 12; App. E]
-    )
+    exchange_cap: int = -1  # most pairs exchanged; n_c [App. F]; -1 = no cap, 0 = no exchange
+    online_value: Literal["expectile", "advantage"] = "expectile"  # V's loss on online-like rows [App. E]
     online_expectile: float = 0.99  # τ of online-like rows [Eq. 12]
     max_q_samples: int = 10  # policy actions behind max_a' Q: U19
 
