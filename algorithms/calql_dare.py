@@ -803,19 +803,17 @@ class Guide:
         return self.energy_step(self.offline.obs[index], self.support.actions[index], everywhere)
 
     def pretrain(self) -> None:
-        """Behavior model (here, from a file, or from the cache), support actions, energy on the offline Q: U12."""
+        """Behavior model (unless imported or cached), support actions, energy on the offline Q: U12."""
         r, args = self.r, self.args
-        source = args.from_behavior or (self.cache if self.cache.exists() else None)
-        if source and not r.done.get("behavior"):
-            r.import_phase("behavior", source, self.settings, behavior=self.behavior)
-            print(f"{r.dir}: behavior model of {source}")
+        if "behavior" not in r.done and self.cache.exists():
+            r.import_phase("behavior", self.cache, self.settings, behavior=self.behavior)
         step_fn = r.capture(self.behavior_step)
         for step in r.phase("behavior", args.behavior_steps):
             r.log(step, step_fn())
         self.behavior.requires_grad_(False)
         if r.once("behavior_end"):
             state = r.export_phase("behavior", self.settings, behavior=self.behavior)
-            if not source:
+            if not args.from_behavior and not self.cache.exists():
                 try:
                     run.save_atomically(state, self.cache)
                 except OSError as e:
@@ -992,6 +990,8 @@ def train(args: Args) -> dict[str, float]:
 
     if args.from_offline and r.once("from_offline"):
         r.import_phase("offline", args.from_offline, offline_settings, nets=nets, opt=opt)
+    if guide and args.from_behavior and r.once("from_behavior"):  # NEW
+        r.import_phase("behavior", args.from_behavior, guide.settings, behavior=guide.behavior)
     step_fn = r.capture(offline_step)
     for step in r.phase("offline", args.offline_steps):
         r.log(step, step_fn())

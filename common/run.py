@@ -374,6 +374,7 @@ class Run:
             raise UsageError(flag, ", ".join(changed), f"the settings of that run's {phase} phase")
         self._restore(objects, state, path)
         self.done[phase] = getattr(self.args, f"{phase}_steps")
+        print(f"{self.dir}: {phase} phase of {path}")
 
     # -- phases --
 

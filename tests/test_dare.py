@@ -482,7 +482,7 @@ def test_energy_loss_prefers_f_equal_to_beta_q(monkeypatch):
 
 
 def test_trained_energy_points_uphill():
-    """D7: Q(a) = a on a ~ N(0, ½²), β = 2: df/da > 0, and for small t near the exact β α v / (α² v + σ²)."""
+    """D11: Q(a) = a on a ~ N(0, ½²), β = 2: df/da > 0, and for small t near the exact β α v / (α² v + σ²)."""
     torch.manual_seed(0)
     energy, v, beta = dare.EnergyNet(1, 1, 32), 0.25, 2.0
     opt = torch.optim.Adam(energy.parameters(), lr=3e-3)
@@ -946,7 +946,7 @@ def log_normal(mean: torch.Tensor, log_std: torch.Tensor, a: torch.Tensor) -> to
 
 
 def textbook_losses(nets, batch, off_like, noise, args) -> tuple[torch.Tensor, ...]:
-    """V, Q, AWR and SAC parts of Eqs. 2, 15, 16, 35 (signs D9, masks D10, terminals D11), row by row."""
+    """V, Q, AWR and SAC parts of Eqs. 2, 15, 16, 35 (signs D14, masks D15, terminals D16), row by row."""
     rows, std = len(off_like), nets["actor"].log_std.exp()
     v_loss, q_loss, awr, sac = torch.zeros(4, dtype=torch.float64)
     for i in range(rows):
@@ -969,7 +969,7 @@ def textbook_losses(nets, batch, off_like, noise, args) -> tuple[torch.Tensor, .
         for q in nets["qf"](s, a)[:, 0]:
             q_loss = q_loss + (q - y) ** 2 / (2 * rows)
         mean = nets["actor"](s)[0][0]
-        if off_like[i] or args.value_loss == "expectile":  # U13
+        if off_like[i] or args.value_loss == "expectile":  # U21
             weight = min(math.exp(args.inv_temp * u.item()), 100.0)
             awr = awr - weight * log_normal(mean, nets["actor"].log_std, a[0]) / rows
         else:
