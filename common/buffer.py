@@ -28,8 +28,8 @@ class ReplayBuffer:
     """Up to `capacity` transitions as rows [obs, actions, reward, next_obs, terminated] of one float32 table.
 
     The number of rows is a 0-d device tensor beside a host integer, so that a captured step that samples stays right
-    while the buffer grows. Rows that `extend` put in are the dataset's and are not part of `state_dict`; rows that
-    `add` put in are.
+    while the buffer grows. Rows that `extend` put in are the dataset's and are not part of `state_dict`; those of `add`
+    and `append` are.
     """
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
@@ -46,11 +46,17 @@ class ReplayBuffer:
     def extend(self, batch: Batch) -> None:
         """Append a dataset, before anything else is added."""
         assert self.rows == self.fixed, "extend comes before add"
-        rows = [x if x.ndim == 2 else x[:, None] for x in batch]
-        n = len(batch.rewards)
-        self.table[self.rows : self.rows + n] = torch.cat(rows, 1).to(self.table.device)
-        self._resize(self.rows + n)
+        self.append(torch.cat([x if x.ndim == 2 else x[:, None] for x in batch], 1).to(self.table.device))
         self.fixed = self.rows
+
+    def append(self, rows: torch.Tensor) -> None:
+        """Append rows of the table's layout, (N, width), as `add` does one by one."""
+        self.table[self.rows : self.rows + len(rows)] = rows
+        self._resize(self.rows + len(rows))
+
+    def clear(self) -> None:
+        """Forget the rows that are not the dataset's."""
+        self._resize(self.fixed)
 
     def add(
         self, obs: torch.Tensor, action: torch.Tensor, reward: float, next_obs: torch.Tensor, terminated: bool
@@ -94,7 +100,7 @@ class ReplayBuffer:
         return self.table[: self.rows, : self.widths[0]]
 
     def state_dict(self) -> dict:
-        """The rows that `add` put in."""
+        """The rows that are not the dataset's."""
         return {"fixed": self.fixed, "rows": self.table[self.fixed : self.rows].clone()}
 
     def load_state_dict(self, state: dict) -> None:

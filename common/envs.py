@@ -31,3 +31,18 @@ def episode_seed(seed: int, purpose: str, episode: int) -> int:
     A function of its arguments alone, so that a resumed run and an uninterrupted one see the same episodes.
     """
     return int(np.random.SeedSequence([seed, *purpose.encode(), episode]).generate_state(1)[0])
+
+
+def simulate(env: gym.Env, obs: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What a locomotion simulator says of raw obs (N, O), actions (N, A): next obs (N, O), rewards (N,).
+
+    The observation is qpos without x, then qvel (clipped to ±10 in Hopper and Walker2d); dynamics do not depend on x.
+    """
+    body = env.unwrapped
+    env.reset(seed=0)
+    joints = body.model.nq - 1
+    next_obs, rewards = np.empty_like(obs), np.empty(len(obs), dtype=np.float32)
+    for i, (o, a) in enumerate(zip(obs.astype(np.float64), actions, strict=True)):
+        body.set_state(np.concatenate([[0.0], o[:joints]]), o[joints:])
+        next_obs[i], rewards[i], *_ = body.step(np.clip(a, -1, 1))
+    return next_obs, rewards
