@@ -183,10 +183,9 @@ def describe(
         "rows": slice(0, x.shape[1]),
     }
     logs = {f"syn/js_{k}": divergence(x[:, c], own[:, c]) for k, c in parts.items()}
-    logs |= {
-        "syn/mean_gap": gaps.max().item(),
-        "syn/std_ratio": (x.std(0) / real.std(0).clamp(min=1e-3)).mean().item(),
-    }
+    moving = real.std(0) > 1e-2  # not the constant features
+    logs["syn/mean_gap"] = gaps.max().item()
+    logs["syn/std_ratio"] = (x.std(0) / real.std(0))[moving].mean().item()
     logs["syn/online_l2"] = (x - own.mean(0)).norm(dim=1).mean().item()
     logs["syn/nearest"] = torch.cdist(x, real).amin(1).median().item()
     return logs

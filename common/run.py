@@ -52,6 +52,10 @@ LIMITS = {  # setting -> (least, most) allowed, "(" at an end excludes it; every
     "energy_beta": "[0, inf)", "support_k": "[2, inf)", "support_every": "[1, inf)", "guidance_scale": "[0, inf)",
     "n_ref": "[1, inf)", "exchange_cap": "[-1, inf)", "online_expectile": "(0, 1)", "sac_alpha": "[0, inf)",
     "max_q_samples": "[1, inf)",
+    "synthetic_frac": "(0, 1)", "regenerate_every": "[1, inf)", "synthetic_rows": "[1, inf)",
+    "diffusion_steps": "[1, inf)", "diffusion_batch": "[1, inf)", "diffusion_lr": "(0, inf)",
+    "diffusion_width": "[1, inf)", "diffusion_depth": "[0, inf)", "diffusion_time_dim": "[1, inf)",
+    "sample_steps": "[2, inf)", "sample_churn": "[0, inf)", "sample_batch": "[1, inf)",
 }  # fmt: skip
 
 

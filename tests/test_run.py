@@ -61,7 +61,7 @@ def test_a_killed_run_resumes_to_the_same_result(stem, dataset, tmp_path, monkey
             break
         except Killed:
             deaths += 1
-            gc.collect()  # the lock goes with the process; here with the object
+        gc.collect()  # the lock goes with the process; here with the object
     assert deaths >= 3
     assert results(run_dir(tmp_path / "killed", stem, dataset)) == results(
         run_dir(tmp_path / "straight", stem, dataset)
