@@ -188,7 +188,8 @@ def test_no_host_reads_in_updates(stem):
     step = (
         "losses update dare_losses stratdiff_losses exchange sorted_exchange gaussian_threshold split alignment score "
         "elbo_score behavior_loss behavior_step energy_loss energy_step online_energy_step guided_eps offline_step "
-        "online_step train_step sample_step union_rows conservative_gap squash squashed_log_std q_of_many draw_noise max_target_q frozen_q"
+        "online_step train_step sample_step union_rows conservative_gap squash "
+        "squashed_log_std q_of_many draw_noise max_target_q frozen_q"
     )
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name in step.split():
