@@ -373,7 +373,8 @@ class Run:
             raise UsageError(flag, path, f"a {phase}.pt, or a run directory whose {phase} phase is over")
         state = load_state(path, self.device)
         theirs = state.get("settings", {})
-        changed = [f"{k} {theirs.get(k)} -> {v}" for k, v in settings.items() if theirs.get(k) != v]
+        keys = [k for k in {**theirs, **settings} if theirs.get(k) != settings.get(k)]
+        changed = [f"{k} {theirs.get(k)} -> {settings.get(k)}" for k in keys]
         if changed:
             raise UsageError(flag, ", ".join(changed), f"the settings of that run's {phase} phase")
         self._restore(objects, state, path)

@@ -1,0 +1,322 @@
+"""SynthER and what every generating method shares: the network, what is kept of its rows, batches, the report."""
+
+import csv
+import math
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import module, tiny_args
+
+from algorithms import iql_synther, synther
+from common import collect, envs, run
+from common.buffer import Batch, ReplayBuffer
+
+CPU = torch.device("cpu")
+OBS, ACT = 11, 3
+
+
+def log_rows(out) -> list[dict[str, str]]:
+    (path,) = out.glob("**/log.csv")
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+# ---- network ----
+
+
+def test_parameter_count_is_synthers():
+    """Hopper without terminal: 26 features, 1024 x 6: 6.66 million."""
+    net = synther.TransitionNet(26, 1024, 6, 256)
+    count = sum(p.numel() for p in net.parameters())
+    assert (
+        count
+        == 26 * 256
+        + 256
+        + 17 * 256
+        + 256
+        + 256 * 256
+        + 256
+        + 256 * 1024
+        + 1024
+        + 6 * (1024**2 + 1024)
+        + 1024 * 26
+        + 26
+    )
+    assert count == pytest.approx(6.66e6, rel=1e-3)
+
+
+def test_network_by_hand():
+    """Pre-activation residual blocks of one layer; the condition is added to the time embedding."""
+    torch.manual_seed(0)
+    net = synther.TransitionNet(3, 8, 2, 4)
+    x, c_noise, condition = torch.randn(5, 3), torch.randn(5), torch.randn(5, 4)
+    angles = 2 * math.pi * c_noise[:, None] * net.frequencies
+    time = torch.cat([c_noise[:, None], torch.sin(angles), torch.cos(angles)], 1)
+    t = time @ net.time[0].weight.T + net.time[0].bias
+    t = (t * torch.sigmoid(t)) @ net.time[2].weight.T + net.time[2].bias
+    h = (x @ net.inlet.weight.T + net.inlet.bias + t + condition) @ net.expand.weight.T + net.expand.bias
+    for layer in net.blocks:
+        h = h + h.clamp(min=0) @ layer.weight.T + layer.bias
+    expected = h.clamp(min=0) @ net.out.weight.T + net.out.bias
+    assert torch.allclose(net(x, c_noise, condition), expected, atol=1e-6)
+    assert torch.equal(net(x, c_noise), net(x, c_noise, torch.zeros(5, 4)))
+
+
+# ---- what a model learns from, what is kept ----
+
+
+def filled(rows: int, value: float, terminals: bool = True) -> ReplayBuffer:
+    b = ReplayBuffer(rows, OBS, ACT, CPU)
+    done = (torch.arange(rows) % 4 == 0).float() * float(terminals)
+    b.extend(
+        Batch(
+            torch.full((rows, OBS), value),
+            torch.zeros(rows, ACT),
+            torch.zeros(rows),
+            torch.zeros(rows, OBS),
+            done,
+        )
+    )
+    return b
+
+
+def test_union_is_uniform_over_rows():
+    torch.manual_seed(0)
+    a, b = filled(30, 1.0), filled(10, 2.0)
+    rows, index = synther.union_rows([a, b], 40_000)
+    assert (rows[:, 0] == 1).float().mean().item() == pytest.approx(0.75, abs=0.01)
+    assert torch.equal(rows[:, 0] == 1, index < 30) and index.max() == 39
+    assert torch.equal(rows[:, -1], torch.where(index < 30, index % 4 == 0, (index - 30) % 4 == 0).float())
+
+
+def generator(tmp_path, terminals: bool = True, offline: ReplayBuffer | None = None, **changes):
+    """A generator of tiny size whose sources are the rows of `offline`; begin and draw as SynthER's."""
+    args = tiny_args("iql_synther", out_dir=tmp_path, **dict(synthetic_rows=6) | changes)
+    r = run.Run(args, "iql_synther.py", "x", {})
+    offline = filled(8, 1.0, terminals) if offline is None else offline
+    d = iql_synther.Generator.features(offline)
+    sizes = args.diffusion_width, args.diffusion_depth, args.diffusion_time_dim
+    g = iql_synther.Generator(r, args, iql_synther.TransitionNet(d, *sizes), offline, OBS, ACT)
+    r.register(**g.state())
+    g.draw = lambda: (iql_synther.union_rows([offline], args.diffusion_batch)[0][:, :d],)
+    g.begin = lambda n: (g.denoiser(n), g.noise(n), 0)
+    return g, offline
+
+
+def test_kept_rows_are_clipped_thresholded_and_finite(tmp_path):
+    """Actions to the box, rewards to their range, flags to 0 or 1, NaN and infinity out; each counted."""
+    g, _ = generator(tmp_path)
+    assert g.features == 2 * OBS + ACT + 2
+    g.bounds.copy_(torch.tensor([-1.0, 2.0]))
+    rows = torch.zeros(9, g.features)
+    rows[0, OBS], rows[0, OBS + 1] = 3.0, -1.5  # two of three coordinates of one row
+    rows[1, OBS + ACT], rows[2, OBS + ACT] = 5.0, -5.0
+    rows[3, -1], rows[4, -1], rows[2, -1] = 0.51, 0.49, 7.0
+    rows[5, 0] = float("nan")
+    g.keep(rows)  # six of the nine are wanted
+    kept = g.synthetic.take(torch.arange(5))
+    assert len(g.synthetic) == 5
+    assert kept.actions[0].tolist() == [1.0, -1.0, 0.0]
+    assert kept.rewards.tolist() == [0.0, 2.0, -1.0, 0.0, 0.0]
+    assert kept.terminations.tolist() == [0.0, 0.0, 1.0, 1.0, 0.0]
+    assert g.totals.tolist() == pytest.approx([6, 2 / 3, 2, 1])
+
+
+def test_without_terminals_the_flag_is_not_modelled(tmp_path):
+    g, offline = generator(tmp_path, terminals=False)
+    assert g.features == 2 * OBS + ACT + 1
+    g.restart([offline], None)
+    g.bounds.copy_(torch.tensor([-1.0, 1.0]))
+    g.keep(torch.ones(6, g.features))
+    assert g.synthetic.take(torch.arange(6)).terminations.sum() == 0
+
+
+def test_many_rows_that_are_not_finite_are_an_error(tmp_path, monkeypatch):
+    g, offline = generator(tmp_path)
+    monkeypatch.setattr(g, "sample_step", lambda: {"rows": torch.full((25, g.features), float("inf"))})
+    with pytest.raises(FloatingPointError, match="6 of 6 generated rows"):
+        g.regenerate(0, [offline])
+
+
+def test_a_regeneration_starts_from_scratch_and_replaces_the_rows(tmp_path):
+    """Other parameters, other frequencies, zero moments of Adam, learning rate back up; as many rows as asked."""
+    g, offline = generator(tmp_path)
+    g.regenerate(0, [offline])
+    first = g.synthetic.table.clone(), g.net.frequencies.clone(), g.net.out.weight.detach().clone()
+    assert len(g.synthetic) == 6 and g.count == 15
+    rate = g.opt.param_groups[0]["lr"].item()
+    assert rate == pytest.approx(0.5 * 3e-4 * (1 + math.cos(14 / 15 * math.pi)), rel=1e-4)
+    g.restart([offline], None)
+    assert g.count == 0 and all((x == 0).all() for s in g.opt.state.values() for x in s.values())
+    assert not torch.equal(first[1], g.net.frequencies) and not torch.equal(first[2], g.net.out.weight)
+    g.regenerate(1, [offline])
+    assert len(g.synthetic) == 6 and not torch.equal(first[0], g.synthetic.table)
+    assert torch.equal(g.ema.module.frequencies, g.net.frequencies)
+
+
+def test_more_rows_than_a_chunk_come_in_chunks(tmp_path):
+    g, offline = generator(tmp_path, sample_batch=4)
+    sizes = []
+    g.begin = lambda n: sizes.append(n) or (lambda x, _: 0 * x, g.noise(n), 0)
+    g.regenerate(0, [offline])
+    assert sizes == [4, 4] and len(g.synthetic) == 6
+
+
+def test_training_fits_a_known_law(tmp_path):
+    """Two rows, each other's negative: the loss falls well below 1, and all features agree on which of them it is."""
+    torch.manual_seed(0)
+    table = torch.randn(1, 2 * OBS + ACT + 2).repeat(2, 1)
+    table[1] *= -1
+    table[:, -1] = torch.tensor([0.0, 1.0])
+    two = ReplayBuffer(2, OBS, ACT, CPU)
+    two.append(table)
+    sizes = dict(
+        diffusion_width=64, diffusion_time_dim=16, synthetic_rows=2_000, sample_batch=2_000, sample_steps=32
+    )
+    few = dict(diffusion_steps=400, diffusion_batch=256, diffusion_lr=3e-3)
+    g, _ = generator(tmp_path, offline=two, **sizes, **few)
+    losses, step = [], g.train_step
+    g.train_step = lambda: losses.append(step()["loss/diffusion"].item()) or {}
+    g.regenerate(0, [two])
+    assert sum(losses[-50:]) / 50 < 0.6 < 1 < losses[0]
+    x = g.synthetic.table
+    assert x[:, -1].mean().item() == pytest.approx(0.5, abs=0.1)
+    second = torch.sign(x[:, 0] * table[1, 0]) > 0
+    assert (second == (x[:, -1] > 0.5)).float().mean() > 0.95
+
+
+# ---- simulator ----
+
+
+@pytest.mark.parametrize("name", ["Hopper-v4", "HalfCheetah-v4", "Walker2d-v4"])
+def test_simulator_repeats_real_transitions(name):
+    """Set to each observation of a roll-out, it gives the stored successor and reward."""
+    env, rng = envs.locomotion(name), np.random.default_rng(0)
+    rows = collect.rollout(env, lambda _: rng.uniform(-1, 1, env.action_space.shape[0]), 0)
+    few = (np.abs(rows["observations"]) < 9.99).all(1)  # Hopper and Walker2d clip velocities at 10
+    assert few.sum() > 8
+    next_obs, rewards = envs.simulate(envs.locomotion(name), rows["observations"][few], rows["actions"][few])
+    assert np.allclose(next_obs, rows["next_observations"][few], atol=2e-3)
+    assert np.allclose(rewards, rows["rewards"][few], atol=2e-3)
+
+
+# ---- the whole program ----
+
+
+FILES = ["synther", "iql_synther"]
+
+
+@pytest.mark.parametrize("stem", FILES)
+@pytest.mark.parametrize("which", ["online", "both"])
+def test_batches_and_times(stem, which, dataset, tmp_path, monkeypatch):
+    """All real until the first regeneration, then the asked share; the model learns from the asked rows."""
+    algorithm, shares, learned = module(stem), [], []
+    original, union = algorithm.losses, algorithm.union_rows
+    with h5py.File(dataset) as f:
+        known = {row.tobytes() for row in f["observations"][()].astype(np.float32)}
+
+    def losses(nets, batch, *rest):
+        shares.append(sum(o.numpy().tobytes() in known for o in batch.obs))
+        return original(nets, batch, *rest)
+
+    def union_rows(buffers, n):
+        learned.append([len(b) for b in buffers])
+        return union(buffers, n)
+
+    monkeypatch.setattr(algorithm, "losses", losses)
+    monkeypatch.setattr(algorithm, "union_rows", union_rows)
+    changes = dict(synther_data=which, normalize_obs=False, synthetic_frac=0.5)
+    algorithm.train(tiny_args(stem, dataset=dataset, out_dir=tmp_path, **changes))
+    online = shares[20:]
+    assert online == [8] * 1 + [4] * 19  # steps 11; 12 to 30, after the regeneration at step 11
+    extra = [] if which == "online" else [600]
+    assert learned == [[*extra, 11]] * 15 + [[*extra, 22]] * 15
+
+
+@pytest.mark.parametrize("stem", FILES)
+def test_offline_upsample_learns_from_generated_rows_only(stem, dataset, tmp_path, monkeypatch):
+    algorithm = module(stem)
+    seen, original = [], algorithm.losses
+    monkeypatch.setattr(
+        algorithm, "losses", lambda n, b, *a: seen.append(b.obs.clone()) or original(n, b, *a)
+    )
+    changes = dict(offline_upsample=True, normalize_obs=False) | (
+        dict(calibrate=False) if stem == "synther" else {}
+    )
+    algorithm.train(tiny_args(stem, dataset=dataset, out_dir=tmp_path, **changes))
+    with h5py.File(dataset) as f:
+        known = {row.tobytes() for row in f["observations"][()].astype(np.float32)}
+    real = [sum(o.numpy().tobytes() in known for o in obs) for obs in seen]
+    assert real[:20] == [0] * 20 and min(real[20:]) > 0
+    assert (tmp_path / stem).exists() and len(list(tmp_path.glob("**/synthetic-*.npz"))) == 3
+    (source,) = tmp_path.glob("**/offline.pt")
+    for other, words in (
+        (dict(diffusion_steps=16), "diffusion_steps 15 -> 16"),
+        (dict(offline_upsample=False), "offline_ups"),
+    ):
+        with pytest.raises(run.UsageError, match=words):  # not the same offline phase
+            few = dict(dataset=dataset, out_dir=tmp_path / "b", from_offline=source, overwrite=True)
+            algorithm.train(tiny_args(stem, **changes | few | other))
+
+
+def test_bad_settings_are_refused(dataset, tmp_path):
+    for stem, changes, words in [
+        ("synther", dict(synthetic_frac=0.99), "synthetic-frac: got 0.99; allowed: some of 16 rows, not all"),
+        ("iql_synther", dict(synthetic_frac=0.01), "synthetic-frac"),
+        ("synther", dict(offline_upsample=True), "--no-calibrate"),
+        ("iql_synther", dict(sample_steps=1), r"sample-steps: got 1; allowed: \[2, inf\)"),
+        ("iql_synther", dict(synthetic_rows=0), "synthetic-rows"),
+    ]:
+        with pytest.raises(run.UsageError, match=words):
+            module(stem).train(tiny_args(stem, dataset=dataset, out_dir=tmp_path, **changes))
+
+
+@pytest.mark.parametrize("stem", FILES)
+def test_report_is_logged_and_kept(stem, dataset, tmp_path):
+    """The docstring's columns, at the steps of the regenerations; the rows beside."""
+    algorithm = module(stem)
+    algorithm.train(tiny_args(stem, dataset=dataset, out_dir=tmp_path))
+    rows = [r for r in log_rows(tmp_path) if r.get("syn/sim_error")]
+    assert [r["step"] for r in rows] == ["11", "22"]
+    names = "clipped_actions clipped_rewards nonfinite terminal sim_error sim_error_shuffled reward_error"
+    names += " mean_gap std_ratio nearest online_l2 js_states js_actions js_rows"
+    assert {k for k, v in rows[0].items() if k[:4] == "syn/" and v} == {f"syn/{n}" for n in names.split()}
+    assert all(n in algorithm.__doc__ for n in names.split())
+    assert all(math.isfinite(float(r[f"syn/{n}"])) for r in rows for n in names.split())
+    for k, own in ((0, 11), (1, 22)):
+        (path,) = tmp_path.glob(f"**/synthetic-{k}.npz")
+        with np.load(path) as f:
+            assert {n: x.shape for n, x in f.items()} == {
+                "synthetic": (40, 27), "offline": (600, 27), "online": (own, 27)
+            }  # fmt: skip
+
+
+def test_report_of_real_rows_is_that_of_real_rows(dataset, tmp_path, monkeypatch):
+    """Real rows handed out as generated ones: no simulator error beyond rounding, nearest real row at 0."""
+    original = iql_synther.Generator.report
+
+    def report(self, k, env, scale, bias, offline, online):
+        self.synthetic.clear()
+        self.synthetic.append(online.table[:11])
+        return original(self, k, env, scale, bias, offline, online)
+
+    monkeypatch.setattr(iql_synther.Generator, "report", report)
+    changes = dict(normalize_obs=True, normalize_reward=True)
+    iql_synther.train(tiny_args("iql_synther", dataset=dataset, out_dir=tmp_path, **changes))
+    (row, *_) = [r for r in log_rows(tmp_path) if r.get("syn/sim_error")]
+    assert float(row["syn/sim_error"]) < 2e-2 < 0.3 < float(row["syn/sim_error_shuffled"])
+    assert float(row["syn/reward_error"]) < 1e-2 and float(row["syn/nearest"]) < 1e-2
+    assert float(row["syn/std_ratio"]) == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_cleared_buffer_keeps_its_dataset():
+    data, own = filled(4, 1.0), ReplayBuffer(10, OBS, ACT, CPU)
+    data.clear()
+    assert len(data) == data.size == 4
+    own.append(data.table)
+    own.append(data.table[:2])
+    assert len(own) == own.size == 6
+    own.clear()
+    assert len(own) == own.size == 0
