@@ -173,14 +173,14 @@ def test_training_fits_a_known_law(tmp_path):
     two = ReplayBuffer(2, OBS, ACT, CPU)
     two.append(table)
     sizes = dict(
-        diffusion_width=64, diffusion_time_dim=16, synthetic_rows=2_000, sample_batch=2_000, sample_steps=32
+        diffusion_width=64, diffusion_time_dim=64, synthetic_rows=2_000, sample_batch=2_000, sample_steps=32
     )
-    few = dict(diffusion_steps=400, diffusion_batch=256, diffusion_lr=3e-3)
+    few = dict(diffusion_steps=600, diffusion_batch=128, diffusion_lr=3e-3)
     g, _ = generator(tmp_path, offline=two, **sizes, **few)
     losses, step = [], g.train_step
     g.train_step = lambda: losses.append(step()["loss/diffusion"].item()) or {}
     g.regenerate(0, [two])
-    assert sum(losses[-50:]) / 50 < 0.6 < 1 < losses[0]
+    assert sum(losses[-50:]) / 50 < 0.5 < 0.9 < losses[0]
     x = g.synthetic.table
     assert x[:, -1].mean().item() == pytest.approx(0.5, abs=0.1)
     second = torch.sign(x[:, 0] * table[1, 0]) > 0
