@@ -163,9 +163,9 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     "walker2d-medium-replay-v2": dict(guidance_scale=5.0),
     "walker2d-medium-expert-v2": dict(guidance_scale=5.0),
     "hopper-mini": dict(  # U1
-        offline_steps=15_000, online_steps=6_000, warmup_steps=2_000, lr=5e-4, polyak=0.01, hidden=64,
+        offline_steps=15_000, online_steps=5_000, warmup_steps=2_000, lr=5e-4, polyak=0.01, hidden=64,
         normalize_obs=True, normalize_reward=True,
-        behavior_steps=4_000, behavior_batch=512, behavior_lr=1e-3, behavior_width=64,
+        behavior_steps=3_000, behavior_batch=512, behavior_lr=1e-3, behavior_width=64,
         energy_steps=1_000, energy_hidden=32, support_k=4, sampler="fast",
     ),
 }  # fmt: skip

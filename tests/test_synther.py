@@ -184,7 +184,7 @@ def test_training_fits_a_known_law(tmp_path):
     x = g.synthetic.table
     assert x[:, -1].mean().item() == pytest.approx(0.5, abs=0.1)
     second = torch.sign(x[:, 0] * table[1, 0]) > 0
-    assert (second == (x[:, -1] > 0.5)).float().mean() > 0.95
+    assert (second == (x[:, -1] > 0.5)).float().mean() > 0.9
 
 
 # ---- simulator ----
