@@ -421,12 +421,21 @@ class Generator:
 
     def regenerate(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
         """The k-th training from scratch on `sources`, then new rows in place of the old; resumes like any phase."""
+        self.learn(k, sources, weights)
+        self.refill(k)
+
+    def learn(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
+        """The training half of `regenerate`."""
         r, args = self.r, self.args
         step_fn = r.capture(self.train_step)
         for step in r.phase("generator", (k + 1) * args.diffusion_steps):
             if step == k * args.diffusion_steps:
                 self.restart(sources, weights)
             r.log(step, step_fn())
+
+    def refill(self, k: int) -> None:
+        """The sampling half of `regenerate`."""
+        r, args = self.r, self.args
         chunks, sample_fn = -(-args.synthetic_rows // args.sample_batch), r.capture(self.sample_step)
         for chunk in r.phase("sampling", (k + 1) * chunks):
             if chunk == k * chunks:
@@ -456,13 +465,13 @@ class Generator:
         logs |= {"syn/nonfinite": dropped / rows, "syn/terminal": self.synthetic.table[:, -1].mean().item()}
         few = pick(self.synthetic, 200).cpu().numpy()
         mean, std = (env.mean, env.std) if isinstance(env, data.Normalize) else (0.0, 1.0)
-        next_obs, rewards = envs.simulate(env, few[:, :o] * std + mean, few[:, o : o + a])
-        spread = self.moments.std[o + a + 1 : 2 * o + a + 1].cpu().numpy()
-        theirs = few[:, o + a + 1 : 2 * o + a + 1]
-        for name, rows_ in (("", theirs), ("_shuffled", np.roll(theirs, len(few) // 2, 0))):
-            gap = (rows_ - (next_obs - mean) / std) / spread
-            logs[f"syn/sim_error{name}"] = float(np.median(np.sqrt((gap**2).mean(1))))
-        logs["syn/reward_error"] = float(np.abs((few[:, o + a] - bias) / scale - rewards).mean())
+        if truth := envs.simulate(env, few[:, :o] * std + mean, few[:, o : o + a]):
+            spread = self.moments.std[o + a + 1 : 2 * o + a + 1].cpu().numpy()
+            theirs, true = few[:, o + a + 1 : 2 * o + a + 1], (truth[0] - mean) / std
+            for name, next_obs in (("", theirs), ("_shuffled", np.roll(theirs, len(few) // 2, 0))):
+                gap = ((next_obs - true) / spread) ** 2
+                logs[f"syn/sim_error{name}"] = float(np.median(np.sqrt(gap.mean(1))))
+            logs["syn/reward_error"] = float(np.abs((few[:, o + a] - bias) / scale - truth[1]).mean())
         file = io.BytesIO()
         np.savez_compressed(file, **{k: x.cpu().numpy() for k, x in parts.items()})
         run.write_atomically(file.getvalue(), self.r.dir / f"synthetic-{k}.npz")

@@ -33,14 +33,17 @@ def episode_seed(seed: int, purpose: str, episode: int) -> int:
     return int(np.random.SeedSequence([seed, *purpose.encode(), episode]).generate_state(1)[0])
 
 
-def simulate(env: gym.Env, obs: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def simulate(env: gym.Env, obs: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """What a locomotion simulator says of raw obs (N, O), actions (N, A): next obs (N, O), rewards (N,).
 
     The observation is qpos without x, then qvel (clipped to ±10 in Hopper and Walker2d); dynamics do not depend on x.
+    None for other environments, whose observations do not hold the state.
     """
     body = env.unwrapped
     env.reset(seed=0)
     joints = body.model.nq - 1
+    if joints + body.model.nv != obs.shape[1]:
+        return None
     next_obs, rewards = np.empty_like(obs), np.empty(len(obs), dtype=np.float32)
     for i, (o, a) in enumerate(zip(obs.astype(np.float64), actions, strict=True)):
         body.set_state(np.concatenate([[0.0], o[:joints]]), o[joints:])

@@ -55,7 +55,14 @@ LIMITS = {  # setting -> (least, most) allowed, "(" at an end excludes it; every
     "synthetic_frac": "(0, 1)", "regenerate_every": "[1, inf)", "synthetic_rows": "[1, inf)",
     "diffusion_steps": "[1, inf)", "diffusion_batch": "[1, inf)", "diffusion_lr": "(0, inf)",
     "diffusion_width": "[1, inf)", "diffusion_depth": "[0, inf)", "diffusion_time_dim": "[1, inf)",
+    "guidance_w": "[0, inf)", "label_dropout": "[0, 1)", "online_label_frac": "(0, 1]", "regenerations": "[1, inf)",
     "sample_steps": "[2, inf)", "sample_churn": "[0, inf)", "sample_batch": "[1, inf)",
+    "state_energy": "[0, inf)", "policy_energy": "[0, inf)", "dynamics_energy": "[0, inf)",
+    "energy_updates": "[1, inf)", "energy_groups": "[1, inf)", "energy_width": "[1, inf)", "energy_pool": "[1, inf)",
+    "replacement_levels": "[2, inf)", "replacement_repeats": "[1, inf)",
+    "p_dr": "(0, 1]", "p_curi": "(0, 1]", "beta_dr": "[0, inf)", "beta_curi": "[0, inf)", "scorer_hidden": "[1, inf)",
+    "scorer_lr": "(0, inf)", "scorer_batch": "[1, inf)", "noising_scale": "(0, 1]", "guidance_eta": "[-1, inf)",
+    "amplification": "[0, inf)", "condition_dropout": "[0, 1]",
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,12 +25,13 @@ import torch
 import torch.nn as nn
 import tyro
 
-from algorithms import calql, calql_dare, calql_stratdiff, iql, iql_dare, iql_stratdiff
+from algorithms import calql, calql_dare, calql_stratdiff, iql, iql_dare, iql_stratdiff, synther
 from common import data, run
 from common.buffer import Batch, ReplayBuffer, mix
 from common.run import CapturedStep, pick_device
 
 OBS, ACT, ROWS = 11, 3, 200_000  # hopper
+CHUNK = 50 if not torch.cuda.is_available() else 10_000  # generated rows at once
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     rounds: int = 5
     steps: int = 200  # gradient steps per round of each variant
+    threads: int = 1  # on a CPU
     files: bool = False  # instead: every file through its own `train`, that many steps of each phase
 
 
@@ -217,6 +219,18 @@ def dare_steps(offline: ReplayBuffer, device: torch.device) -> dict:
     }
 
 
+def edm_steps(offline: ReplayBuffer, device: torch.device) -> dict:
+    """EDM training step (width 1024, depth 6, batch 256) and a chunk of CHUNK rows at 128 levels with churn."""
+    args = synther.Args(synthetic_rows=CHUNK, sample_batch=CHUNK, device=device.type)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        r = run.Run(replace(args, out_dir=Path(folder)), "synther.py", "bench", {})
+    net = synther.TransitionNet(synther.Generator.features(offline), 1_024, 6, 256)
+    generator = synther.Generator(r, args, net, offline, OBS, ACT)
+    generator.draw = lambda: (synther.union_rows([offline], args.diffusion_batch)[0],)
+    generator.begin = lambda n: (generator.denoiser(n), generator.noise(n), 0)
+    return {"edm training step": generator.train_step, f"edm chunk of {CHUNK} rows": generator.sample_step}
+
+
 def whole_files(args: Args) -> None:
     """Each file through `train` at published sizes, a few steps of every phase; prints rates and projected hours."""
     phases = {"offline": 1_000_000, "behavior": 600_000, "energy": 100_000, "online": 200_000}
@@ -259,7 +273,7 @@ def main(args: Args) -> dict[str, float]:
     """Print the table; return steps per second by name."""
     device = pick_device(args.device)
     if device.type == "cpu":
-        torch.set_num_threads(1)
+        torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     n = torch.randn
     table = Batch(
@@ -279,17 +293,19 @@ def main(args: Args) -> dict[str, float]:
         "calql compiled": (calql_step(offline, device, True), slow),
     }
     variants |= {k: (f, slow) for k, f in dare_steps(offline, device).items()}
+    variants |= {k: (f, 10 * slow) for k, f in edm_steps(offline, device).items()}
     if device.type == "cuda":
         variants["iql captured"] = CapturedStep(iql_step(offline, device, False)), 1
         variants["iql compiled, captured"] = CapturedStep(iql_step(offline, device, True)), 1
         variants["calql captured"] = CapturedStep(calql_step(offline, device, False)), 1
         variants["calql compiled, captured"] = CapturedStep(calql_step(offline, device, True)), 1
         variants |= {f"{k}, captured": (CapturedStep(f), 1) for k, f in dare_steps(offline, device).items()}
+        variants |= {f"{k}, captured": (CapturedStep(f), 10) for k, f in edm_steps(offline, device).items()}
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     rates = {name: [] for name in variants}
     for i in range(args.rounds + 1):
         for name, (step, divide) in variants.items():
-            count = max(args.steps // divide, 5)
+            count = max(args.steps // divide, 2)
             wait()
             start = time.perf_counter()
             for _ in range(count):
@@ -298,7 +314,7 @@ def main(args: Args) -> dict[str, float]:
             if i:  # the first round is warm-up
                 rates[name].append(count / (time.perf_counter() - start))
     medians = {name: statistics.median(r) for name, r in rates.items()}
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu, one thread"
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {args.threads} thread(s)"
     print(f"{where}, torch {torch.__version__}")
     first = {"iql": "iql textbook", "calql": "calql textbook, action by action"}
     for name, rate in medians.items():

@@ -17,9 +17,10 @@ SOURCES = {stem: (ROOT / "algorithms" / f"{stem}.py").read_text() for stem in FI
 PLUMBING = {"device", "compile", "out_dir", "wandb", "overwrite", "seed"}  # read in common/run.py
 TASKS_TO_COME = (  # their settings are there
     "antmaze-umaze-v2 antmaze-umaze-diverse-v2 antmaze-medium-play-v2 antmaze-medium-diverse-v2 maze2d-large-v1 "
-    "pen-human-v1 door-human-v1 hammer-human-v1 relocate-human-v1"
+    "antmaze-large-play-v2 pen-human-v1 door-human-v1 hammer-human-v1 relocate-human-v1"
 )
-BACKBONES = {stem: stem.split("_")[0] for stem in FILES if "_" in stem} | {"synther": "calql"}
+BACKBONES = {stem: stem.split("_")[0] for stem in FILES if "_" in stem}
+BACKBONES |= {"synther": "calql", "edis": "calql"}
 
 
 def code_of(source: str) -> str:
@@ -188,8 +189,10 @@ def test_no_host_reads_in_updates(stem):
     step = (
         "losses update dare_losses stratdiff_losses exchange sorted_exchange gaussian_threshold split alignment score "
         "elbo_score behavior_loss behavior_step energy_loss energy_step online_energy_step guided_eps offline_step "
-        "online_step train_step sample_step union_rows conservative_gap squash "
-        "squashed_log_std q_of_many draw_noise max_target_q frozen_q"
+        "online_step train_step sample_step union_rows draw_labelled next_labels begin_labelled conservative_gap "
+        "squash squashed_log_std q_of_many draw_noise max_target_q frozen_q "
+        "pool_step replacement_step groups group_losses gradient sample_given noised_groups info_nce "
+        "scorer_step scorer_losses ratio_loss one_step_error q_advantage draw begin amplified"
     )
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name in step.split():

@@ -1,0 +1,718 @@
+"""CFDG on IQL: one diffusion model of dataset and own rows, told apart by a guided label; a third of a batch from it.
+
+Paper    Huang, Liu, Zhang, Yu, Li, "Offline-to-Online Reinforcement Learning with Classifier-Free Diffusion
+         Generation" (CFDG), ICML 2025, no code; the EDM: Karras et al., NeurIPS 2022, arXiv 2206.00364; network and
+         training: SynthER, arXiv 2303.06614, code conglu1997/SynthER. Backbone: iql.py, line for line outside the
+         NEW parts.
+Symbols  F LabelledNet | D denoiser | c label | ∅ NULL | w guidance_w | p_uncond label_dropout | r synthetic_frac |
+         D_on_syn, D_off_syn rows of the label ONLINE, OFFLINE | N sample_steps | S_churn sample_churn
+Read     what iql.py has; then NEW: TransitionNet, Generator, LabelledNet, LabelledGenerator, batch_counts; train
+Idea     Own rows are few and near the policy, the dataset's are many and diverse. A model that knows which is which
+         makes more of both; a batch then has a third of each: own, dataset, generated, the last mostly of own kind.
+Notes    D1, D2, D3, D4, D5, U1 as in iql.py.
+         Of generated rows, in every file that has them:
+         D20 every feature but the terminal flag is normalised; SynthER (DMC) and EDIS leave rewards raw, against
+            the EDM's unit variance.
+         D21 terminals are modelled where the dataset has any, and thresholded at 0.5; EDIS has none, which
+            bootstraps through falls, SynthER (Gym) never thresholds.
+         D22 actions are clipped to the box, rewards to the range learned from, rows that are not finite dropped
+            (an error above 1 %); no repository does.
+         U31 each regeneration starts from scratch and replaces all rows [code of SynthER, EDIS].
+         Of CFDG:
+         D40 budget: 1M + 1M steps [§4.1]; the other files have 200,000 online, as DARE's tables. For a table with
+            them: --online-steps 200000.
+         D41 "100K epochs" [Table 5] are gradient steps: SynthER's count, and what the hours of Table 6 allow.
+         D42 Algorithm 1 adds rows to the synthetic buffers (1M); here they replace the old ones (U31), which are
+            further from the policy.
+         D43 w is Eq. 7's; Eq. 6 counts w + 1. Both halves of a Heun step are guided; PGR and GTA guide the first
+            alone, half as strong: their scale 2 is w = 0.5. The defaults of the library that the paper names (scale
+            6, rescaled) are not Eq. 7.
+         U40 w and p_uncond have no value in the paper: 0.5 and 0.25 [PGR; p_uncond also AD2S]. Guidance widens
+            the distance between labels and costs fidelity: w of 0, 0.5, 1, 2 are worth a look.
+         U41 the label's way in: a learned row, null too, added to the time embedding.
+         U42 the model's batch: half dataset, half own rows, so ∅ is their even mixture; normalised by moments that
+            weigh both alike, or 10,000 own rows would vanish beside 1M.
+         U43 rows per regeneration: 125,000, split as a batch is: 100,000 [EDIS] and 25,000.
+         U44 a batch keeps its size: 256 = 86 own + 85 dataset + 68 + 17 generated. "Concatenate" [§3.3] may also
+            mean 3 · 128.
+         U45 regenerations at 1/10, 2/10 ... of the online phase: every 100,000 steps of 1M and 10,000 of 100,000,
+            which are the two intervals of Table 5; until the first, a batch is half dataset, half own rows. The loss
+            does not tell generated rows from real ones.
+         U46 Table 3's "w/o guidance" is not explained: --guidance-w 0 keeps the labels, --no-labels is one
+            unlabelled model of the same rows. SynthER on the union by rows: iql_synther.py --synther-data both
+            --synthetic-frac 0.333.
+Metrics  those of iql.py; loss/diffusion (< 1); of each regeneration, at the environment step it belongs to:
+         syn/clipped_actions, clipped_rewards, nonfinite, terminal shares of all generated rows; syn/sim_error of
+         (s, a, s') against the simulator, sim_error_shuffled the same rows with other s', reward_error raw. Of
+         online-label rows: syn/mean_gap largest, syn/std_ratio mean over features of own rows; syn/nearest distance
+         to own rows (0: memorised), syn/online_l2; syn/js_states, js_actions, js_rows from own rows [Table 2];
+         below syn/dataset_js_*, the dataset's [Table 2, "Offline"], if generation helps. Of offline-label rows the
+         same against the dataset: syn/offline_mean_gap, offline_std_ratio, offline_nearest, offline_js_*.
+         syn/online_rows, offline_rows of each label kept; syn/batch_share of a batch. synthetic-<k>.npz has 2,000
+         rows of each kind, generated ones with the online label first.
+Run      python algorithms/iql_cfdg.py --env hopper-medium-v2 --seed 0
+         Table 3: no guidance --guidance-w 0 | nor labels --no-labels | no offline augmentation --online-label-frac 1
+         strength --guidance-w 2 | --label-dropout 0.1 | 1 : 1 labels --online-label-frac 0.5 | more generated
+         --synthetic-frac 0.5 | every 10,000 steps --regenerations 100
+         four times cheaper sampling --sample-steps 32 --sample-churn 0
+         the common start: --from-offline runs/iql/hopper-medium-v2/seed0
+Cost     hopper-mini-v0: COST
+"""
+
+import io
+import math
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import data, edm, envs, run
+from common.buffer import Batch, ReplayBuffer, mix
+
+
+@dataclass(frozen=True)
+class Args:
+    env: str = "hopper-medium-v2"  # task; every default below is the papers' value for locomotion
+    dataset: Path | None = None  # HDF5 file in D4RL layout instead of the task's own
+    seed: int = 0  # networks, batches, exploration and evaluation all derive from it
+    offline_steps: int = 1_000_000  # gradient steps [§4.1]
+    online_steps: int = 1_000_000  # environment steps [§4.1]: D40
+    from_offline: Path | None = None  # run directory (or its offline.pt) to take the offline phase from
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it works
+    compile: bool | None = None  # compile and capture the gradient step; default: on for cuda, off for cpu
+    out_dir: Path = Path("runs")  # the run lives in <out-dir>/<file>/<env>/seed<seed>
+    overwrite: bool = False  # start anew instead of resuming
+    wandb: bool = False  # also log to Weights & Biases
+    eval_every: int = 5_000  # steps of the running phase [DARE averages the last 4; period: PEX, CORL]
+    eval_episodes: int = 10  # [PEX, CORL]
+    # IQL
+    batch_size: int = 256  # transitions [DARE Table 5]
+    gamma: float = 0.99  # discount [DARE Table 5]
+    polyak: float = 0.005  # share of qf copied into q_target at every gradient step [DARE Table 5]
+    expectile: float = 0.7  # τ [DARE Table 5]
+    inv_temp: float = 3.0  # β [DARE Table 5]
+    lr: float = 3e-4  # Adam, all networks [DARE Table 5]
+    hidden: int = 256  # width of the hidden layers [DARE Table 5]
+    normalize_reward: bool = False  # r · 1000 / (largest - smallest episode return): D2
+    normalize_obs: bool = False  # (obs - mean) / (std + 1e-3) of the dataset [CORL]
+    # online
+    warmup_steps: int = 5_000  # environment steps without updates, counted in online_steps [PEX]
+    utd: int = 1  # gradient steps per environment step
+    offline_frac: float = 0.5  # share of a batch from the dataset [PEX]
+    # NEW: diffusion model and synthetic rows
+    labels: bool = True  # the model knows dataset from own rows; without, one unlabelled model: U46
+    guidance_w: float = 0.5  # w of Eq. 7; 0 = no guidance: U40, D43
+    label_dropout: float = 0.25  # p_uncond, share of training rows with the null label: U40
+    online_label_frac: float = 0.8  # share of generated rows with the online label; 1 = no others [§4.1]
+    synthetic_frac: float = 1 / 3  # share of a batch that is generated [§4.1]: U44
+    regenerations: int = 10  # parts of the online phase, a new model after all but the last [Table 5]: U45
+    synthetic_rows: int = 125_000  # rows per regeneration [EDIS]: U43, D42
+    diffusion_steps: int = 100_000  # gradient steps per regeneration [Table 5]: D41
+    diffusion_batch: int = 256  # rows [Table 5]
+    diffusion_lr: float = 3e-4  # Adam, cosine to 0 within a regeneration [Table 5]
+    diffusion_width: int = 1_024  # of the residual blocks [Table 5]
+    diffusion_depth: int = 6  # residual blocks [Table 5]
+    diffusion_time_dim: int = 256  # of the time embedding [SynthER, online]
+    sample_steps: int = 128  # noise levels, N [Table 5]
+    sample_churn: float = 80.0  # S_churn; 0 = deterministic, which 32 levels need [App. A.2]
+    sample_batch: int = 10_000  # rows generated at once [EDIS]
+
+
+ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
+    "hopper-mini": dict(  # U1
+        offline_steps=15_000, online_steps=8_000, warmup_steps=2_000, lr=5e-4, polyak=0.01, hidden=64,
+        normalize_obs=True, normalize_reward=True,
+        regenerations=4, synthetic_rows=10_000, diffusion_steps=2_000, diffusion_width=128, diffusion_depth=3,
+        diffusion_time_dim=64, diffusion_lr=1e-3, sample_steps=32, sample_churn=0.0, sample_batch=5_000,
+    ),
+}  # fmt: skip
+OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
+    "env", "offline_steps", "batch_size", "gamma", "polyak", "expectile", "inv_temp", "lr", "hidden",
+    "normalize_reward", "normalize_obs",
+)  # fmt: skip
+
+
+# --- shared: iql.networks ---
+class GaussianActor(nn.Module):
+    """π(a|s) = N(mean(s), diag σ²): obs (B, O) -> mean (B, A) in (-1, 1), log_std (A,) in [-5, 2].  [PEX]
+
+    Only the mean is squashed, so the density has no Jacobian term. Xavier-uniform weights, zero biases.
+    """
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(obs_dim, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, act_dim),
+        )
+        self.log_std = nn.Parameter(torch.zeros(act_dim))
+        for layer in self.net[::2]:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tanh(self.net(obs)), self.log_std.clamp(-5.0, 2.0)
+
+
+class TwinQ(nn.Module):
+    """Two Q networks as stacked weights, one batched matmul per layer: obs (B, O), actions (B, A) -> (2, B)."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
+        super().__init__()
+        sizes = (obs_dim + act_dim, hidden, hidden, 1)
+        self.weight, self.bias = nn.ParameterList(), nn.ParameterList()
+        for i, o in pairwise(sizes):
+            bound = 1 / math.sqrt(i)  # nn.Linear's own, per network
+            self.weight.append(torch.empty(2, i, o).uniform_(-bound, bound))
+            self.bias.append(torch.empty(2, 1, o).uniform_(-bound, bound))
+
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([obs, actions], -1).expand(2, -1, -1)
+        x = F.relu(torch.baddbmm(self.bias[0], x, self.weight[0]))
+        x = F.relu(torch.baddbmm(self.bias[1], x, self.weight[1]))
+        return torch.baddbmm(self.bias[2], x, self.weight[2]).squeeze(-1)
+
+
+class ValueNet(nn.Module):
+    """V(s): obs (B, O) -> (B,)."""
+
+    def __init__(self, obs_dim: int, hidden: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
+        )
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.net(obs).squeeze(-1)
+
+
+def make_nets(obs_dim: int, act_dim: int, hidden: int) -> nn.ModuleDict:
+    """actor, qf, q_target (a frozen copy of qf), vf."""
+    nets = nn.ModuleDict(
+        {
+            "actor": GaussianActor(obs_dim, act_dim, hidden),
+            "qf": TwinQ(obs_dim, act_dim, hidden),
+            "q_target": TwinQ(obs_dim, act_dim, hidden),
+            "vf": ValueNet(obs_dim, hidden),
+        }
+    )
+    nets["q_target"].load_state_dict(nets["qf"].state_dict())
+    nets["q_target"].requires_grad_(False)
+    return nets
+
+
+# --- end shared: iql.networks ---
+
+
+# --- shared: iql.losses ---
+def value_loss(adv: torch.Tensor, expectile: float | torch.Tensor) -> torch.Tensor:
+    """L_V = E[ |τ - 1(A < 0)| A² ], A = Q̂ - V; adv (B,), τ a number or (B,) -> ().  [IQL Eq. 5]"""
+    return (torch.abs(expectile - (adv < 0).to(adv)) * adv.square()).mean()
+
+
+def td_target(
+    rewards: torch.Tensor, terminations: torch.Tensor, v_next: torch.Tensor, gamma: float
+) -> torch.Tensor:
+    """r + γ (1 - terminated) V(s'), all (B,); rewards in training units.  [IQL Eq. 6]
+
+    Truncated transitions keep their bootstrap: next_obs must be the last observation of the episode.
+    """
+    return rewards + gamma * (1 - terminations) * v_next
+
+
+def log_prob(mean: torch.Tensor, log_std: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """log N(a; mean, diag σ²): (B, A), (A,), (B, A) -> (B,)."""
+    z = (actions - mean) * (-log_std).exp()
+    return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def awr_weight(adv: torch.Tensor, inv_temp: float) -> torch.Tensor:
+    """min(exp(β A), 100), (B,), no gradient.  [IQL Eq. 7; the bound: official code]"""
+    return (inv_temp * adv.detach()).exp().clamp(max=100.0)
+
+
+# --- end shared: iql.losses ---
+
+
+# --- shared: iql.training ---
+def losses(nets: nn.ModuleDict, batch: Batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the three losses, which share no parameter, and what to log; from the old parameters: D1."""
+    with torch.no_grad():
+        q_hat = nets["q_target"](batch.obs, batch.actions).amin(0)  # (2, B) -> (B,)
+        v_next = nets["vf"](batch.next_obs)
+    adv = q_hat - nets["vf"](batch.obs)
+    v_loss = value_loss(adv, args.expectile)  # [IQL Eq. 5]
+    target = td_target(batch.rewards, batch.terminations, v_next, args.gamma)
+    q = nets["qf"](batch.obs, batch.actions)
+    q_loss = (q - target).square().mean()  # [IQL Eq. 6], mean over batch and both critics
+    mean, log_std = nets["actor"](batch.obs)
+    actor_loss = -(
+        awr_weight(adv, args.inv_temp) * log_prob(mean, log_std, batch.actions)
+    ).mean()  # [IQL Eq. 7]
+    logs = {"loss/v": v_loss, "loss/q": q_loss, "loss/actor": actor_loss}
+    logs |= {"q/mean": q.mean(), "adv/mean": adv.mean(), "log_std/mean": log_std.mean()}
+    return v_loss + q_loss + actor_loss, {k: v.detach() for k, v in logs.items()}
+
+
+def update(nets: nn.ModuleDict, opt: torch.optim.Optimizer, loss: torch.Tensor, polyak: float) -> None:
+    """One gradient step and the target update; nothing in here waits for the GPU."""
+    opt.zero_grad(set_to_none=True)
+    loss.backward()  # disjoint parameters: the same as one backward per loss
+    opt.step()
+    with torch.no_grad():
+        torch._foreach_lerp_([*nets["q_target"].parameters()], [*nets["qf"].parameters()], polyak)
+
+
+def make_optimizer(nets: nn.ModuleDict, lr: float, device: torch.device) -> torch.optim.Adam:
+    """Adam over both critics, V and (second group, learning rate a tensor) the actor."""
+    critics = [*nets["qf"].parameters(), *nets["vf"].parameters()]
+    actor = {"params": [*nets["actor"].parameters()], "lr": torch.tensor(lr, device=device)}
+    return torch.optim.Adam([{"params": critics}, actor], lr=lr, fused=True, capturable=device.type == "cuda")
+
+
+def decay_actor_lr(opt: torch.optim.Adam, updates: torch.Tensor, lr: float, steps: int) -> None:
+    """Set lr/2 (1 + cos(π n / steps)) for the n-th update, n from 0, and count it, on the device.  [IQL App. B]"""
+    opt.param_groups[1]["lr"].copy_(0.5 * lr * (1 + torch.cos(updates * (math.pi / max(steps, 1)))))
+    updates.add_(1)
+
+
+def restart_optimizer(opt: torch.optim.Adam, lr: float) -> None:
+    """The state of a fresh optimizer with constant learning rate, in place: D3."""
+    opt.param_groups[1]["lr"].fill_(lr)
+    for state in opt.state.values():
+        for x in state.values():
+            x.zero_()
+
+
+# --- end shared: iql.training ---
+
+
+# NEW: the diffusion model and what it generates. Outside the NEW parts this file is iql.py.
+# --- shared: synther.generator ---
+class TransitionNet(nn.Module):
+    """F of the EDM, a residual MLP: x (B, D), ln σ / 4 (B,), condition (B, T) added to the time embedding -> (B, D).
+
+    Pre-activation blocks of one layer each, no norm; time by 8 fixed random frequencies.  [SynthER]
+    """
+
+    def __init__(self, features: int, width: int, depth: int, time_dim: int):
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(8))
+        self.inlet, self.expand = nn.Linear(features, time_dim), nn.Linear(time_dim, width)
+        self.time = nn.Sequential(nn.Linear(17, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.out = nn.Linear(width, features)
+
+    def reset_parameters(self) -> None:
+        self.frequencies.normal_()
+
+    def forward(
+        self, x: torch.Tensor, c_noise: torch.Tensor, condition: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        angles = 2 * math.pi * c_noise[:, None] * self.frequencies
+        e = self.inlet(x) + self.time(torch.cat([c_noise[:, None], angles.sin(), angles.cos()], -1))
+        h = self.expand(e if condition is None else e + condition)
+        for layer in self.blocks:
+            h = h + layer(F.relu(h))
+        return self.out(F.relu(h))
+
+
+def union_rows(buffers: list[ReplayBuffer], n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (n, width) uniform over the union of buffers, and their indices in it (n,); nothing is read back."""
+    device = buffers[0].table.device
+    index = torch.randint(1 << 62, (n,), device=device).remainder_(sum(b.size for b in buffers))
+    rows, left = 0.0, index
+    for b in buffers:
+        mine = (left >= 0) & (left < b.size)
+        rows = rows + mine[:, None] * b.table.index_select(0, torch.where(mine, left, 0))
+        left = left - b.size
+    return rows, index
+
+
+class Generator:
+    """An EDM of transitions [s, a, r, s', terminal], and the buffer of what it generates.
+
+    The method sets `draw`, () -> rows (B, D) in training units and conditions for the network, and `begin`, n -> the
+    denoiser, x (n, D) at noise level `first` of the grid and that step.
+    """
+
+    def __init__(
+        self, r: run.Run, args: Args, net: nn.Module, offline: ReplayBuffer, obs_dim: int, act_dim: int
+    ):
+        self.r, self.args, self.net = r, args, net.to(r.device)
+        self.obs_dim, self.act_dim = obs_dim, act_dim
+        self.synthetic = ReplayBuffer(args.synthetic_rows, obs_dim, act_dim, r.device)
+        self.features = Generator.features(offline)
+        flags = self.features - (2 * obs_dim + act_dim + 1)
+        self.moments = edm.Moments(self.features, flags, r.device)  # D20
+        self.ema = edm.EMA(self.net)
+        params, lr = [*self.net.parameters()], torch.tensor(args.diffusion_lr, device=r.device)
+        adam = dict(betas=(0.9, 0.99), fused=True, capturable=r.device.type == "cuda")
+        self.opt = torch.optim.Adam(params, lr=lr, **adam)  # [SynthER]
+        self.count = torch.zeros((), device=r.device)  # gradient steps since the restart
+        self.bounds = torch.zeros(2, device=r.device)  # of rewards learned from
+        self.totals = torch.zeros(4, device=r.device)  # rows, clipped actions, clipped rewards, rows dropped
+        self.loss = r.compiled(edm.loss)
+        self.draw = self.begin = None
+
+    @staticmethod
+    def features(offline: ReplayBuffer) -> int:
+        """Length of a modelled row: with the terminal flag where the dataset has a terminal: D21."""
+        return offline.table.shape[1] - int(not offline.table[: offline.rows, -1].any())
+
+    def state(self) -> dict:
+        """What a checkpoint holds, by name."""
+        names = ("net", "ema", "opt", "count", "moments", "bounds", "totals", "synthetic")
+        return {f"generator_{k}": getattr(self, k) for k in names}
+
+    def train_step(self) -> dict[str, torch.Tensor]:
+        """One gradient step of the EDM: cosine learning rate, gradient norm at most 1, EMA.  [SynthER]"""
+        args = self.args
+        self.opt.param_groups[0]["lr"].copy_(
+            0.5 * args.diffusion_lr * (1 + torch.cos(self.count * (math.pi / args.diffusion_steps)))
+        )
+        self.count.add_(1)
+        rows, *condition = self.draw()
+        x, sigma = self.moments.normalize(rows), edm.draw_sigma(len(rows), rows.device)
+        with torch.autocast("cuda", torch.bfloat16, enabled=rows.is_cuda, cache_enabled=False):
+            loss = self.loss(self.net, x, sigma, *condition)
+        self.opt.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.opt.step()
+        with torch.no_grad():
+            self.ema.update(self.net)
+        return {"loss/diffusion": loss.detach()}
+
+    def denoiser(self, rows: int, *condition: torch.Tensor) -> edm.Denoiser:
+        """D of the averaged network for a chunk of rows."""
+        ones = torch.ones(rows, device=self.r.device)
+        return lambda x, sigma: edm.denoise(self.ema.module, x, sigma * ones, *condition)
+
+    def noise(self, rows: int) -> torch.Tensor:
+        """x at the first noise level of the grid, (rows, D)."""
+        return edm.SIGMA_MAX * torch.randn(rows, self.features, device=self.r.device)
+
+    @torch.no_grad()
+    def sample_step(self) -> dict[str, torch.Tensor]:
+        """A chunk of generated rows (sample_batch, D), as they come."""
+        args = self.args
+        denoiser, x, first = self.begin(min(args.sample_batch, args.synthetic_rows))
+        with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda, cache_enabled=False):
+            x = edm.sample(denoiser, x, args.sample_steps, args.sample_churn, first)
+        return {"rows": self.moments.denormalize(x)}
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Put generated rows into the buffer: actions in the box, rewards in their range, flags 0 or 1: D21, D22."""
+        rows = rows[: self.args.synthetic_rows - int(self.totals[0])]
+        self.totals[0] += len(rows)
+        finite = rows.isfinite().all(1)
+        rows = rows[finite]
+        actions, rewards = slice(self.obs_dim, self.obs_dim + self.act_dim), self.obs_dim + self.act_dim
+        flags = rows[:, 2 * self.obs_dim + self.act_dim + 1 :]  # one column or none
+        terminated = (flags > 0.5).float() if flags.shape[1] else torch.zeros_like(rows[:, :1])
+        clipped = rows[:, actions].abs() > 1
+        outside = (rows[:, rewards] < self.bounds[0]) | (rows[:, rewards] > self.bounds[1])
+        self.totals[1:] += torch.stack([clipped.float().mean(1).sum(), outside.sum(), (~finite).sum()])
+        rows[:, actions] = rows[:, actions].clamp(-1, 1)
+        rows[:, rewards] = rows[:, rewards].clamp(*self.bounds)
+        self.synthetic.append(torch.cat([rows[:, : 2 * self.obs_dim + self.act_dim + 1], terminated], 1))
+
+    def restart(self, sources: list[ReplayBuffer], weights: list[float] | None) -> None:
+        """Before a training: fresh networks and optimizer in place, moments of the sources: U31."""
+        tables = [b.table[: b.rows] for b in sources]
+        self.moments.fit([t[:, : self.features] for t in tables], weights)
+        rewards = torch.cat([t[:, self.obs_dim + self.act_dim] for t in tables])
+        self.bounds.copy_(torch.stack(rewards.aminmax()))
+        self.net.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+        self.ema.restart()
+        self.count.zero_()
+        for state in self.opt.state.values():
+            for x in state.values():
+                x.zero_()
+
+    def regenerate(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
+        """The k-th training from scratch on `sources`, then new rows in place of the old; resumes like any phase."""
+        self.learn(k, sources, weights)
+        self.refill(k)
+
+    def learn(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
+        """The training half of `regenerate`."""
+        r, args = self.r, self.args
+        step_fn = r.capture(self.train_step)
+        for step in r.phase("generator", (k + 1) * args.diffusion_steps):
+            if step == k * args.diffusion_steps:
+                self.restart(sources, weights)
+            r.log(step, step_fn())
+
+    def refill(self, k: int) -> None:
+        """The sampling half of `regenerate`."""
+        r, args = self.r, self.args
+        chunks, sample_fn = -(-args.synthetic_rows // args.sample_batch), r.capture(self.sample_step)
+        for chunk in r.phase("sampling", (k + 1) * chunks):
+            if chunk == k * chunks:
+                self.synthetic.clear()
+                self.totals.zero_()
+            self.keep(sample_fn()["rows"])
+        rows, _, _, dropped = self.totals.tolist()
+        if dropped > 0.01 * rows:
+            raise FloatingPointError(f"{dropped:.0f} of {rows:.0f} generated rows are not finite")
+
+    def report(
+        self, k: int, env: gym.Env, scale: float, bias: float, offline: ReplayBuffer, online: ReplayBuffer
+    ) -> dict:
+        """What the k-th synthetic rows are like; 2,000 of them, of the dataset and of own rows go to synthetic-<k>.npz.
+
+        Simulator: rms over features of (s' - simulated s') / std, median over 200 rows, beside the same rows with s'
+        shuffled; reward error in raw units. `env` has the states' normalisation, if any; rewards are scale · r + bias.
+        """
+        o, a = self.obs_dim, self.act_dim
+        pick = lambda b, n: b.table[torch.linspace(0, b.rows - 1, min(n, b.rows)).long()]  # noqa: E731
+        parts = {"synthetic": self.synthetic, "offline": offline, "online": online}
+        parts = {k: pick(b, 2_000) for k, b in parts.items() if b.rows}
+        source = pick(online, 20_000) if online.rows else pick(offline, 20_000)
+        logs = edm.describe(parts["synthetic"], parts.get("online", source), source, self.moments, o, a)
+        rows, clipped, outside, dropped = self.totals.tolist()
+        logs |= {"syn/clipped_actions": clipped / rows, "syn/clipped_rewards": outside / rows}
+        logs |= {"syn/nonfinite": dropped / rows, "syn/terminal": self.synthetic.table[:, -1].mean().item()}
+        few = pick(self.synthetic, 200).cpu().numpy()
+        mean, std = (env.mean, env.std) if isinstance(env, data.Normalize) else (0.0, 1.0)
+        if truth := envs.simulate(env, few[:, :o] * std + mean, few[:, o : o + a]):
+            spread = self.moments.std[o + a + 1 : 2 * o + a + 1].cpu().numpy()
+            theirs, true = few[:, o + a + 1 : 2 * o + a + 1], (truth[0] - mean) / std
+            for name, next_obs in (("", theirs), ("_shuffled", np.roll(theirs, len(few) // 2, 0))):
+                gap = ((next_obs - true) / spread) ** 2
+                logs[f"syn/sim_error{name}"] = float(np.median(np.sqrt(gap.mean(1))))
+            logs["syn/reward_error"] = float(np.abs((few[:, o + a] - bias) / scale - truth[1]).mean())
+        file = io.BytesIO()
+        np.savez_compressed(file, **{k: x.cpu().numpy() for k, x in parts.items()})
+        run.write_atomically(file.getvalue(), self.r.dir / f"synthetic-{k}.npz")
+        return logs
+
+
+# --- end shared: synther.generator ---
+
+
+OFFLINE, ONLINE, NULL = 0, 1, 2  # labels; ∅ stands for either
+
+
+class LabelledNet(nn.Module):
+    """F(x, ln σ / 4, c): TransitionNet whose condition is a learned row of the label, labels (B,): U41."""
+
+    def __init__(self, features: int, width: int, depth: int, time_dim: int):
+        super().__init__()
+        self.net = TransitionNet(features, width, depth, time_dim)
+        self.rows = nn.Embedding(3, time_dim)
+
+    def forward(self, x: torch.Tensor, c_noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.net(x, c_noise, self.rows(labels))
+
+
+class LabelledGenerator(Generator):
+    """A Generator of both labels. Of the rows it keeps, the first `boundary` have the online label, the rest the other.
+
+    `boundary` is a 0-d device tensor, so that a captured step draws each label alone, however many rows were dropped.
+    """
+
+    def __init__(
+        self, r: run.Run, args: Args, offline: ReplayBuffer, online: ReplayBuffer, obs_dim: int, act_dim: int
+    ):
+        sizes = args.diffusion_width, args.diffusion_depth, args.diffusion_time_dim
+        net = LabelledNet(Generator.features(offline), *sizes)
+        super().__init__(r, args, net, offline, obs_dim, act_dim)
+        self.sources = offline, online
+        self.online_rows = round(online_label_share(args) * args.synthetic_rows)  # to generate: U43
+        self.boundary = torch.zeros((), dtype=torch.int64, device=r.device)
+        n = args.diffusion_batch
+        self.labels = torch.tensor([OFFLINE] * (n // 2) + [ONLINE] * (n - n // 2), device=r.device)
+        self.draw, self.begin = self.draw_labelled, self.begin_labelled
+
+    def state(self) -> dict:
+        return super().state() | {"generator_boundary": self.boundary}
+
+    def draw_labelled(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows (B, D), half of each source (U42), and labels (B,), dropped to ∅ with p_uncond.  [§3.2]"""
+        half = self.args.diffusion_batch // 2
+        sizes = half, self.args.diffusion_batch - half
+        rows = [b.table.index_select(0, b.draw(n)) for b, n in zip(self.sources, sizes, strict=True)]
+        p_uncond = self.args.label_dropout if self.args.labels else 1.0  # U46
+        dropped = torch.rand(len(self.labels), device=self.labels.device) < p_uncond
+        return torch.cat(rows)[:, : self.features], torch.where(dropped, NULL, self.labels)
+
+    def next_labels(self, n: int) -> torch.Tensor:
+        """Labels (n,) of the next rows to be generated: ONLINE until there are `online_rows`, then OFFLINE."""
+        place = self.totals[0] + torch.arange(n, device=self.totals.device)
+        return torch.where(place < self.online_rows, ONLINE, OFFLINE)
+
+    def begin_labelled(self, n: int) -> tuple[edm.Denoiser, torch.Tensor, int]:
+        """(1 + w) D(x; σ, c) - w D(x; σ, ∅), noise, and the first step.  [Eq. 7], D43"""
+        labels = self.next_labels(n)
+        denoiser = self.denoiser(n, torch.full_like(labels, NULL))
+        if self.args.labels:
+            denoiser = edm.with_guidance(self.denoiser(n, labels), denoiser, self.args.guidance_w)
+        return denoiser, self.noise(n), 0
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """As every Generator; counts the online-label rows that stay."""
+        stay = rows.isfinite().all(1) & (self.next_labels(len(rows)) == ONLINE)
+        self.boundary.mul_(self.totals[0] > 0).add_(stay.sum())
+        super().keep(rows)
+
+    def sample(self, n_online: int, n_offline: int) -> Batch:
+        """Kept rows: n_online of the online label, then n_offline of the other, uniform with replacement."""
+        index = self.synthetic.draw(n_online, self.boundary)
+        if n_offline:
+            others = self.synthetic.draw(n_offline, self.synthetic.size - self.boundary)
+            index = torch.cat([index, self.boundary + others])
+        return self.synthetic.take(index)
+
+    def report(
+        self, k: int, env: gym.Env, scale: float, bias: float, offline: ReplayBuffer, online: ReplayBuffer
+    ) -> dict:
+        """As every Generator's, but each label's rows beside their own source, and the dataset beside own rows."""
+        logs = super().report(k, env, scale, bias, offline, online)
+        end, few, many = int(self.boundary), 2_000, 20_000
+        pick = lambda t, n: t[torch.linspace(0, len(t) - 1, min(n, len(t))).long()]  # noqa: E731
+        kept = self.synthetic.table[: self.synthetic.rows]
+        if not end or (len(kept) == end and batch_counts(self.args)[3]):
+            raise FloatingPointError("no generated row of one label is finite")
+        first, others = kept[:end], kept[end:]
+        own, dataset = pick(online.table[: online.rows], many), pick(offline.table[: offline.rows], many)
+        describe = partial(edm.describe, moments=self.moments, obs_dim=self.obs_dim, act_dim=self.act_dim)
+        logs |= describe(pick(first, few), pick(own, few), own)  # [Table 2], CFDG
+        of_dataset = describe(pick(dataset, few), pick(own, few), own)  # [Table 2], offline
+        logs |= {k.replace("/", "/dataset_"): v for k, v in of_dataset.items() if "/js_" in k}
+        if len(others):
+            of_others = describe(pick(others, few), pick(dataset, few), dataset)
+            logs |= {k.replace("/", "/offline_"): v for k, v in of_others.items() if k != "syn/online_l2"}
+        share = sum(batch_counts(self.args)[2:]) / self.args.batch_size
+        return logs | {"syn/online_rows": end, "syn/offline_rows": len(others), "syn/batch_share": share}
+
+
+def online_label_share(args: Args) -> float:
+    """Of generated rows; all of them if there are no labels."""
+    return args.online_label_frac if args.labels else 1.0
+
+
+def batch_counts(args: Args) -> tuple[int, int, int, int]:
+    """Rows of a batch once there are generated ones: own, dataset, online label, offline label.  [§4.1], U44"""
+    n_synthetic = round(args.synthetic_frac * args.batch_size)
+    n_real = args.batch_size - n_synthetic
+    n_offline = math.ceil(args.offline_frac * n_real - 0.5)  # own experience has the odd row
+    n_first = round(online_label_share(args) * n_synthetic)
+    return n_real - n_offline, n_offline, n_first, n_synthetic - n_first
+
+
+def train(args: Args) -> dict[str, float]:
+    task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
+    r = run.Run(args, __file__, name, ENV_PRESETS)
+    if r.final:
+        print(f"{r.dir}: finished; --overwrite starts anew")
+        return r.final
+    n_offline = round(args.offline_frac * args.batch_size)
+    if not 0 < n_offline < args.batch_size:
+        raise run.UsageError("--offline-frac", args.offline_frac, f"some of {args.batch_size} rows, not all")
+    counts = batch_counts(args)  # NEW
+    if min(counts[:2]) < 1 or counts[2] < 1:
+        raise run.UsageError(
+            "--synthetic-frac", args.synthetic_frac, f"{args.batch_size} rows with some of each source"
+        )
+    if args.labels and args.guidance_w > 0 and args.label_dropout == 0:
+        raise run.UsageError("--label-dropout", 0.0, "more than 0, or --guidance-w 0: w needs the null label")
+    dataset = data.load(args.env, args.dataset)
+    r.require(dataset=dataset.sha256)
+    moments = dataset.moments() if args.normalize_obs else None
+    reward_scale = 1_000 / dataset.return_range() if args.normalize_reward else 1.0  # D2
+    offline = ReplayBuffer(len(dataset.rewards), task.obs_dim, task.act_dim, r.device)
+    offline.extend(dataset.batch(reward_scale, 0.0, moments))
+    online = ReplayBuffer(args.online_steps, task.obs_dim, task.act_dim, r.device)
+    nets = make_nets(task.obs_dim, task.act_dim, args.hidden).to(r.device)
+    opt = make_optimizer(nets, args.lr, r.device)
+    updates = torch.zeros((), device=r.device)  # of the offline phase
+    interaction = data.Interaction(data.make_env(task, moments), online, args.seed, reward_scale)
+    evaluate = data.Evaluator(task, args.eval_episodes, args.seed, moments)
+    # NEW: the model
+    generator = LabelledGenerator(r, args, offline, online, task.obs_dim, task.act_dim)
+    if counts[3] and not 0 < generator.online_rows < args.synthetic_rows:
+        raise run.UsageError("--synthetic-rows", args.synthetic_rows, "enough for rows of both labels")
+    report_env = data.make_env(task, moments)
+    r.register(
+        nets=nets, opt=opt, updates=updates, online=online, interaction=interaction, **generator.state()
+    )
+    compiled_losses = r.compiled(losses)
+    offline_settings = {k: getattr(args, k) for k in OFFLINE_SETTINGS} | {"dataset": dataset.sha256}
+
+    @torch.no_grad()
+    def act(obs: torch.Tensor) -> torch.Tensor:  # deterministic
+        return nets["actor"](obs)[0]
+
+    @torch.no_grad()
+    def explore(obs: torch.Tensor) -> torch.Tensor:
+        mean, log_std = nets["actor"](obs)
+        return (mean + log_std.exp() * torch.randn_like(mean)).clamp(-1, 1)  # D4
+
+    # offline: gradient steps on the dataset
+    def offline_step() -> dict[str, torch.Tensor]:
+        decay_actor_lr(opt, updates, args.lr, args.offline_steps)
+        loss, logs = compiled_losses(nets, offline.sample(args.batch_size), args)
+        update(nets, opt, loss, args.polyak)
+        return logs
+
+    if args.from_offline and r.once("from_offline"):
+        r.import_phase("offline", args.from_offline, offline_settings, nets=nets)
+    step_fn = r.capture(offline_step)
+    for step in r.phase("offline", args.offline_steps):
+        r.log(step, step_fn())
+        if (step + 1) % args.eval_every == 0 and step + 1 < args.offline_steps:
+            r.record(step + 1, evaluate(act, r.device))
+    if r.once("offline_end"):
+        r.record(args.offline_steps, evaluate(act, r.device))
+        r.export_phase("offline", offline_settings, nets=nets)
+        restart_optimizer(opt, args.lr)  # D3; q_target stays: D5
+
+    # online: one environment step, then utd gradient steps on half dataset, half own experience
+    def online_step(mixed: bool = False) -> dict[str, torch.Tensor]:
+        half = args.batch_size - n_offline, n_offline  # NEW
+        n_own, n_dataset, *n_labels = counts if mixed else half
+        index = offline.draw(n_dataset), online.draw(n_own)
+        batch = mix(offline.take(index[0]), online.take(index[1]))
+        if mixed:  # NEW: losses of generated rows are those of real ones
+            batch = mix(batch, generator.sample(*n_labels))
+        loss, logs = compiled_losses(nets, batch, args)
+        update(nets, opt, loss, args.polyak)
+        return logs
+
+    # NEW: the model learns at these environment steps, after the warm-up and while steps are left: U45
+    times = {k * args.online_steps // args.regenerations for k in range(1, args.regenerations)}
+    times = sorted(t for t in times if t >= max(args.warmup_steps, 1))
+    real_step, mixed_step = r.capture(online_step), r.capture(partial(online_step, mixed=True))
+    for k, until in enumerate([*times, args.online_steps]):
+        step_fn = mixed_step if k else real_step
+        for step in r.phase("online", until):
+            if episode := interaction.step(explore):
+                r.record(step + 1, episode)
+            if step >= args.warmup_steps:
+                for _ in range(args.utd):
+                    logs = step_fn()
+                r.log(step, logs)
+            if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
+                r.record(step + 1, evaluate(act, r.device))
+        if until < args.online_steps:
+            generator.regenerate(k, [offline, online], weights=[1, 1])  # U42
+            if r.once(f"report {k}"):
+                r.record(until, generator.report(k, report_env, reward_scale, 0.0, offline, online))
+    return r.finish()
+
+
+if __name__ == "__main__":
+    run.main(train, Args, ENV_PRESETS)  # class defaults < ENV_PRESETS < command line
