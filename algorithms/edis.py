@@ -1,0 +1,1012 @@
+"""EDIS on Cal-QL: a diffusion model of all data, guided by three energies to rows that are like own ones.
+
+Paper    Liu, Liu, Jiang, Chen, Zhang, Chen, Yu, "Energy-Guided Diffusion Sampling for Offline-to-Online
+         Reinforcement Learning" (EDIS), ICML 2024, arXiv 2407.12448, code liuxhym/EDIS; the EDM: Karras et al.,
+         NeurIPS 2022, arXiv 2206.00364. Backbone: calql.py, line for line outside the NEW parts.
+Symbols  F TransitionNet | D denoiser | σ noise level | N sample_steps | S_churn sample_churn | E TransitionEnergy |
+         λ state_energy, policy_energy, dynamics_energy | K negatives per positive
+Read     what calql.py has; then NEW: TransitionNet, Generator, TransitionEnergy, info_nce, Energies; train
+Idea     A diffusion model learns dataset and own transitions. E_s pulls what it makes to the states now visited,
+         E_π to the actions of the policy, E_T to the dynamics; each is a contrast of rows that are so with rows of
+         the model. Batches are own rows and generated ones.
+Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py.
+         Of generated rows, in every file that has them:
+         D20 every feature but the terminal flag is normalised; SynthER (DMC) and EDIS leave rewards raw, against
+            the EDM's unit variance.
+         D21 terminals are modelled where the dataset has any, and thresholded at 0.5; EDIS has none, which
+            bootstraps through falls, SynthER (Gym) never thresholds.
+         D22 actions are clipped to the box, rewards to the range learned from, rows that are not finite dropped
+            (an error above 1 %); no repository does.
+         U31 each regeneration starts from scratch and replaces all rows [code of SynthER, EDIS].
+         Of EDIS. Its code trains other energies than it describes; we train those described, and have no mode
+         that reproduces the code's:
+         D40 noise levels: code trains E_s on σ = 80 alone and the others on two levels of a 32-step grid, and asks
+            at all of a 128-step grid; we train on levels of the sampler's own grid, drawn uniformly.
+         D41 guidance: the score of p e^{-E} is slope + σ ∇E; code leaves σ out, and its scales per dataset (0.01 to
+            2) were tuned to that; ours are 1. Exact for one energy; a sum of three is as σ -> 0.
+         D42 inputs: code gives the whole raw transition and the step's number, with noise added to raw features;
+            we the energy's own features, normalised, scaled by c_in, and ln σ / 4.
+         D43 negatives of E_T: code overwrites all features, so they are no samples. Replacing (s, a) properly after
+            every step is not p(s'|s, a) either: two unit Gaussians of correlation 0.8, y = 1.5, 32 steps: mean 0.49
+            for 1.20, std 0.81 for 0.60; each step 32 times: 1.16, 0.62. But ∇_s' of log p(s, a, s') / q(s, a, s')
+            is that of log p(s'|s, a) / q(s'|s, a): E_T tells real rows from the pool's, and only its gradient in
+            s' is used. --dynamics-negatives replacement is the other way.
+         D44 the code's negatives are of another state's group for half of each group; ours never are.
+         D45 learner: EDIS's own has Lagrange gap 10, critics of two layers and normalised rewards in locomotion,
+            10,000 model steps, α online per dataset; ours is calql.py's with that α, one for all methods.
+         D46 first regeneration after the warm-up, no update before; the code's comes with one own transition.
+         D47 batches: generated and own rows, none of the dataset [code].
+         U40 1,000 updates of each energy per regeneration; the code's 20 cannot fit. Energies and their Adam
+            persist [code].
+         U41 E_π: at a state of the pool, the policy's action against the pool's, one noised s for both: its
+            optimum is -log π / p without conditional samples.
+         U42 the clip at 10 √D [code] is on the term added to the slope, σ Σ λ ∇E, all energies together.
+         U43 real rows of E_T come from both buffers, as the model's do: dynamics are the same in both.
+         U44 generated rows have no return: calibration, where it is on, does not bound them.
+Metrics  those of calql.py; loss/diffusion (< 1); loss/{state,policy,dynamics}_energy (at most 2.40, 0.69, 2.40);
+         energy/*_found share of groups whose positive has the lowest energy (chance 1/11, 1/2, 1/11); and per
+         regeneration, of unguided and guided rows: energy/*_js_states from own states, *_policy_gap between the
+         action and one of the policy's, *_sim_error; energy/clipped share of guidance clipped (about 0);
+         syn/clipped_actions, clipped_rewards, nonfinite, terminal shares; syn/sim_error of (s, a, s') against the
+         simulator, sim_error_shuffled the same rows with other s', reward_error raw; syn/mean_gap largest,
+         syn/std_ratio mean over features; syn/nearest distance to real rows (0: memorised), syn/online_l2;
+         syn/js_states, js_actions, js_rows from own rows. synthetic-<k>.npz has 2,000 rows of each kind.
+Run      python algorithms/edis.py --env hopper-medium-v2 --seed 0
+         without an energy --state-energy 0 | --policy-energy 0 | --dynamics-energy 0 | EDIS as DARE ran it
+         --diffusion-steps 50000 | four times cheaper sampling --sample-steps 32 --sample-churn 0
+         the common start: --from-offline runs/calql/hopper-medium-v2/seed0
+Cost     hopper-mini-v0: COST
+"""
+
+import io
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import data, edm, envs, run
+from common.buffer import Batch, ReplayBuffer, mix
+
+
+@dataclass(frozen=True)
+class Args:
+    env: str = "hopper-medium-v2"  # task; every default below is the papers' value for locomotion
+    dataset: Path | None = None  # HDF5 file in D4RL layout instead of the task's own
+    seed: int = 0  # networks, batches, exploration and evaluation all derive from it
+    offline_steps: int = 1_000_000  # gradient steps [DARE §7.1]
+    online_steps: int = 200_000  # environment steps [DARE §7.1]
+    from_offline: Path | None = None  # run directory (or its offline.pt) to take the offline phase from
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it works
+    compile: bool | None = None  # compile and capture the gradient step; default: on for cuda, off for cpu
+    out_dir: Path = Path("runs")  # the run lives in <out-dir>/<file>/<env>/seed<seed>
+    overwrite: bool = False  # start anew instead of resuming
+    wandb: bool = False  # also log to Weights & Biases
+    eval_every: int = 5_000  # steps of the running phase [DARE averages the last 4; period: PEX, CORL]
+    eval_episodes: int = 10  # [PEX, CORL]
+    # Cal-QL
+    batch_size: int = 256  # transitions [DARE Table 4]
+    gamma: float = 0.99  # discount [DARE Table 4]
+    polyak: float = 0.005  # share of qf copied into q_target at every gradient step [DARE Table 4]
+    policy_lr: float = 1e-4  # Adam, actor and entropy weight [DARE Table 4]
+    critic_lr: float = 3e-4  # Adam, critics and Lagrange multiplier [DARE Table 4]
+    hidden: int = 256  # width of the hidden layers [DARE Table 4]
+    critic_layers: int = 3  # hidden layers of each critic [DARE Table 4]
+    cql_weight: float = 10.0  # α_cql offline [DARE Table 4]
+    cql_weight_online: float = 10.0  # α_cql online [DARE Table 4]: D45
+    cql_n_actions: int = 10  # of each of three kinds: uniform, π(s), π(s') [CORL]
+    cql_clip_min: float = -200.0  # least gap per row [DARE Table 4]
+    calibrate: bool = True  # off: CQL
+    calibrate_online: bool = False  # D3
+    lagrange: bool = False  # α' learned so that the gap meets target_gap [DARE Table 4]
+    target_gap: float = 0.8  # of the Lagrange variant [DARE Table 4, AntMaze]
+    max_target_backup: bool = False  # TD target from the best of cql_n_actions next actions [DARE Table 4]
+    normalize_obs: bool = True  # (obs - mean) / (std + 1e-3) of the dataset [DARE Table 4]
+    reward_scale: float = 1.0  # rewards in training: scale · r + bias [DARE Table 4]
+    reward_bias: float = 0.0  # [DARE Table 4]
+    sparse_reward: bool = False  # an episode that never succeeds fails for ever [DARE Table 4]
+    mc_tail: Literal["zero", "last"] = "zero"  # U2
+    # online
+    warmup_steps: int = 5_000  # environment steps without updates, counted in online_steps: D4
+    utd: int = 1  # gradient steps per environment step
+    # NEW: diffusion model, energies and synthetic rows
+    synthetic_frac: float = 0.2  # share of a batch that is generated [code of EDIS]: D47
+    regenerate_every: int = 10_000  # environment steps [code of EDIS]
+    synthetic_rows: int = 100_000  # rows per regeneration [code of EDIS]
+    diffusion_steps: int = 10_000  # gradient steps per regeneration [code of EDIS]
+    diffusion_batch: int = 256  # rows [code of EDIS]
+    diffusion_lr: float = 3e-4  # Adam, cosine to 0 within a regeneration [SynthER, EDIS]
+    diffusion_width: int = 1_024  # of the residual blocks [code of EDIS]
+    diffusion_depth: int = 6  # residual blocks [code of EDIS]
+    diffusion_time_dim: int = 256  # of the time embedding [code of EDIS]
+    sample_steps: int = 128  # noise levels, N [code of EDIS]
+    sample_churn: float = 80.0  # S_churn; 0 = deterministic, which 32 levels need [code of EDIS]
+    sample_batch: int = 10_000  # rows generated at once [code of EDIS]
+    state_energy: float = 1.0  # λ of E_s; 0 = without: D41
+    policy_energy: float = 1.0  # λ of E_π; 0 = without: D41
+    dynamics_energy: float = 1.0  # λ of E_T; 0 = without: D41
+    energy_updates: int = 1_000  # gradient steps of each energy per regeneration: U40
+    energy_groups: int = 256  # positives per gradient step [code of EDIS]
+    energy_lr: float = 1e-3  # Adam [code of EDIS]
+    energy_width: int = 256  # of the three hidden layers [code of EDIS]
+    energy_pool: int = 10_000  # unguided rows per regeneration, the negatives: U43
+    dynamics_negatives: Literal["pool", "replacement"] = "pool"  # of E_T: D43
+    replacement_levels: int = 32  # noise levels; for --dynamics-negatives replacement: D43
+    replacement_repeats: int = 16  # times each step is taken; for --dynamics-negatives replacement: D43
+
+
+ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
+    "antmaze-": dict(  # [DARE Table 4; episodes: CORL]
+        critic_layers=5, cql_weight=5.0, cql_weight_online=5.0, lagrange=True, max_target_backup=True,
+        normalize_obs=False, reward_scale=10.0, reward_bias=-5.0, sparse_reward=True,
+        eval_every=10_000, eval_episodes=100,
+        synthetic_frac=0.5,  # [code of EDIS]
+    ),
+    **{k: dict(cql_weight=1.0, cql_weight_online=1.0, max_target_backup=True, normalize_obs=False)
+       for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL, fine-tuning]
+    "maze2d-": dict(policy_lr=3e-5, lagrange=True, target_gap=5.0),  # [CORL, offline CQL]
+    "antmaze-medium-": dict(synthetic_frac=0.3),  # this and the rest: [code of EDIS]
+    "door-human": dict(synthetic_frac=0.5, cql_weight_online=1.0),
+    "pen-human": dict(synthetic_frac=0.3, cql_weight_online=5.0),
+    "relocate-human": dict(synthetic_frac=0.2, cql_weight_online=2.5),
+    "halfcheetah-random-v2": dict(synthetic_frac=0.2, cql_weight_online=10.0),
+    "halfcheetah-medium-replay-v2": dict(synthetic_frac=0.2, cql_weight_online=10.0),
+    "halfcheetah-medium-v2": dict(synthetic_frac=0.2, cql_weight_online=10.0),
+    "halfcheetah-medium-expert-v2": dict(synthetic_frac=0.5, cql_weight_online=10.0),
+    "hopper-random-v2": dict(synthetic_frac=0.2, cql_weight_online=1.0),
+    "hopper-medium-replay-v2": dict(synthetic_frac=0.5, cql_weight_online=10.0),
+    "hopper-medium-v2": dict(synthetic_frac=0.2, cql_weight_online=0.1),
+    "hopper-medium-expert-v2": dict(synthetic_frac=0.5, cql_weight_online=10.0),
+    "walker2d-random-v2": dict(synthetic_frac=0.1, cql_weight_online=0.0),
+    "walker2d-medium-replay-v2": dict(synthetic_frac=0.2, cql_weight_online=10.0),
+    "walker2d-medium-v2": dict(synthetic_frac=0.2, cql_weight_online=0.0),
+    "walker2d-medium-expert-v2": dict(synthetic_frac=0.2, cql_weight_online=10.0),
+    "hopper-mini": dict(  # U1
+        offline_steps=8_000, online_steps=6_000, warmup_steps=2_000, hidden=64, batch_size=128,
+        policy_lr=3e-4, critic_lr=1e-3, polyak=0.02, cql_n_actions=4, cql_weight=5.0, cql_weight_online=5.0,
+        regenerate_every=2_000, synthetic_rows=10_000, diffusion_steps=2_000, diffusion_width=128, diffusion_depth=3,
+        diffusion_time_dim=64, diffusion_lr=1e-3, sample_steps=32, sample_churn=0.0, sample_batch=5_000,
+        energy_width=64, energy_pool=5_000,
+    ),
+}  # fmt: skip
+OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
+    "env", "offline_steps", "batch_size", "gamma", "polyak", "policy_lr", "critic_lr", "hidden", "critic_layers",
+    "cql_weight", "cql_n_actions", "cql_clip_min", "calibrate", "lagrange", "target_gap", "max_target_backup",
+    "normalize_obs", "reward_scale", "reward_bias", "sparse_reward", "mc_tail",
+)  # fmt: skip
+
+
+# --- shared: calql.networks ---
+def orthogonal(
+    sizes: tuple[int, ...], gains: list[float], copies: int
+) -> tuple[nn.ParameterList, nn.ParameterList]:
+    """Weights (copies, in, out) orthogonal with the layer's gain, biases (copies, 1, out) zero.  [CORL]"""
+    weights = [torch.empty(copies, i, o) for i, o in pairwise(sizes)]
+    for weight, gain in zip(weights, gains, strict=True):
+        for k in range(copies):
+            nn.init.orthogonal_(weight[k], gain)
+    return nn.ParameterList(weights), nn.ParameterList([torch.zeros(copies, 1, o) for o in sizes[1:]])
+
+
+class TanhGaussianActor(nn.Module):
+    """π(a|s) = tanh N(mean(s), σ(s)²): obs (B, O) -> mean, log_std (B, A), before the squash.  [CORL]
+
+    log σ = scale · output + offset, both trained, from 1 and -1; clamped to [-20, 2].
+    """
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
+        super().__init__()
+        gains = [math.sqrt(2)] * 3 + [1e-2]  # D6
+        self.weight, self.bias = orthogonal((obs_dim, hidden, hidden, hidden, 2 * act_dim), gains, 1)
+        self.log_std_scale, self.log_std_offset = nn.Parameter(torch.ones(())), nn.Parameter(-torch.ones(()))
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = obs
+        for weight, bias in zip(self.weight[:-1], self.bias[:-1], strict=True):
+            x = F.relu(torch.addmm(bias[0], x, weight[0]))
+        mean, log_std = torch.addmm(self.bias[-1][0], x, self.weight[-1][0]).chunk(2, -1)
+        return mean, (self.log_std_scale * log_std + self.log_std_offset).clamp(-20.0, 2.0)
+
+
+class DeepTwinQ(nn.Module):
+    """Two critics as stacked weights, one batched matmul per layer: obs (B, O), actions (B, A) -> (2, B).  [CORL]"""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int, layers: int):
+        super().__init__()
+        gains = [math.sqrt(2)] * layers + [1e-2]  # D6
+        self.weight, self.bias = orthogonal((obs_dim + act_dim, *[hidden] * layers, 1), gains, 2)
+
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([obs, actions], -1).expand(2, -1, -1)
+        for weight, bias in zip(self.weight[:-1], self.bias[:-1], strict=True):
+            x = F.relu(torch.baddbmm(bias, x, weight))
+        return torch.baddbmm(self.bias[-1], x, self.weight[-1]).squeeze(-1)
+
+
+def make_calql_nets(obs_dim: int, act_dim: int, hidden: int, critic_layers: int) -> nn.ModuleDict:
+    """actor, qf, q_target (a frozen copy of qf), and log_alpha, log_alpha_prime as parameters of `weights`."""
+    nets = nn.ModuleDict(
+        {
+            "actor": TanhGaussianActor(obs_dim, act_dim, hidden),
+            "qf": DeepTwinQ(obs_dim, act_dim, hidden, critic_layers),
+            "q_target": DeepTwinQ(obs_dim, act_dim, hidden, critic_layers),
+            "weights": nn.ParameterDict({"log_alpha": torch.zeros(()), "log_alpha_prime": torch.ones(())}),
+        }
+    )
+    nets["q_target"].load_state_dict(nets["qf"].state_dict())
+    nets["q_target"].requires_grad_(False)
+    return nets
+
+
+# --- end shared: calql.networks ---
+
+
+# --- shared: calql.losses ---
+def squash(
+    mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Action tanh(u), u = mean + σ · noise, and log π(action): all (..., A) -> (..., A), (...,).
+
+    log π = Σ log N(u) - log(1 - tanh² u), with log(1 - tanh² u) = 2 (ln 2 - u - softplus(-2u)).  [SAC App. C]
+    """
+    u = mean + log_std.exp() * noise
+    log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    return torch.tanh(u), (log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
+
+
+def squashed_log_prob(mean: torch.Tensor, log_std: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """log π(a) of given actions (B, A) -> (B,), clipped to ±0.99999 before atanh: D5."""
+    u = torch.atanh(actions.clamp(-0.99999, 0.99999))
+    return squash(mean, log_std, (u - mean) * (-log_std).exp())[1]
+
+
+def q_of_many(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """Q of M actions per state in one evaluation: obs (B, O), actions (B, M, A) -> (2, B, M)."""
+    rows, many, _ = actions.shape
+    q = qf(obs.repeat_interleave(many, 0), actions.flatten(0, 1))
+    return q.view(2, rows, many)
+
+
+def conservative_gap(
+    q: torch.Tensor,
+    q_data: torch.Tensor,
+    log_probs: torch.Tensor,
+    bound: torch.Tensor | None,
+    clip_min: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """R per row: logsumexp of importance-weighted Q, minus Q on data.  [CQL Eq. 4; Cal-QL §5; DARE Eq. 1]
+
+    q (2, B, 3n): uniform actions, then those of π(s), then of π(s'), all at s; log_probs (B, 3n) their log-densities;
+    bound (B,) the return G below which policy actions are not pushed, None for CQL -> R (2, B), share below G ().
+    """
+    policy = torch.arange(q.shape[-1], device=q.device) >= q.shape[-1] // 3
+    share = torch.zeros((), device=q.device)
+    if bound is not None:
+        below = policy & (q < bound[:, None])
+        share = below.sum() / (2 * len(bound) * (2 * q.shape[-1] // 3))
+        q = torch.where(below, bound[:, None], q)  # no gradient where G wins
+    return ((q - log_probs).logsumexp(-1) - q_data).clamp(min=clip_min), share
+
+
+def frozen_q(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """qf(obs, actions) (2, B) with gradients to the actions but none to the critic."""
+    weights = {k: p.detach() for k, p in qf.named_parameters()}
+    return torch.func.functional_call(qf, weights, (obs, actions))
+
+
+# --- end shared: calql.losses ---
+
+
+# --- shared: calql.returns ---
+def mc_returns(
+    rewards: np.ndarray,
+    terminations: np.ndarray,
+    ends: np.ndarray,
+    gamma: float,
+    failure: float | None,
+    tail: str,
+) -> np.ndarray:
+    """G_t = r_t + γ G_{t+1} within each episode, (N,) float32; rewards in training units.  [Cal-QL §5]
+
+    Episodes end where the file says (D7). One that did not terminate starts from 0, or with tail "last" from
+    r_last / (1 - γ). With `failure`, the training reward of a failing step, an episode of nothing else has
+    failure / (1 - γ) on every row.
+    """
+    returns, stops = np.zeros(len(rewards)), [*np.flatnonzero(ends), len(rewards) - 1]
+    start = 0
+    for stop in dict.fromkeys(stops):
+        episode = slice(start, stop + 1)
+        if failure is not None and np.all(rewards[episode] == np.float32(failure)):
+            returns[episode] = failure / (1 - gamma)
+        else:
+            g = 0.0 if terminations[stop] or tail == "zero" else float(rewards[stop]) / (1 - gamma)
+            for t in range(stop, start - 1, -1):
+                g = returns[t] = float(rewards[t]) + gamma * g
+        start = stop + 1
+    return returns.astype(np.float32)
+
+
+# --- end shared: calql.returns ---
+
+
+# --- shared: calql.training ---
+def draw_noise(rows: int, act_dim: int, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uniform actions (B, n, A) and N(0, I) (B, 3n + 1, A) for π(s), π(s'), the backup, the actor's own."""
+    return torch.rand(rows, n, act_dim, device=device) * 2 - 1, torch.randn(
+        rows, 3 * n + 1, act_dim, device=device
+    )
+
+
+def losses(
+    nets: nn.ModuleDict,
+    batch: Batch,
+    bound: torch.Tensor | None,
+    weight: float | torch.Tensor,
+    noise: tuple,
+    args: Args,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the losses of critics, actor, α and α', which share no parameter; from the old parameters: D1.
+
+    bound (B,) Monte-Carlo returns or None; weight = α_cql, one number or one per row (B,); noise as from draw_noise.
+    """
+    n, (uniform, normal) = args.cql_n_actions, noise
+    rows, act_dim = batch.actions.shape
+    mean, log_std = (
+        x[:, None] for x in nets["actor"](torch.cat([batch.obs, batch.next_obs]))
+    )  # one pass for both
+    (mean, next_mean), (log_std, next_log_std) = mean.split(rows), log_std.split(rows)
+    new_actions, log_pi = squash(
+        mean, log_std, normal[:, 3 * n :]
+    )  # (B, 1, A), (B, 1): the actor's own, with gradient
+    with torch.no_grad():
+        now, now_log_prob = squash(mean, log_std, normal[:, :n])
+        later, later_log_prob = squash(next_mean, next_log_std, normal[:, n : 2 * n])
+        backups = n if args.max_target_backup else 1
+        next_actions, _ = squash(next_mean, next_log_std, normal[:, 2 * n : 2 * n + backups])
+        q_next = (
+            q_of_many(nets["q_target"], batch.next_obs, next_actions).amin(0).amax(-1)
+        )  # no entropy term [CORL]
+        target = batch.rewards + args.gamma * (1 - batch.terminations) * q_next
+        log_uniform = torch.full((rows, n), -act_dim * math.log(2), device=target.device)
+        log_probs = torch.cat([log_uniform, now_log_prob, later_log_prob], 1)
+    q = q_of_many(
+        nets["qf"], batch.obs, torch.cat([batch.actions[:, None], uniform, now, later], 1)
+    )  # (2, B, 1 + 3n)
+    td_loss = (q[..., 0] - target).square().mean(1).sum()  # [DARE Eq. 1], D2
+    gap, share = conservative_gap(q[..., 1:], q[..., 0], log_probs, bound, args.cql_clip_min)
+    lagrange_loss = torch.zeros((), device=gap.device)
+    if args.lagrange:
+        multiplier = nets["weights"]["log_alpha_prime"].exp().clamp(0.0, 1e6)
+        cql_loss = (multiplier.detach() * weight * (gap - args.target_gap)).mean(1).sum()
+        lagrange_loss = -0.5 * (multiplier * weight * (gap.detach() - args.target_gap)).mean(1).sum()
+    else:
+        cql_loss = (weight * gap).mean(1).sum()  # α R [DARE Eq. 1]
+    log_alpha = nets["weights"]["log_alpha"]
+    alpha_loss = -(
+        log_alpha * (log_pi.detach() - act_dim)
+    ).mean()  # [SAC, arXiv 1812.05905 §5], target entropy -A
+    q_new = frozen_q(nets["qf"], batch.obs, new_actions[:, 0]).amin(0)
+    actor_loss = (log_alpha.detach().exp() * log_pi[:, 0] - q_new).mean()  # [SAC §4.2]
+    logs = {"loss/q": td_loss, "loss/actor": actor_loss, "loss/alpha": alpha_loss, "cql/gap": gap.mean()}
+    logs |= {"cql/bound_share": share, "q/mean": q[..., 0].mean(), "policy/log_prob": log_pi.mean()}
+    logs["policy/data_log_prob"] = squashed_log_prob(mean[:, 0], log_std[:, 0], batch.actions).mean()
+    logs |= {"alpha/entropy": log_alpha.exp(), "alpha/lagrange": nets["weights"]["log_alpha_prime"].exp()}
+    return td_loss + cql_loss + lagrange_loss + alpha_loss + actor_loss, {
+        k: v.detach() for k, v in logs.items()
+    }
+
+
+def update(nets: nn.ModuleDict, opt: torch.optim.Optimizer, loss: torch.Tensor, polyak: float) -> None:
+    """One gradient step and the target update; nothing in here waits for the GPU."""
+    opt.zero_grad(set_to_none=True)
+    loss.backward()  # disjoint parameters: the same as one backward per loss
+    opt.step()
+    with torch.no_grad():
+        torch._foreach_lerp_([*nets["q_target"].parameters()], [*nets["qf"].parameters()], polyak)
+
+
+def make_calql_optimizer(
+    nets: nn.ModuleDict, policy_lr: float, critic_lr: float, device: torch.device
+) -> torch.optim.Adam:
+    """Adam over actor and α at one rate, critics and α' at the other."""
+    weights = nets["weights"]
+    policy = {"params": [*nets["actor"].parameters(), weights["log_alpha"]], "lr": policy_lr}
+    critic = {"params": [*nets["qf"].parameters(), weights["log_alpha_prime"]], "lr": critic_lr}
+    return torch.optim.Adam([policy, critic], fused=True, capturable=device.type == "cuda")
+
+
+# --- end shared: calql.training ---
+
+
+# NEW: the diffusion model and what it generates. Outside the NEW parts this file is calql.py.
+# --- shared: synther.generator ---
+class TransitionNet(nn.Module):
+    """F of the EDM, a residual MLP: x (B, D), ln σ / 4 (B,), condition (B, T) added to the time embedding -> (B, D).
+
+    Pre-activation blocks of one layer each, no norm; time by 8 fixed random frequencies.  [SynthER]
+    """
+
+    def __init__(self, features: int, width: int, depth: int, time_dim: int):
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(8))
+        self.inlet, self.expand = nn.Linear(features, time_dim), nn.Linear(time_dim, width)
+        self.time = nn.Sequential(nn.Linear(17, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.out = nn.Linear(width, features)
+
+    def reset_parameters(self) -> None:
+        self.frequencies.normal_()
+
+    def forward(
+        self, x: torch.Tensor, c_noise: torch.Tensor, condition: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        angles = 2 * math.pi * c_noise[:, None] * self.frequencies
+        e = self.inlet(x) + self.time(torch.cat([c_noise[:, None], angles.sin(), angles.cos()], -1))
+        h = self.expand(e if condition is None else e + condition)
+        for layer in self.blocks:
+            h = h + layer(F.relu(h))
+        return self.out(F.relu(h))
+
+
+def union_rows(buffers: list[ReplayBuffer], n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (n, width) uniform over the union of buffers, and their indices in it (n,); nothing is read back."""
+    device = buffers[0].table.device
+    index = torch.randint(1 << 62, (n,), device=device).remainder_(sum(b.size for b in buffers))
+    rows, left = 0.0, index
+    for b in buffers:
+        mine = (left >= 0) & (left < b.size)
+        rows = rows + mine[:, None] * b.table.index_select(0, torch.where(mine, left, 0))
+        left = left - b.size
+    return rows, index
+
+
+class Generator:
+    """An EDM of transitions [s, a, r, s', terminal], and the buffer of what it generates.
+
+    The method sets `draw`, () -> rows (B, D) in training units and conditions for the network, and `begin`, n -> the
+    denoiser, x (n, D) at noise level `first` of the grid and that step.
+    """
+
+    def __init__(
+        self, r: run.Run, args: Args, net: nn.Module, offline: ReplayBuffer, obs_dim: int, act_dim: int
+    ):
+        self.r, self.args, self.net = r, args, net.to(r.device)
+        self.obs_dim, self.act_dim = obs_dim, act_dim
+        self.synthetic = ReplayBuffer(args.synthetic_rows, obs_dim, act_dim, r.device)
+        self.features = Generator.features(offline)
+        flags = self.features - (2 * obs_dim + act_dim + 1)
+        self.moments = edm.Moments(self.features, flags, r.device)  # D20
+        self.ema = edm.EMA(self.net)
+        params, lr = [*self.net.parameters()], torch.tensor(args.diffusion_lr, device=r.device)
+        adam = dict(betas=(0.9, 0.99), fused=True, capturable=r.device.type == "cuda")
+        self.opt = torch.optim.Adam(params, lr=lr, **adam)  # [SynthER]
+        self.count = torch.zeros((), device=r.device)  # gradient steps since the restart
+        self.bounds = torch.zeros(2, device=r.device)  # of rewards learned from
+        self.totals = torch.zeros(4, device=r.device)  # rows, clipped actions, clipped rewards, rows dropped
+        self.loss = r.compiled(edm.loss)
+        self.draw = self.begin = None
+
+    @staticmethod
+    def features(offline: ReplayBuffer) -> int:
+        """Length of a modelled row: with the terminal flag where the dataset has a terminal: D21."""
+        return offline.table.shape[1] - int(not offline.table[: offline.rows, -1].any())
+
+    def state(self) -> dict:
+        """What a checkpoint holds, by name."""
+        names = ("net", "ema", "opt", "count", "moments", "bounds", "totals", "synthetic")
+        return {f"generator_{k}": getattr(self, k) for k in names}
+
+    def train_step(self) -> dict[str, torch.Tensor]:
+        """One gradient step of the EDM: cosine learning rate, gradient norm at most 1, EMA.  [SynthER]"""
+        args = self.args
+        self.opt.param_groups[0]["lr"].copy_(
+            0.5 * args.diffusion_lr * (1 + torch.cos(self.count * (math.pi / args.diffusion_steps)))
+        )
+        self.count.add_(1)
+        rows, *condition = self.draw()
+        x, sigma = self.moments.normalize(rows), edm.draw_sigma(len(rows), rows.device)
+        with torch.autocast("cuda", torch.bfloat16, enabled=rows.is_cuda, cache_enabled=False):
+            loss = self.loss(self.net, x, sigma, *condition)
+        self.opt.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.opt.step()
+        with torch.no_grad():
+            self.ema.update(self.net)
+        return {"loss/diffusion": loss.detach()}
+
+    def denoiser(self, rows: int, *condition: torch.Tensor) -> edm.Denoiser:
+        """D of the averaged network for a chunk of rows."""
+        ones = torch.ones(rows, device=self.r.device)
+        return lambda x, sigma: edm.denoise(self.ema.module, x, sigma * ones, *condition)
+
+    def noise(self, rows: int) -> torch.Tensor:
+        """x at the first noise level of the grid, (rows, D)."""
+        return edm.SIGMA_MAX * torch.randn(rows, self.features, device=self.r.device)
+
+    @torch.no_grad()
+    def sample_step(self) -> dict[str, torch.Tensor]:
+        """A chunk of generated rows (sample_batch, D), as they come."""
+        args = self.args
+        denoiser, x, first = self.begin(min(args.sample_batch, args.synthetic_rows))
+        with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda, cache_enabled=False):
+            x = edm.sample(denoiser, x, args.sample_steps, args.sample_churn, first)
+        return {"rows": self.moments.denormalize(x)}
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Put generated rows into the buffer: actions in the box, rewards in their range, flags 0 or 1: D21, D22."""
+        rows = rows[: self.args.synthetic_rows - int(self.totals[0])]
+        self.totals[0] += len(rows)
+        finite = rows.isfinite().all(1)
+        rows = rows[finite]
+        actions, rewards = slice(self.obs_dim, self.obs_dim + self.act_dim), self.obs_dim + self.act_dim
+        flags = rows[:, 2 * self.obs_dim + self.act_dim + 1 :]  # one column or none
+        terminated = (flags > 0.5).float() if flags.shape[1] else torch.zeros_like(rows[:, :1])
+        clipped = rows[:, actions].abs() > 1
+        outside = (rows[:, rewards] < self.bounds[0]) | (rows[:, rewards] > self.bounds[1])
+        self.totals[1:] += torch.stack([clipped.float().mean(1).sum(), outside.sum(), (~finite).sum()])
+        rows[:, actions] = rows[:, actions].clamp(-1, 1)
+        rows[:, rewards] = rows[:, rewards].clamp(*self.bounds)
+        self.synthetic.append(torch.cat([rows[:, : 2 * self.obs_dim + self.act_dim + 1], terminated], 1))
+
+    def restart(self, sources: list[ReplayBuffer], weights: list[float] | None) -> None:
+        """Before a training: fresh networks and optimizer in place, moments of the sources: U31."""
+        tables = [b.table[: b.rows] for b in sources]
+        self.moments.fit([t[:, : self.features] for t in tables], weights)
+        rewards = torch.cat([t[:, self.obs_dim + self.act_dim] for t in tables])
+        self.bounds.copy_(torch.stack(rewards.aminmax()))
+        self.net.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+        self.ema.restart()
+        self.count.zero_()
+        for state in self.opt.state.values():
+            for x in state.values():
+                x.zero_()
+
+    def regenerate(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
+        """The k-th training from scratch on `sources`, then new rows in place of the old; resumes like any phase."""
+        self.learn(k, sources, weights)
+        self.refill(k)
+
+    def learn(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
+        """The training half of `regenerate`."""
+        r, args = self.r, self.args
+        step_fn = r.capture(self.train_step)
+        for step in r.phase("generator", (k + 1) * args.diffusion_steps):
+            if step == k * args.diffusion_steps:
+                self.restart(sources, weights)
+            r.log(step, step_fn())
+
+    def refill(self, k: int) -> None:
+        """The sampling half of `regenerate`."""
+        r, args = self.r, self.args
+        chunks, sample_fn = -(-args.synthetic_rows // args.sample_batch), r.capture(self.sample_step)
+        for chunk in r.phase("sampling", (k + 1) * chunks):
+            if chunk == k * chunks:
+                self.synthetic.clear()
+                self.totals.zero_()
+            self.keep(sample_fn()["rows"])
+        rows, _, _, dropped = self.totals.tolist()
+        if dropped > 0.01 * rows:
+            raise FloatingPointError(f"{dropped:.0f} of {rows:.0f} generated rows are not finite")
+
+    def report(
+        self, k: int, env: gym.Env, scale: float, bias: float, offline: ReplayBuffer, online: ReplayBuffer
+    ) -> dict:
+        """What the k-th synthetic rows are like; 2,000 of them, of the dataset and of own rows go to synthetic-<k>.npz.
+
+        Simulator: rms over features of (s' - simulated s') / std, median over 200 rows, beside the same rows with s'
+        shuffled; reward error in raw units. `env` has the states' normalisation, if any; rewards are scale · r + bias.
+        """
+        o, a = self.obs_dim, self.act_dim
+        pick = lambda b, n: b.table[torch.linspace(0, b.rows - 1, min(n, b.rows)).long()]  # noqa: E731
+        parts = {"synthetic": self.synthetic, "offline": offline, "online": online}
+        parts = {k: pick(b, 2_000) for k, b in parts.items() if b.rows}
+        source = pick(online, 20_000) if online.rows else pick(offline, 20_000)
+        logs = edm.describe(parts["synthetic"], parts.get("online", source), source, self.moments, o, a)
+        rows, clipped, outside, dropped = self.totals.tolist()
+        logs |= {"syn/clipped_actions": clipped / rows, "syn/clipped_rewards": outside / rows}
+        logs |= {"syn/nonfinite": dropped / rows, "syn/terminal": self.synthetic.table[:, -1].mean().item()}
+        few = pick(self.synthetic, 200).cpu().numpy()
+        mean, std = (env.mean, env.std) if isinstance(env, data.Normalize) else (0.0, 1.0)
+        if truth := envs.simulate(env, few[:, :o] * std + mean, few[:, o : o + a]):
+            spread = self.moments.std[o + a + 1 : 2 * o + a + 1].cpu().numpy()
+            theirs, true = few[:, o + a + 1 : 2 * o + a + 1], (truth[0] - mean) / std
+            for name, next_obs in (("", theirs), ("_shuffled", np.roll(theirs, len(few) // 2, 0))):
+                gap = ((next_obs - true) / spread) ** 2
+                logs[f"syn/sim_error{name}"] = float(np.median(np.sqrt(gap.mean(1))))
+            logs["syn/reward_error"] = float(np.abs((few[:, o + a] - bias) / scale - truth[1]).mean())
+        file = io.BytesIO()
+        np.savez_compressed(file, **{k: x.cpu().numpy() for k, x in parts.items()})
+        run.write_atomically(file.getvalue(), self.r.dir / f"synthetic-{k}.npz")
+        return logs
+
+
+# --- end shared: synther.generator ---
+
+
+# NEW: the energies
+# --- shared: edis.energies ---
+class TransitionEnergy(nn.Module):
+    """E(x; σ), low where x is likely: x (..., W) at noise level sigma (..., 1) -> (...).  [EDIS; inputs: D42]"""
+
+    def __init__(self, features: int, width: int):
+        super().__init__()
+        layers = [nn.Linear(i, o) for i, o in pairwise((features + 1, width, width, width, 1))]
+        self.net = nn.Sequential(*[x for layer in layers for x in (layer, nn.ReLU())][:-1])
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        c_noise = (sigma.log() / 4).expand(*x.shape[:-1], 1)
+        return self.net(torch.cat([(1 + sigma.square()).rsqrt() * x, c_noise], -1)).squeeze(-1)
+
+
+def info_nce(energy: torch.Tensor) -> torch.Tensor:
+    """E+ + log Σ_group e^{-E}, mean over groups: energy (B, 1 + K), the positive first -> ().  [EDIS, InfoNCE]
+
+    Least at E = -log p_positive / p_negative + c, c anything that a group shares; softplus(E+ - E-) for K = 1.
+    """
+    return (energy[:, 0] + torch.logsumexp(-energy, 1)).mean()
+
+
+def noised_groups(x: torch.Tensor, sigma: torch.Tensor, known: int) -> torch.Tensor:
+    """x (B, M, W) + σ n, sigma (B, 1, 1): a group has one noise level, and one noise on its first `known` features."""
+    noise = torch.randn_like(x)
+    return x + sigma * torch.cat([noise[:, :1, :known].expand(-1, x.shape[1], -1), noise[..., known:]], -1)
+
+
+def sample_given(
+    d: edm.Denoiser, known: torch.Tensor, x: torch.Tensor, steps: int, repeats: int
+) -> torch.Tensor:
+    """The ODE with its first features replaced by known (B, C) + σ n after every step: noise x (B, D) -> (B, D).
+
+    One pass is far from p(x | known); `repeats` of each step, noised again in between, come near it: D43.
+    """
+
+    def replaced(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        return torch.cat([known + sigma * torch.randn_like(known), x[:, known.shape[1] :]], 1)
+
+    grid = edm.sigma_grid(steps)
+    x = replaced(x, grid[0])
+    for sigma, after in pairwise(grid):
+        for left in reversed(range(repeats)):
+            slope = (x - d(x, sigma)) / sigma
+            end = x + (after - sigma) * slope
+            if after > 0:
+                end = x + (after - sigma) * 0.5 * (slope + (end - d(end, after)) / after)
+            x = replaced(end, after)
+            if left:
+                x = x + math.sqrt(sigma**2 - after**2) * torch.randn_like(x)
+    return x
+
+
+class Energies:
+    """E_s(s), E_π(s, a), E_T(s, a, s') on normalised features, what they learn from, and guidance by them.
+
+    Each is a function of known features and free ones behind them; its gradient acts on the free ones. The method
+    sets `act`, obs (B, O) in training units -> actions (B, A) of the current policy.
+    """
+
+    NEGATIVES = 10  # per positive, of E_s and E_T [code of EDIS]
+
+    def __init__(
+        self, r: run.Run, args: Args, generator: Generator, offline: ReplayBuffer, online: ReplayBuffer
+    ):
+        self.r, self.args, self.generator = r, args, generator
+        self.online, self.sources = online, [offline, online]
+        o, a = generator.obs_dim, generator.act_dim
+        self.parts = {  # known features, free features
+            "state": (slice(0, 0), slice(0, o)),
+            "policy": (slice(0, o), slice(o, o + a)),
+            "dynamics": (slice(0, o + a), slice(o + a + 1, 2 * o + a + 1)),
+        }
+        scales = dict(state=args.state_energy, policy=args.policy_energy, dynamics=args.dynamics_energy)
+        self.scales = {k: v for k, v in scales.items() if v > 0}
+        widths = dict(state=o, policy=o + a, dynamics=2 * o + a)
+        self.nets = nn.ModuleDict({k: TransitionEnergy(w, args.energy_width) for k, w in widths.items()})
+        self.nets.to(r.device)
+        adam = dict(fused=True, capturable=r.device.type == "cuda")
+        self.opt = torch.optim.Adam(self.nets.parameters(), lr=args.energy_lr, **adam)
+        self.grid = torch.tensor(edm.sigma_grid(args.sample_steps)[:-1], device=r.device)
+        self.pool = torch.zeros(args.energy_pool, generator.features, device=r.device)  # normalised, unguided
+        pairs = max(args.energy_pool // self.NEGATIVES, 1) if args.dynamics_negatives == "replacement" else 1
+        self.real = torch.zeros(
+            pairs, generator.features, device=r.device
+        )  # normalised; their (s, a) with others' s'
+        self.made = torch.zeros(pairs, self.NEGATIVES, generator.features, device=r.device)
+        self.guided = torch.zeros(2, device=r.device)  # evaluations of the guidance, how many of them clipped
+        self.losses = r.compiled(self.group_losses)
+        self.act = None
+
+    def state(self) -> dict:
+        """What a checkpoint holds, by name."""
+        names = ("nets", "opt", "pool", "real", "made", "guided")
+        return {f"energy_{k}": getattr(self, k) for k in names}
+
+    def part(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """The features of x (..., D) that an energy sees, known ones first."""
+        known, free = self.parts[name]
+        return torch.cat([x[..., known], x[..., free]], -1)
+
+    # -- what the energies learn from --
+
+    @torch.no_grad()
+    def pool_step(self) -> dict[str, torch.Tensor]:
+        """A chunk of samples of the model alone, normalised, (chunk, D)."""
+        args, g = self.args, self.generator
+        rows = min(args.sample_batch, args.energy_pool)
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.pool.is_cuda, cache_enabled=False):
+            x = edm.sample(g.denoiser(rows), g.noise(rows), args.sample_steps, args.sample_churn)
+        return {"rows": x}
+
+    @torch.no_grad()
+    def replacement_step(self) -> dict[str, torch.Tensor]:
+        """A chunk of real rows (chunk, D) and what the model makes of their (s, a), (chunk, K, D); normalised: D43."""
+        args, g, k = self.args, self.generator, self.NEGATIVES
+        rows = max(min(args.sample_batch // k, len(self.real)), 1)
+        real = g.moments.normalize(union_rows(self.sources, rows)[0][:, : g.features])
+        known = real[:, : g.obs_dim + g.act_dim].repeat_interleave(k, 0)
+        with torch.autocast("cuda", torch.bfloat16, enabled=real.is_cuda, cache_enabled=False):
+            d, x = g.denoiser(rows * k), g.noise(rows * k)
+            x = sample_given(d, known, x, args.replacement_levels, args.replacement_repeats)
+        return {"real": real, "made": x.unflatten(0, (rows, k))}
+
+    @torch.no_grad()
+    def groups(self) -> dict[str, torch.Tensor]:
+        """Groups (B, 1 + K, W) of an update, normalised, the positive first, for each energy in use: D44."""
+        args, g, k = self.args, self.generator, self.NEGATIVES
+        rows, device = args.energy_groups, self.pool.device
+        of_pool = lambda *shape: self.pool[torch.randint(len(self.pool), shape, device=device)]  # noqa: E731
+        normal = lambda table: g.moments.normalize(table[:, : g.features])[:, None]  # noqa: E731
+        found = {}
+        if "state" in self.scales:
+            own = normal(self.online.table.index_select(0, self.online.draw(rows)))
+            found["state"] = torch.cat([own, of_pool(rows, k)], 1)
+        if "policy" in self.scales:  # same s; the policy's a, the model's a: U41
+            model, action = of_pool(rows), slice(g.obs_dim, g.obs_dim + g.act_dim)
+            policy = model.clone()
+            taken = self.act(g.moments.denormalize(model)[:, : g.obs_dim])
+            policy[:, action] = (taken - g.moments.mean[action]) / g.moments.std[action]
+            found["policy"] = torch.stack([policy, model], 1)
+        if "dynamics" in self.scales and args.dynamics_negatives == "pool":  # D43
+            found["dynamics"] = torch.cat([normal(union_rows(self.sources, rows)[0]), of_pool(rows, k)], 1)
+        elif "dynamics" in self.scales:
+            index = torch.randint(len(self.real), (rows,), device=device)
+            found["dynamics"] = torch.cat([self.real[index][:, None], self.made[index]], 1)
+        return {name: self.part(name, x) for name, x in found.items()}
+
+    # -- learning --
+
+    def group_losses(self, groups: dict, sigmas: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Sum of InfoNCE over the energies, and logs: groups (B, 1 + K, W), sigmas (B, 1, 1).  [EDIS]"""
+        total, logs = 0.0, {}
+        for name, x in groups.items():
+            known = self.parts[name][0].stop  # of one noise in a group: negatives have the positive's
+            if name == "dynamics" and self.args.dynamics_negatives == "pool":
+                known = 0  # rows of their own
+            energy = self.nets[name](noised_groups(x, sigmas[name], known), sigmas[name])
+            loss = info_nce(energy)
+            total = total + loss
+            logs[f"loss/{name}_energy"] = loss.detach()
+            logs[f"energy/{name}_found"] = (energy[:, :1] < energy[:, 1:]).all(1).float().mean()
+        return total, logs
+
+    def energy_step(self) -> dict[str, torch.Tensor]:
+        """One gradient step of every energy in use; noise levels from the sampler's own: D40."""
+        groups = self.groups()
+        index = {k: torch.randint(len(self.grid), (len(x), 1, 1), device=x.device) for k, x in groups.items()}
+        loss, logs = self.losses(groups, {k: self.grid[i] for k, i in index.items()})
+        self.opt.zero_grad(set_to_none=True)
+        loss.backward()  # disjoint parameters
+        self.opt.step()
+        return logs
+
+    def gradient(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        """Σ λ ∇E at x (B, D), each on its free features; σ times it is at most 10 √D long in a row: D41, U42."""
+        total, limit = torch.zeros_like(x), 10 * math.sqrt(x.shape[1])
+        level = torch.full((1, 1), sigma, device=x.device)
+        for name, scale in self.scales.items():
+            known, free = (x[:, part].detach() for part in self.parts[name])
+            with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+                free.requires_grad_()
+                energy = self.nets[name](torch.cat([known, free], 1), level)
+                (slope,) = torch.autograd.grad(energy.sum(), free)
+            total[:, self.parts[name][1]] += scale * slope
+        length = sigma * total.norm(dim=1, keepdim=True)
+        self.guided.add_(torch.stack([torch.ones_like(length).sum(), (length > limit).sum()]))
+        return total * (limit / length.clamp(min=limit))
+
+    def regenerate(self, k: int) -> None:
+        """The k-th time: the model from scratch, its pool, the energies on from where they were, guided rows."""
+        r, args, g = self.r, self.args, self.generator
+        g.learn(k, self.sources)
+        sample_fn, size = r.capture(self.pool_step), min(args.sample_batch, args.energy_pool)
+        chunks = -(-args.energy_pool // size)
+        for chunk in r.phase("pool", (k + 1) * chunks):
+            first = (chunk - k * chunks) * size
+            self.pool[first : first + size] = sample_fn()["rows"][: args.energy_pool - first]
+        if "dynamics" in self.scales and args.dynamics_negatives == "replacement":
+            sample_fn, size = r.capture(self.replacement_step), max(size // self.NEGATIVES, 1)
+            chunks = -(-len(self.real) // size)
+            for chunk in r.phase("replacement", (k + 1) * chunks):
+                first, rows = (chunk - k * chunks) * size, sample_fn()
+                self.real[first : first + size] = rows["real"][: len(self.real) - first]
+                self.made[first : first + size] = rows["made"][: len(self.real) - first]
+        updates = args.energy_updates if self.scales else 0
+        step_fn = r.capture(self.energy_step)
+        for step in r.phase("energies", (k + 1) * updates):
+            if step == k * updates:
+                self.guided.zero_()
+            r.log(step, step_fn())
+        g.begin = lambda n: (edm.with_energy(g.denoiser(n), self.gradient), g.noise(n), 0)
+        g.refill(k)
+
+    def compare(self, env: gym.Env) -> dict[str, float]:
+        """What guidance changed: 2,000 unguided and guided rows in normalised units; `env` as in Generator.report.
+
+        js_states from own states; policy_gap: rms of the action against one of the policy's at that state;
+        sim_error: median over 200 rows of the rms over features of s' against the simulator's.
+        """
+        g, o, a = self.generator, self.generator.obs_dim, self.generator.act_dim
+        pick = lambda t, n: t[torch.linspace(0, len(t) - 1, min(n, len(t))).long()]  # noqa: E731
+        normal = lambda b, n: g.moments.normalize(pick(b.table[: b.rows, : g.features], n))  # noqa: E731
+        logs = {"energy/clipped": (self.guided[1] / self.guided[0].clamp(min=1)).item()}
+        own, mean, std = normal(self.online, 2_000)[:, :o], 0.0, 1.0
+        if isinstance(env, data.Normalize):
+            mean, std = env.mean, env.std
+        for name, x in (("unguided", pick(self.pool, 2_000)), ("guided", normal(g.synthetic, 2_000))):
+            rows = g.moments.denormalize(x)
+            gap = (rows[:, o : o + a] - self.act(rows[:, :o])) / g.moments.std[o : o + a]
+            few = pick(rows, 200).cpu().numpy()
+            if truth := envs.simulate(env, few[:, :o] * std + mean, few[:, o : o + a]):
+                error = few[:, o + a + 1 : 2 * o + a + 1] - (truth[0] - mean) / std
+                error = error / g.moments.std[o + a + 1 : 2 * o + a + 1].cpu().numpy()
+                logs[f"energy/{name}_sim_error"] = float(np.median(np.sqrt((error**2).mean(1))))
+            logs[f"energy/{name}_js_states"] = edm.divergence(x[:, :o], own)
+            logs[f"energy/{name}_policy_gap"] = gap.square().mean().sqrt().item()
+        return logs
+
+
+# --- end shared: edis.energies ---
+
+
+def train(args: Args) -> dict[str, float]:
+    task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
+    r = run.Run(args, __file__, name, ENV_PRESETS)
+    if r.final:
+        print(f"{r.dir}: finished; --overwrite starts anew")
+        return r.final
+    n_synthetic = int(args.synthetic_frac * args.batch_size)  # NEW [code of EDIS]
+    if not 0 < n_synthetic < args.batch_size:
+        raise run.UsageError(
+            "--synthetic-frac", args.synthetic_frac, f"some of {args.batch_size} rows, not all"
+        )
+    if args.online_steps and not args.warmup_steps:
+        raise run.UsageError("--warmup-steps", 0, "1 or more: energies need own rows")
+    if args.calibrate_online and not args.calibrate:
+        raise run.UsageError("--calibrate-online", "with --no-calibrate", "calibration offline too")
+    dataset = data.load(args.env, args.dataset)
+    if args.calibrate_online and not dataset.ends.any():
+        raise run.UsageError(
+            "--calibrate-online", "a dataset without episode ends", "one with terminals or timeouts"
+        )
+    r.require(dataset=dataset.sha256)
+    moments = dataset.moments() if args.normalize_obs else None
+    offline = ReplayBuffer(len(dataset.rewards), task.obs_dim, task.act_dim, r.device)
+    rows = dataset.batch(args.reward_scale, args.reward_bias, moments)
+    offline.extend(rows)
+    online = ReplayBuffer(args.online_steps, task.obs_dim, task.act_dim, r.device)
+    failure = args.reward_bias if args.sparse_reward else None  # training reward of a raw 0
+    to_returns = lambda x, d, ends: mc_returns(x, d, ends, args.gamma, failure, args.mc_tail)  # noqa: E731
+    offline_mc = torch.from_numpy(to_returns(rows.rewards.numpy(), dataset.terminations, dataset.ends)).to(
+        r.device
+    )
+    online_mc = torch.zeros(max(args.online_steps, 1), device=r.device)
+    finished = torch.zeros((), dtype=torch.int64, device=r.device)  # online rows of episodes that are over
+    nets = make_calql_nets(task.obs_dim, task.act_dim, args.hidden, args.critic_layers).to(r.device)
+    opt = make_calql_optimizer(nets, args.policy_lr, args.critic_lr, r.device)
+    interaction = data.Interaction(
+        data.make_env(task, moments), online, args.seed, args.reward_scale, args.reward_bias
+    )
+    evaluate = data.Evaluator(task, args.eval_episodes, args.seed, moments)
+    # NEW: the model, with no condition, and the energies
+    features = Generator.features(offline)
+    net = TransitionNet(features, args.diffusion_width, args.diffusion_depth, args.diffusion_time_dim)
+    generator = Generator(r, args, net, offline, task.obs_dim, task.act_dim)
+    synthetic = generator.synthetic
+    energies = Energies(r, args, generator, offline, online)
+    generator.draw = lambda: (union_rows([offline, online], args.diffusion_batch)[0][:, :features],)
+    report_env = data.make_env(task, moments)
+    r.register(
+        nets=nets,
+        opt=opt,
+        online=online,
+        interaction=interaction,
+        online_mc=online_mc,
+        finished=finished,
+        **generator.state(),
+        **energies.state(),
+    )
+    compiled_losses = r.compiled(losses)
+    offline_settings = {k: getattr(args, k) for k in OFFLINE_SETTINGS} | {"dataset": dataset.sha256}
+
+    @torch.no_grad()
+    def act(obs: torch.Tensor) -> torch.Tensor:  # deterministic
+        return torch.tanh(nets["actor"](obs)[0])
+
+    @torch.no_grad()
+    def explore(obs: torch.Tensor) -> torch.Tensor:
+        mean, log_std = nets["actor"](obs)
+        return squash(mean, log_std, torch.randn_like(mean))[0]
+
+    energies.act = explore  # NEW
+
+    # offline: gradient steps on the dataset
+    def offline_step() -> dict[str, torch.Tensor]:
+        index = offline.draw(args.batch_size)
+        noise = draw_noise(args.batch_size, task.act_dim, args.cql_n_actions, r.device)
+        bound = offline_mc[index] if args.calibrate else None
+        loss, logs = compiled_losses(nets, offline.take(index), bound, args.cql_weight, noise, args)
+        update(nets, opt, loss, args.polyak)
+        return logs
+
+    if args.from_offline and r.once("from_offline"):
+        r.import_phase("offline", args.from_offline, offline_settings, nets=nets, opt=opt)
+    step_fn = r.capture(offline_step)
+    for step in r.phase("offline", args.offline_steps):
+        r.log(step, step_fn())
+        if (step + 1) % args.eval_every == 0 and step + 1 < args.offline_steps:
+            r.record(step + 1, evaluate(act, r.device))
+    if r.once("offline_end"):
+        r.record(args.offline_steps, evaluate(act, r.device))
+        r.export_phase("offline", offline_settings, nets=nets, opt=opt)  # U3
+
+    # online: one environment step, then utd gradient steps on own experience and generated rows: D47
+    def online_step() -> dict[str, torch.Tensor]:
+        n_online = args.batch_size - n_synthetic  # NEW
+        index = online.draw(n_online, finished if args.calibrate_online else None)
+        batch = mix(online.take(index), synthetic.sample(n_synthetic))
+        noise = draw_noise(args.batch_size, task.act_dim, args.cql_n_actions, r.device)
+        bound = None  # D3
+        if args.calibrate_online:
+            unbound = torch.full((n_synthetic,), -torch.inf, device=r.device)  # NEW U44
+            bound = torch.cat([online_mc[index], unbound])
+        loss, logs = compiled_losses(nets, batch, bound, args.cql_weight_online, noise, args)
+        update(nets, opt, loss, args.polyak)
+        return logs
+
+    # NEW: the model and the energies learn at these environment steps, first when the warm-up is over: D46
+    multiples = range(args.regenerate_every, args.online_steps, args.regenerate_every)
+    times = [t for t in (args.warmup_steps, *multiples) if args.warmup_steps <= t < args.online_steps]
+    step_fn = r.capture(online_step)
+    for k, until in enumerate([*dict.fromkeys(times), args.online_steps]):
+        for step in r.phase("online", until):
+            if episode := interaction.step(explore):
+                r.record(step + 1, episode)
+                if args.calibrate_online:
+                    last = slice(online.rows - episode["train/episode_length"], online.rows)
+                    over = online.take(torch.arange(last.start, last.stop, device=r.device))
+                    ends = np.arange(1, len(over.rewards) + 1) == len(over.rewards)
+                    returns = to_returns(over.rewards.cpu().numpy(), over.terminations.cpu().numpy(), ends)
+                    online_mc[last] = torch.from_numpy(returns).to(r.device)
+                    finished.fill_(online.rows)
+            if step >= args.warmup_steps and (interaction.episode or not args.calibrate_online):
+                for _ in range(args.utd):
+                    logs = step_fn()
+                r.log(step, logs)
+            if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
+                r.record(step + 1, evaluate(act, r.device))
+        if until < args.online_steps:
+            energies.regenerate(k)
+            if r.once(f"report {k}"):
+                logs = generator.report(k, report_env, args.reward_scale, args.reward_bias, offline, online)
+                r.record(until, logs | energies.compare(report_env))
+    return r.finish()
+
+
+if __name__ == "__main__":
+    run.main(train, Args, ENV_PRESETS)  # class defaults < ENV_PRESETS < command line
