@@ -1,6 +1,7 @@
 """SynthER and what every generating method shares: the network, what is kept of its rows, batches, the report."""
 
 import csv
+import gc
 import math
 
 import h5py
@@ -10,7 +11,7 @@ import torch
 from conftest import module, tiny_args
 
 from algorithms import iql_synther, synther
-from common import collect, envs, run
+from common import collect, edm, envs, run
 from common.buffer import Batch, ReplayBuffer
 
 CPU = torch.device("cpu")
@@ -320,3 +321,42 @@ def test_a_cleared_buffer_keeps_its_dataset():
     assert len(own) == own.size == 6
     own.clear()
     assert len(own) == own.size == 0
+
+
+@pytest.mark.parametrize("stem", FILES)
+@pytest.mark.parametrize(("where", "calls"), [("draw_sigma", (4, 9, 7)), ("sample", (1, 0, 1))])
+def test_a_run_killed_inside_a_regeneration_resumes_to_the_same_rows(
+    stem, where, calls, dataset, tmp_path, monkeypatch
+):
+    """Killed in the training of the model or between chunks, checkpoints at every step: same logs, same rows."""
+    algorithm = module(stem)
+    algorithm.train(tiny_args(stem, dataset=dataset, out_dir=tmp_path / "straight"))
+    monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
+    original, args = getattr(edm, where), tiny_args(stem, dataset=dataset, out_dir=tmp_path / "killed")
+    for limit in calls:
+        left = [limit]
+
+        def deadly(*a, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise InterruptedError
+            return original(*a)
+
+        monkeypatch.setattr(edm, where, deadly)
+        with pytest.raises(InterruptedError):
+            algorithm.train(args)
+        gc.collect()
+    monkeypatch.setattr(edm, where, original)
+    algorithm.train(args)
+    logs = [
+        [{k: v for k, v in r.items() if k[:5] != "time/"} for r in log_rows(tmp_path / x)]
+        for x in ("straight", "killed")
+    ]
+    assert logs[0] == logs[1]
+    for k in (0, 1):
+        rows = []
+        for x in ("straight", "killed"):
+            (path,) = (tmp_path / x).glob(f"**/synthetic-{k}.npz")
+            with np.load(path) as f:
+                rows.append(f["synthetic"])
+        assert np.array_equal(*rows)
