@@ -1,5 +1,6 @@
 """What several test files need: one torch thread, a small dataset, and settings that finish in seconds."""
 
+import csv
 import importlib
 import shutil
 from pathlib import Path
@@ -53,6 +54,13 @@ def random_rows(tmp_path_factory) -> Path:
 def dataset(random_rows, tmp_path_factory) -> Path:
     """The same file in a folder of its own: what is cached beside it is this test's."""
     return Path(shutil.copy(random_rows, tmp_path_factory.mktemp("data")))
+
+
+def log_rows(folder: Path) -> list[dict[str, str]]:
+    """The lines of the one log.csv below `folder`, without times."""
+    (path,) = folder.glob("**/log.csv")
+    with open(path, newline="") as f:
+        return [{k: v for k, v in row.items() if k[:5] != "time/"} for row in csv.DictReader(f)]
 
 
 def forget_cached(dataset: Path) -> int:

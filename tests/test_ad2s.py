@@ -1,6 +1,5 @@
 """AD2S: ratio, scores, selections, conditions, partial noising against closed forms; who sees which rows, and when."""
 
-import csv
 import gc
 import math
 import re
@@ -9,19 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import module, tiny_args
+from conftest import log_rows, module, tiny_args
 
 from algorithms import calql_ad2s as ad2s
 from common import buffer, edm, run
 
 CPU = torch.device("cpu")
 OBS, ACT = 2, 1  # of the hand-made rows [s, s, a, r, s', s', terminal]
-
-
-def log_rows(out) -> list[dict[str, str]]:
-    (path,) = out.glob("calql_ad2s/**/log.csv")
-    with open(path, newline="") as f:
-        return [{k: v for k, v in row.items() if k[:5] != "time/"} for row in csv.DictReader(f)]
 
 
 def table(rows: list[list[float]]) -> buffer.ReplayBuffer:
@@ -474,7 +467,7 @@ def test_ablations_train(changes, dataset, tmp_path):
     settings = dict(dataset=dataset, online_steps=25, offline_steps=5, eval_every=25, eval_episodes=1)
     result = ad2s.train(tiny_args("calql_ad2s", out_dir=tmp_path, **settings | changes))
     assert all(math.isfinite(result[k]) for k in ("offline_score", "final_score"))
-    rows = log_rows(tmp_path)
+    rows = log_rows(tmp_path / "calql_ad2s")
     assert all(math.isfinite(float(v)) for row in rows for k, v in row.items() if v and k != "phase")
     reports = [r for r in rows if r.get("syn/model_error")]
     assert [int(r["step"]) for r in reports][:3] == [10, 11, 22]
@@ -541,7 +534,7 @@ def test_generated_rows_have_no_bound(dataset, tmp_path, monkeypatch):
 
 def test_docstring_names_what_is_logged(dataset, tmp_path):
     ad2s.train(tiny_args("calql_ad2s", dataset=dataset, out_dir=tmp_path, online_steps=15))
-    rows = log_rows(tmp_path)
+    rows = log_rows(tmp_path / "calql_ad2s")
     there = {k for row in rows for k, v in row.items() if v and k.split("/")[0] in ("align", "syn", "loss")}
     metrics = re.search(r"\nMetrics(.*?)\nRun ", ad2s.__doc__, re.S).group(1)
     words = set(re.findall(r"\w+", metrics))
@@ -584,4 +577,4 @@ def test_a_kill_inside_a_regeneration_changes_nothing(dataset, tmp_path, monkeyp
                 deaths += 1
         gc.collect()
     assert deaths == 4
-    assert log_rows(tmp_path / "killed") == log_rows(tmp_path / "straight")
+    assert log_rows(tmp_path / "killed" / "calql_ad2s") == log_rows(tmp_path / "straight" / "calql_ad2s")

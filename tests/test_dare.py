@@ -1,6 +1,5 @@
 """DARE: every formula against a closed form, rows computed by hand, or an independent brute force."""
 
-import csv
 import itertools
 import math
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import tiny_args
+from conftest import log_rows, tiny_args
 from torch.distributions import Categorical, Normal, kl_divergence
 
 from algorithms import iql_dare as dare
@@ -1145,12 +1144,6 @@ def test_support_grows_and_survives_a_checkpoint():
 # ---- the whole program ----
 
 
-def log_rows(folder) -> list[dict[str, str]]:
-    (path,) = folder.glob("**/log.csv")
-    with open(path, newline="") as f:
-        return list(csv.DictReader(f))
-
-
 def tiny(dataset, tmp_path, **changes) -> dare.Args:
     """Settings of a run of half a second."""
     few = dict(eval_episodes=1, support_every=5)
@@ -1185,7 +1178,7 @@ def test_ablation_switches_train(changes, dataset, tmp_path):
     assert all(math.isfinite(result[k]) for k in ("offline_score", "final_score", "score_last4"))
     rows = log_rows(tmp_path)
     numbers = [float(v) for row in rows for k, v in row.items() if v != "" and k != "phase"]
-    assert len(numbers) > 90 and all(map(math.isfinite, numbers))
+    assert len(numbers) > 80 and all(map(math.isfinite, numbers))
 
 
 def test_log_has_what_the_docstring_promises(dataset, tmp_path):

@@ -1,14 +1,13 @@
 """EDIS: energies against Gaussians whose ratios are known, guidance by hand, batches and regenerations."""
 
 import contextlib
-import csv
 import gc
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import module, tiny_args
+from conftest import log_rows, module, tiny_args
 
 from algorithms import edis, iql_edis
 from common import data, edm, run
@@ -16,12 +15,6 @@ from common.buffer import ReplayBuffer
 
 CPU = torch.device("cpu")
 BOTH = ["edis", "iql_edis"]
-
-
-def log_rows(out) -> list[dict[str, str]]:
-    (path,) = out.glob("**/log.csv")
-    with open(path, newline="") as f:
-        return list(csv.DictReader(f))
 
 
 # ---- the contrast ----
@@ -395,6 +388,4 @@ def test_a_run_killed_while_replacing_resumes_to_the_same_result(dataset, tmp_pa
     assert {k: v for k, v in result.items() if "seconds" not in k} == {
         k: v for k, v in straight.items() if "seconds" not in k
     }
-    first, second = (log_rows(tmp_path / k) for k in ("straight", "killed"))
-    timeless = lambda rows: [{k: v for k, v in row.items() if k[:5] != "time/"} for row in rows]  # noqa: E731
-    assert timeless(first) == timeless(second)
+    assert log_rows(tmp_path / "straight") == log_rows(tmp_path / "killed")

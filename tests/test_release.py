@@ -1,6 +1,5 @@
 """The release methods beyond DARE on IQL: sorting, weights per row, Algorithm 1's order, files between runs."""
 
-import csv
 import itertools
 import math
 import os
@@ -11,18 +10,12 @@ import pytest
 import test_calql
 import test_dare
 import torch
-from conftest import forget_cached, module, tiny_args
+from conftest import forget_cached, log_rows, module, tiny_args
 
 from algorithms import calql_dare, calql_stratdiff, iql_dare, iql_stratdiff
 from common import run
 
 RELEASE = ["calql_dare", "calql_stratdiff", "iql_dare", "iql_stratdiff"]
-
-
-def log_rows(out: Path, stem: str, timed: bool = False) -> list[dict[str, str]]:
-    (path,) = (out / stem).glob("**/log.csv")
-    with open(path, newline="") as f:
-        return [{k: v for k, v in row.items() if timed or k[:5] != "time/"} for row in csv.DictReader(f)]
 
 
 # ---- StratDiff's sort ----
@@ -222,7 +215,7 @@ def test_ablations_train(stem, changes, dataset, tmp_path):
     args = tiny_args(stem, dataset=dataset, out_dir=tmp_path, **changes)
     result = module(stem).train(args)
     assert all(math.isfinite(result[k]) for k in ("offline_score", "final_score"))
-    rows = log_rows(tmp_path, stem)
+    rows = log_rows(tmp_path / stem)
     assert all(math.isfinite(float(v)) for row in rows for k, v in row.items() if v and k != "phase")
     exchanged = [float(r["split/exchanged"]) for r in rows if r.get("split/exchanged")]
     assert bool(exchanged) == (args.exchange_cap != 0)
@@ -273,7 +266,7 @@ def test_order_and_wiring_of_an_online_step(stem, dataset, tmp_path, monkeypatch
 def test_docstring_names_what_is_logged(stem, dataset, tmp_path):
     algorithm = module(stem)
     algorithm.train(tiny_args(stem, dataset=dataset, out_dir=tmp_path))
-    (row, *_) = [r for r in log_rows(tmp_path, stem) if r["phase"] == "online" and r["loss/q"]]
+    (row, *_) = [r for r in log_rows(tmp_path / stem) if r["phase"] == "online" and r["loss/q"]]
     metrics = re.search(r"\nMetrics(.*?)\nRun ", algorithm.__doc__, re.S).group(1)
     promised = set(re.findall(r"\b(?:split|energy|ref)/\w+", metrics))
     there = {k for k, v in row.items() if v and k.split("/")[0] in ("split", "energy", "ref")}
@@ -298,7 +291,7 @@ def test_an_imported_offline_phase_continues_as_ones_own(stem, dataset, tmp_path
     ]
 
     def online(out):
-        return [{k: v for k, v in r.items() if v} for r in log_rows(out, stem) if r["phase"] == "online"]
+        return [{k: v for k, v in r.items() if v} for r in log_rows(out / stem) if r["phase"] == "online"]
 
     assert online(tmp_path) == online(tmp_path / "own") != []
 
