@@ -68,7 +68,7 @@ Run      python algorithms/calql_ad2s.py --env hopper-medium-v2 --seed 0
          --amplification 1
          the stochastic sampler --sample-churn 80 | four times cheaper sampling --sample-steps 32
          the common start: --from-offline runs/calql/hopper-medium-v2/seed0
-Cost     hopper-mini-v0: 4 minutes on one CPU core; published sizes want a GPU (not measured there).
+Cost     hopper-mini-v0: 249 CPU seconds beside other jobs; published sizes want a GPU (not measured there).
 """
 
 import io

@@ -59,7 +59,7 @@ Run      python algorithms/calql_dare.py --env hopper-medium-v2 --seed 0
          --guidance-scale 0 | direct exchange --threshold sort
          the papers' common start: --from-offline runs/calql/hopper-medium-v2/seed0
          a behavior model of another seed or method: --from-behavior runs/calql_dare/hopper-medium-v2/seed0
-Cost     hopper-mini-v0: 4 minutes on one CPU core; published sizes want a GPU (not measured there).
+Cost     hopper-mini-v0: 329 CPU seconds beside other jobs; published sizes want a GPU (not measured there).
 """
 
 import hashlib

@@ -56,7 +56,7 @@ Run      python algorithms/iql_cfdg.py --env hopper-medium-v2 --seed 0
          --synthetic-frac 0.5 | every 10,000 steps --regenerations 100
          four times cheaper sampling --sample-steps 32 --sample-churn 0
          the common start: --from-offline runs/iql/hopper-medium-v2/seed0
-Cost     hopper-mini-v0: 3 minutes on one CPU core; published sizes want a GPU (not measured there).
+Cost     hopper-mini-v0: 184 CPU seconds beside other jobs; published sizes want a GPU (not measured there).
 """
 
 import io

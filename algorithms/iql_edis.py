@@ -55,7 +55,7 @@ Run      python algorithms/iql_edis.py --env hopper-medium-v2 --seed 0
          without an energy --state-energy 0 | --policy-energy 0 | --dynamics-energy 0 | EDIS as DARE ran it
          --diffusion-steps 50000 | four times cheaper sampling --sample-steps 32 --sample-churn 0
          the common start: --from-offline runs/iql/hopper-medium-v2/seed0
-Cost     hopper-mini-v0: 4 minutes on one CPU core; published sizes want a GPU (not measured there).
+Cost     hopper-mini-v0: 219 CPU seconds beside other jobs; published sizes want a GPU (not measured there).
 """
 
 import io

@@ -59,7 +59,7 @@ Run      python algorithms/iql_stratdiff.py --env hopper-medium-v2 --seed 0
          --guidance-scale 0 | UTD 10 --utd 10 --online-steps 120000 [Table 5]
          the papers' common start: --from-offline runs/iql/hopper-medium-v2/seed0
          a behavior model of another seed or method: --from-behavior runs/iql_dare/hopper-medium-v2/seed0
-Cost     hopper-mini-v0: 4 minutes on one CPU core; published sizes want a GPU (not measured there).
+Cost     hopper-mini-v0: 291 CPU seconds beside other jobs; published sizes want a GPU (not measured there).
 """
 
 import hashlib

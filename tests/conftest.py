@@ -56,11 +56,11 @@ def dataset(random_rows, tmp_path_factory) -> Path:
     return Path(shutil.copy(random_rows, tmp_path_factory.mktemp("data")))
 
 
-def log_rows(folder: Path) -> list[dict[str, str]]:
-    """The lines of the one log.csv below `folder`, without times."""
+def log_rows(folder: Path, times: bool = False) -> list[dict[str, str]]:
+    """The lines of the one log.csv below `folder`, without times unless asked."""
     (path,) = folder.glob("**/log.csv")
     with open(path, newline="") as f:
-        return [{k: v for k, v in row.items() if k[:5] != "time/"} for row in csv.DictReader(f)]
+        return [{k: v for k, v in row.items() if times or k[:5] != "time/"} for row in csv.DictReader(f)]
 
 
 def forget_cached(dataset: Path) -> int:
