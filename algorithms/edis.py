@@ -109,7 +109,7 @@ class Args:
     max_target_backup: bool = False  # TD target from the best of cql_n_actions next actions [DARE Table 4]
     normalize_obs: bool = True  # (obs - mean) / (std + 1e-3) of the dataset [DARE Table 4]
     reward_scale: float = 1.0  # rewards in training: scale · r + bias [DARE Table 4]
-    reward_bias: float = 0.0  # [DARE Table 4]
+    reward_bias: float = 0.0  # added to rewards in training, after scaling [DARE Table 4]
     sparse_reward: bool = False  # an episode that never succeeds fails for ever [DARE Table 4]
     mc_tail: Literal["zero", "last"] = "zero"  # U2
     # online

@@ -100,6 +100,8 @@ class Args:
     hidden: int = 256  # width of the hidden layers [DARE Table 5]
     normalize_reward: bool = False  # r · 1000 / (largest - smallest episode return): D2
     normalize_obs: bool = False  # (obs - mean) / (std + 1e-3) of the dataset [CORL]
+    reward_bias: float = 0.0  # added to rewards in training, after scaling [PEX: AntMaze]
+    dropout: float = 0.0  # of the actor's hidden units in its losses [CORL: Adroit]
     # online
     warmup_steps: int = 5_000  # environment steps without updates, counted in online_steps [PEX]
     utd: int = 1  # gradient steps per environment step
@@ -130,7 +132,13 @@ class Args:
 
 
 ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
-    "antmaze-": dict(synthetic_frac=0.2, diffusion_steps=50_000),  # this and the rest: [code of EDIS]
+    "antmaze-": dict(  # [IQL App. B; episodes: CORL]
+        expectile=0.9, inv_temp=10.0, reward_bias=-1.0, eval_every=10_000, eval_episodes=100,
+        synthetic_frac=0.2, diffusion_steps=50_000,  # this and the other two from here on: [code of EDIS]
+    ),
+    **{k: dict(expectile=0.8, dropout=0.1, normalize_obs=True)
+       for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL]
+    "maze2d-": dict(normalize_obs=True, eval_episodes=100),  # [CORL, offline IQL]
     "antmaze-umaze-diverse": dict(synthetic_frac=0.9),
     "antmaze-large-": dict(synthetic_frac=0.1, diffusion_steps=30_000),
     "halfcheetah-random-v2": dict(synthetic_frac=0.2, diffusion_steps=30_000),
@@ -158,35 +166,38 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
 }  # fmt: skip
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
     "env", "offline_steps", "batch_size", "gamma", "polyak", "expectile", "inv_temp", "lr", "hidden",
-    "normalize_reward", "normalize_obs",
+    "normalize_reward", "normalize_obs", "reward_bias", "dropout",
 )  # fmt: skip
 
 
-# --- shared: iql.networks ---
+# --- shared: iql.actor ---
 class GaussianActor(nn.Module):
     """π(a|s) = N(mean(s), diag σ²): obs (B, O) -> mean (B, A) in (-1, 1), log_std (A,) in [-5, 2].  [PEX]
 
-    Only the mean is squashed, so the density has no Jacobian term. Xavier-uniform weights, zero biases.
+    Only the mean is squashed, so the density has no Jacobian term. Xavier-uniform weights, zero biases. Dropout works
+    where gradients do, in the actor's losses, and never under no_grad.
     """
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int, dropout: float = 0.0):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(obs_dim, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, act_dim),
-        )
-        self.log_std = nn.Parameter(torch.zeros(act_dim))
-        for layer in self.net[::2]:
+        sizes = (obs_dim, hidden, hidden, act_dim)
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))
+        self.log_std, self.dropout = nn.Parameter(torch.zeros(act_dim)), dropout
+        for layer in self.layers:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.tanh(self.net(obs)), self.log_std.clamp(-5.0, 2.0)
+        x, hidden_layers = obs, self.layers[:-1]
+        for layer in hidden_layers:
+            x = F.dropout(F.relu(layer(x)), self.dropout, training=torch.is_grad_enabled())
+        return torch.tanh(self.layers[-1](x)), self.log_std.clamp(-5.0, 2.0)
 
 
+# --- end shared: iql.actor ---
+
+
+# --- shared: iql.critics ---
 class TwinQ(nn.Module):
     """Two Q networks as stacked weights, one batched matmul per layer: obs (B, O), actions (B, A) -> (2, B)."""
 
@@ -219,11 +230,15 @@ class ValueNet(nn.Module):
         return self.net(obs).squeeze(-1)
 
 
-def make_nets(obs_dim: int, act_dim: int, hidden: int) -> nn.ModuleDict:
+# --- end shared: iql.critics ---
+
+
+# --- shared: iql.networks ---
+def make_nets(obs_dim: int, act_dim: int, hidden: int, dropout: float = 0.0) -> nn.ModuleDict:
     """actor, qf, q_target (a frozen copy of qf), vf."""
     nets = nn.ModuleDict(
         {
-            "actor": GaussianActor(obs_dim, act_dim, hidden),
+            "actor": GaussianActor(obs_dim, act_dim, hidden, dropout),
             "qf": TwinQ(obs_dim, act_dim, hidden),
             "q_target": TwinQ(obs_dim, act_dim, hidden),
             "vf": ValueNet(obs_dim, hidden),
@@ -788,12 +803,14 @@ def train(args: Args) -> dict[str, float]:
     moments = dataset.moments() if args.normalize_obs else None
     reward_scale = 1_000 / dataset.return_range() if args.normalize_reward else 1.0  # D2
     offline = ReplayBuffer(len(dataset.rewards), task.obs_dim, task.act_dim, r.device)
-    offline.extend(dataset.batch(reward_scale, 0.0, moments))
+    offline.extend(dataset.batch(reward_scale, args.reward_bias, moments))
     online = ReplayBuffer(args.online_steps, task.obs_dim, task.act_dim, r.device)
-    nets = make_nets(task.obs_dim, task.act_dim, args.hidden).to(r.device)
+    nets = make_nets(task.obs_dim, task.act_dim, args.hidden, args.dropout).to(r.device)
     opt = make_optimizer(nets, args.lr, r.device)
     updates = torch.zeros((), device=r.device)  # of the offline phase
-    interaction = data.Interaction(data.make_env(task, moments), online, args.seed, reward_scale)
+    interaction = data.Interaction(
+        data.make_env(task, moments), online, args.seed, reward_scale, args.reward_bias
+    )
     evaluate = data.Evaluator(task, args.eval_episodes, args.seed, moments)
     # NEW: the model, with no condition, and the energies
     features = Generator.features(offline)
@@ -870,7 +887,7 @@ def train(args: Args) -> dict[str, float]:
         if until < args.online_steps:
             energies.regenerate(k)
             if r.once(f"report {k}"):
-                logs = generator.report(k, report_env, reward_scale, 0.0, offline, online)
+                logs = generator.report(k, report_env, reward_scale, args.reward_bias, offline, online)
                 r.record(until, logs | energies.compare(report_env))
     return r.finish()
 

@@ -42,7 +42,7 @@ NOT_COMPARED = {"device", "compile", "out_dir", "wandb", "overwrite", "dataset"}
 LIMITS = {  # setting -> (least, most) allowed, "(" at an end excludes it; every numeric setting has a row
     "seed": "[0, inf)", "offline_steps": "[0, inf)", "online_steps": "[0, inf)", "batch_size": "[2, inf)",
     "gamma": "[0, 1]", "polyak": "(0, 1]", "expectile": "(0, 1)", "inv_temp": "[0, inf)", "lr": "(0, inf)",
-    "hidden": "[1, inf)", "warmup_steps": "[0, inf)", "utd": "[1, inf)", "offline_frac": "(0, 1)",
+    "hidden": "[1, inf)", "dropout": "[0, 1)", "warmup_steps": "[0, inf)", "utd": "[1, inf)", "offline_frac": "(0, 1)",
     "eval_every": "[1, inf)", "eval_episodes": "[1, inf)",
     "policy_lr": "(0, inf)", "critic_lr": "(0, inf)", "critic_layers": "[1, inf)", "target_gap": "(-inf, inf)",
     "cql_weight": "[0, inf)", "cql_weight_online": "[0, inf)", "cql_n_actions": "[1, inf)",

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn as nn
+from conftest import log_rows, tiny_args
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from algorithms import iql
+from common import data
 from common.buffer import Batch
 from common.run import CapturedStep
 
@@ -85,10 +87,10 @@ def test_initialisation_is_that_of_linear_layers_and_xavier():
     bound = 1 / math.sqrt(256)
     assert nets["qf"].weight[1].abs().max() <= bound
     assert nets["qf"].weight[1].std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
-    weight = nets["actor"].net[2].weight
+    weight = nets["actor"].layers[1].weight
     assert weight.abs().max() <= math.sqrt(6 / 512)
     assert weight.std().item() == pytest.approx(math.sqrt(2 / 512), rel=0.02)
-    assert not nets["actor"].net[2].bias.any()
+    assert not nets["actor"].layers[1].bias.any()
     assert all(
         torch.equal(a, b) for a, b in zip(nets["qf"].parameters(), nets["q_target"].parameters(), strict=True)
     )
@@ -103,6 +105,39 @@ def test_actor_mean_is_squashed_and_log_std_stays_in_bounds_after_a_wild_step():
     assert mean.abs().max() <= 1
     assert nets["actor"].log_std.abs().max() > 5
     assert ((log_std >= -5) & (log_std <= 2)).all()
+
+
+def test_dropout_works_in_losses_and_never_without_gradients():
+    """At rate 0.5 about half of the hidden units are zero, the others doubled; the mean without gradients is plain."""
+    torch.manual_seed(0)
+    plain, dropping = iql.GaussianActor(5, 2, 400), iql.GaussianActor(5, 2, 400, dropout=0.5)
+    dropping.load_state_dict(plain.state_dict())
+    obs = torch.randn(1, 5)
+    with torch.no_grad():
+        assert torch.equal(dropping(obs)[0], plain(obs)[0])
+    assert not torch.equal(dropping(obs)[0], plain(obs)[0])
+    seen = []
+    dropping.layers[1].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0][0].detach()))
+    dropping(obs)
+    hidden = plain.layers[0](obs)[0].relu()
+    kept = seen[0] > 0
+    assert 0.4 < kept.sum() / (hidden > 0).sum() < 0.6
+    assert torch.allclose(seen[0][kept], 2 * hidden[kept])
+
+
+def test_reward_bias_reaches_stored_rewards_and_no_logged_return(dataset, tmp_path):
+    """The first online episode's stored rewards are the raw ones - 1, in the units of the dataset's."""
+    args = tiny_args("iql", dataset=dataset, out_dir=tmp_path, reward_bias=-1.0, offline_steps=1, warmup_steps=60,
+                     online_steps=60)  # fmt: skip
+    iql.train(args)
+    (checkpoint,) = tmp_path.glob("iql/*/seed0/state.pt")
+    rows = torch.load(checkpoint, weights_only=True)["objects"]["online"]["rows"]
+    first = next(x for x in log_rows(tmp_path) if x["train/episode_return"])
+    length = int(float(first["train/episode_length"]))
+    stored = rows[:length, 11 + 3].sum().item()
+    assert stored == pytest.approx(float(first["train/episode_return"]) - length, rel=1e-5)
+    raw = data.load("hopper-medium-v2", dataset)
+    assert torch.equal(raw.batch(1.0, -1.0).rewards, torch.from_numpy(raw.rewards) - 1)
 
 
 def test_policy_loss_reaches_no_critic_and_critic_losses_reach_no_actor():
