@@ -10,6 +10,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -107,7 +108,42 @@ def _locomotion() -> dict[str, Task]:
     return tasks
 
 
-TASKS: dict[str, Task] = _locomotion()
+def _adroit() -> dict[str, Task]:
+    """Pen, door, hammer, relocate: D4RL v1's twelve files."""
+    hands = {  # obs, act, limit, reference returns
+        "pen": (45, 24, 100, 96.262799, 3076.8331017826877),
+        "door": (39, 28, 200, -56.512833, 2880.5693087298737),
+        "hammer": (46, 26, 200, -274.856578, 12794.134825156867),
+        "relocate": (39, 30, 200, -6.425911, 4233.877797728884),
+    }
+    files = """
+    pen human 2040573 5000 209e345b2150b633f30a11612612c60f49e941f127ce6c4dc0cd790501c46f9f
+    pen cloned 155074191 500000 6d1a982cee1950501bedebbddedbcbb377e6284d379986c83abac8a6c0be0c22
+    pen expert 262040663 499206 3791b8ca6a802061770af2977c051ac3ae261488210ce73788760a5b8308f374
+    door human 3121206 6729 f9691288c3ddf2b4e7b31bdae0d8444b80ba035515495f8a902d60c43ee09370
+    door cloned 294356136 1000000 1f6a60ecc4d2a2e5c02f41dd3412be61bb265a33dcf120ceee9e9682d4fe4d48
+    door expert 536056678 1000000 66df4cd4e0a1e0b72ea72653ce088e29ecbfa99bac3cd2b52e64092e9a0aaab4
+    hammer human 5606475 11310 3e42f3f49b5c92a901601dfe867c6c62a9651cbe79f6760ec8b402a15816a498
+    hammer cloned 446616879 1000000 e48d75b159bdd72f51d3f01448d3eca4d38275714e11e995c14a36f6cf159db3
+    hammer expert 557047483 1000000 1c069a0f6e4852493023c77dc3b3a12d8d5ac2e3a034827fea3ab8a161e7185f
+    relocate human - 9942 -
+    relocate cloned - 1000000 -
+    relocate expert - 1000000 -
+    """
+    tasks = {}
+    for words in (line.split() for line in files.split("\n") if line.strip()):
+        hand, quality, size, rows, sha256 = (None if word == "-" else word for word in words)
+        obs_dim, act_dim, limit, low, high = hands[hand]
+        name = f"{hand}-{quality}-v1"
+        make = partial(envs.adroit, hand, limit)
+        known = dict(size=int(size) if size else None, rows=int(rows), sha256=sha256)
+        tasks[name] = Task(
+            name, make, obs_dim, act_dim, limit, low, high, f"hand_dapg_v1/{name}.hdf5", **known
+        )
+    return tasks
+
+
+TASKS: dict[str, Task] = _locomotion() | _adroit()
 
 
 def get_task(name: str) -> Task:

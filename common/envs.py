@@ -4,8 +4,13 @@ D4RL's locomotion tasks are gym's Hopper/HalfCheetah/Walker2d-v2 inside a wrappe
 equal today is Gymnasium's -v4 (same models, reward, termination, reset noise) with `ClipAction`: MuJoCo clamps the
 control by itself, but the control cost is charged on what the agent sent. Never -v5: Walker2d's right foot and
 Hopper's terminal reward changed there.
+
+Adroit comes from gymnasium-robotics, which has the models, with D4RL's reward, end and time limit put back.
 """
 
+import contextlib
+import io
+import math
 import warnings
 
 import gymnasium as gym
@@ -23,6 +28,77 @@ def locomotion(env_id: str) -> gym.Env:
             return gym.wrappers.ClipAction(gym.make(env_id))
     finally:
         mujoco.set_mju_user_warning(previous)
+
+
+class Adroit(gym.Wrapper):
+    """D4RL's Adroit: the dense reward from the simulator's state after the step; pen ends when it is dropped.
+
+    gymnasium-robotics 1.2.1 to 1.4.2 pay for staying away from the object (the sign of the first term is wrong), and
+    none of its versions ends pen. `info["success"]` stays: D4RL's goal_achieved.
+    """
+
+    def __init__(self, env: gym.Env, task: str):
+        super().__init__(env)
+        self.reward = getattr(self, task)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        obs, _, _, truncated, info = self.env.step(action)
+        reward, terminated = self.reward()
+        return obs, float(reward), bool(terminated), truncated, info
+
+    def site(self, name: str) -> np.ndarray:
+        """Position of a site, (3,) in metres."""
+        return self.env.unwrapped.data.site(name).xpos
+
+    @property
+    def object(self) -> np.ndarray:
+        """Position of the body to be moved, (3,) in metres."""
+        return self.env.unwrapped.data.body("Object").xpos
+
+    def door(self) -> tuple[float, bool]:
+        state = self.env.unwrapped.data
+        angle = state.joint("door_hinge").qpos[0]
+        reward = -0.1 * math.dist(self.site("S_grasp"), self.site("S_handle")) - 0.1 * (angle - 1.57) ** 2
+        reward -= 1e-5 * np.square(state.qvel).sum()
+        return reward + 2 * (angle > 0.2) + 8 * (angle > 1.0) + 10 * (angle > 1.35), False
+
+    def hammer(self) -> tuple[float, bool]:
+        head, nail = self.site("tool"), self.site("S_target")
+        left = math.dist(nail, self.site("nail_goal"))
+        reward = -0.1 * math.dist(self.site("S_grasp"), self.object) - math.dist(head, nail) - 10 * left
+        reward -= 0.01 * np.linalg.norm(self.env.unwrapped.data.qvel)
+        lifted = self.object[2] > 0.04 and head[2] > 0.04
+        return reward + 2 * lifted + 25 * (left < 0.02) + 75 * (left < 0.01), False
+
+    def relocate(self) -> tuple[float, bool]:
+        palm, target = self.site("S_grasp"), self.site("target")
+        left = math.dist(self.object, target)
+        reward = -0.1 * math.dist(palm, self.object)
+        if self.object[2] > 0.04:
+            reward += 1 - 0.5 * math.dist(palm, target) - 0.5 * left
+        return reward + 10 * (left < 0.1) + 20 * (left < 0.05), False
+
+    def pen(self) -> tuple[float, bool]:
+        body = self.env.unwrapped
+        left = math.dist(self.object, self.site("eps_ball"))
+        axis = (self.site("object_top") - self.site("object_bottom")) / body.pen_length
+        wanted = (self.site("target_top") - self.site("target_bottom")) / body.tar_length
+        alike = axis @ wanted  # 1: parallel
+        reward = -left + alike + 10 * (left < 0.075 and alike > 0.9) + 50 * (left < 0.075 and alike > 0.95)
+        dropped = self.object[2] < 0.075
+        return reward - 5 * dropped, dropped
+
+
+def adroit(task: str, limit: int) -> gym.Env:
+    """ "door", "hammer", "relocate" or "pen" with D4RL's time limit in steps."""
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():  # a notice at import
+        warnings.simplefilter("ignore")
+        import gymnasium_robotics
+
+        gym.register_envs(gymnasium_robotics)
+        ids = [f"AdroitHand{task.capitalize()}-{version}" for version in ("v2", "v1")]
+        env = gym.make(next(x for x in ids if x in gym.registry), disable_env_checker=True).unwrapped
+    return gym.wrappers.TimeLimit(Adroit(env, task), limit)
 
 
 def episode_seed(seed: int, purpose: str, episode: int) -> int:
