@@ -17,6 +17,7 @@ D4RL's files: runs on them are filed under the file's own name. Training resumes
 
 import json
 import math
+import os
 import sys
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -267,9 +268,37 @@ def collect(args: Args) -> tuple[dict[str, np.ndarray], dict]:
     return data, {"sac_epochs": used}
 
 
+def frozen_lake(path: Path, slip: float = 0.1, seed: int = 0) -> None:
+    """Write DUAL's data for frozenlake-4x4 or -8x8 (the stem of `path`): everything a tabular Q-learner did.
+
+    Step size 0.1, γ 0.99, ε from 1 to 0.3 over the first half of 30,000 (8x8: 200,000) steps, ties broken at random.
+    """
+    size = path.stem.split("-")[1]
+    steps, limit = {"4x4": (30_000, 100), "8x8": (200_000, 200)}[size]
+    env, rng = envs.FrozenLake(size, limit, slip), np.random.default_rng(seed)
+    q, rows, episode, obs = np.zeros((len(env.states), 4)), [], 0, None
+    for i in tqdm(range(steps), unit="row", desc=path.name, disable=None):
+        if obs is None:
+            obs, _ = env.reset(seed=envs.episode_seed(seed, "collect", episode))
+            episode += 1
+        state = obs.argmax()
+        epsilon = max(0.3, 1 - 0.7 * i / (steps / 2))
+        best = np.flatnonzero(q[state] == q[state].max())
+        move = rng.integers(4) if rng.random() < epsilon else rng.choice(best)
+        following, reward, terminated, truncated, _ = env.step(env.moves[move])
+        target = reward + 0.99 * (not terminated) * q[following.argmax()].max()
+        q[state, move] += 0.1 * (target - q[state, move])
+        rows.append((obs, env.moves[move], reward, following, terminated, truncated and not terminated))
+        obs = None if terminated or truncated else following
+    columns = zip(FIELDS, zip(*rows, strict=True), strict=True)
+    data = {k: np.asarray(v, dtype=bool if k[0] == "t" else np.float32) for k, v in columns}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, data, {"env": path.stem, "slip": slip, "seed": seed, "policy": "epsilon-greedy Q-learning"})
+
+
 def write(path: Path, data: dict[str, np.ndarray], attributes: dict) -> None:
     """`data` as HDF5 in D4RL's layout; written aside, then renamed."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with h5py.File(part, "w") as f:
         for k in FIELDS:
             f.create_dataset(k, data=data[k], compression="gzip", compression_opts=9, shuffle=True)

@@ -47,6 +47,7 @@ class Task:
     size: int | None = None  # bytes
     sha256: str | None = None
     rows: int | None = None
+    collected: bool = False  # the file is made here, on first use
 
     def score(self, episode_return: float) -> float:
         """D4RL's normalised score, 100 (R - R_min) / (R_max - R_min)."""
@@ -143,7 +144,22 @@ def _adroit() -> dict[str, Task]:
     return tasks
 
 
-TASKS: dict[str, Task] = _locomotion() | _adroit()
+def _frozen_lake() -> dict[str, Task]:
+    """Frozen-Lake as DUAL uses it: data of slip 0.1, collected on first use; online, slip 0.5 or what the name says.
+
+    4x4 with 100 steps, 8x8 with 200; the score is the success probability in percent.
+    """
+    tasks = {}
+    for size, limit, states in (("4x4", 100, 16), ("8x8", 200, 64)):
+        for suffix, slip in (("", 0.5), *((f"-slip-{x}", x) for x in (0.1, 0.2, 0.3, 0.4))):
+            name = f"frozenlake-{size}{suffix}"
+            make = partial(envs.FrozenLake, size, limit, slip)
+            file = f"frozenlake/frozenlake-{size}.hdf5"
+            tasks[name] = Task(name, make, states, 4, limit, 0.0, 1.0, file, collected=True)
+    return tasks
+
+
+TASKS: dict[str, Task] = _locomotion() | _adroit() | _frozen_lake()
 
 
 def get_task(name: str) -> Task:
@@ -280,7 +296,12 @@ def load(name: str, dataset: Path | None = None) -> Dataset:
             raise UsageError(
                 "dataset", f"no {task.path}", "a complete installation (this file belongs to the package)"
             )
-        download(task)
+        if task.collected:
+            from common import collect  # a program of its own, needed here alone
+
+            collect.frozen_lake(task.path)
+        else:
+            download(task)
     return read_d4rl(task.path, task, verify(task, task.path))
 
 
@@ -418,8 +439,10 @@ class Interaction:
         if self.obs is None:
             self._reset()
         action = policy(self.obs.to(self.buffer.table.device)[None])[0].cpu()
-        next_obs, reward, terminated, truncated, _ = self.env.step(action.numpy())
+        next_obs, reward, terminated, truncated, info = self.env.step(action.numpy())
         next_obs = torch.as_tensor(next_obs, dtype=torch.float32)
+        if "executed" in info:
+            action = torch.from_numpy(info["executed"])
         self.buffer.add(self.obs, action, self.scale * float(reward) + self.bias, next_obs, terminated)
         self.obs, self.age, self.episode_return = next_obs, self.age + 1, self.episode_return + float(reward)
         if not (terminated or truncated):
@@ -467,7 +490,10 @@ class Evaluator:
         self, policy: Callable[[torch.Tensor], torch.Tensor], device: torch.device
     ) -> dict[str, float]:
         """`policy` (E, O) -> (E, A), called with all E episodes even when some are over: shapes never change."""
-        self.envs = self.envs or [make_env(self.task, self.moments) for _ in range(self.episodes)]
+        self.envs = self.envs or [make_env(self.task, self.moments)]
+        if self.envs[0].has_wrapper_attr("exact"):
+            return self._exactly(policy, device)
+        self.envs += [make_env(self.task, self.moments) for _ in range(self.episodes - len(self.envs))]
         seeds = [envs.episode_seed(self.seed, "eval", i) for i in range(self.episodes)]
         obs = np.stack([e.reset(seed=s)[0] for e, s in zip(self.envs, seeds, strict=True)]).astype(np.float32)
         returns, lengths = np.zeros(self.episodes), np.zeros(self.episodes)
@@ -480,9 +506,15 @@ class Evaluator:
                 lengths[i] += 1
                 if terminated or truncated:
                     active.remove(i)
-        mean = float(returns.mean())
-        return {
-            "eval/score": self.task.score(mean),
-            "eval/return": mean,
-            "eval/length": float(lengths.mean()),
-        }
+        return self._named(float(returns.mean()), float(lengths.mean()))
+
+    def _named(self, mean: float, length: float) -> dict[str, float]:
+        return {"eval/score": self.task.score(mean), "eval/return": mean, "eval/length": length}
+
+    def _exactly(self, policy: Callable, device: torch.device) -> dict[str, float]:
+        """The expectation over all episodes, where the environment can compute it."""
+        obs = self.envs[0].get_wrapper_attr("states")
+        if self.moments is not None:
+            obs = (obs - self.moments[0]) / self.moments[1]
+        actions = policy(torch.from_numpy(obs).to(device)).cpu().numpy()
+        return self._named(*self.envs[0].get_wrapper_attr("exact")(actions))

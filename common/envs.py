@@ -101,6 +101,53 @@ def adroit(task: str, limit: int) -> gym.Env:
     return gym.wrappers.TimeLimit(Adroit(env, task), limit)
 
 
+class FrozenLake(gym.Wrapper):
+    """Gymnasium's FrozenLake-v1 as a task with vectors: position and move are one-hot in {-1, 1}.
+
+    obs (S,), actions (4,) of which the largest is the move; `info["executed"]` is that move's own vector, the action to
+    store. `slip` is the probability of going perpendicular to the move, half of it to each side; 1 for reaching
+    the goal, 0 otherwise.
+    """
+
+    def __init__(self, size: str, limit: int, slip: float):
+        super().__init__(gym.make("FrozenLake-v1", map_name=size, is_slippery=False, max_episode_steps=limit))
+        body, self.limit = self.env.unwrapped, limit
+        self.states = 2 * np.eye(body.observation_space.n, dtype=np.float32) - 1  # (S, S)
+        self.moves = 2 * np.eye(4, dtype=np.float32) - 1
+        self.observation_space = gym.spaces.Box(-1, 1, (len(self.states),), np.float32)
+        self.action_space = gym.spaces.Box(-1, 1, (4,), np.float32)
+        sure = {s: {a: body.P[s][a][0] for a in range(4)} for s in body.P}  # (1.0, next, reward, over)
+        for s, moves in sure.items():  # `success_rate` exists in newer versions only
+            for a in moves:
+                likely = ((a, 1 - slip), ((a - 1) % 4, slip / 2), ((a + 1) % 4, slip / 2))
+                body.P[s][a] = [(p, *moves[b][1:]) for b, p in likely]
+
+    def reset(self, **kwargs) -> tuple[np.ndarray, dict]:
+        state, info = self.env.reset(**kwargs)
+        return self.states[state], info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        move = int(np.argmax(action))
+        state, reward, terminated, truncated, info = self.env.step(move)
+        return self.states[state], float(reward), terminated, truncated, info | {"executed": self.moves[move]}
+
+    def exact(self, actions: np.ndarray) -> tuple[float, float]:
+        """Success probability and mean episode length of the policy `actions` (S, 4), by dynamic programming."""
+        table, moves = self.env.unwrapped.P, actions.argmax(1)
+        n = len(self.states)
+        step, reach = np.zeros((n, n)), np.zeros(n)  # to states that go on; reward of one step
+        for s, move in enumerate(moves):
+            for p, following, reward, over in table[s][move]:
+                reach[s] += p * reward
+                step[s, following] += p * (not over)
+        here, success, length = np.zeros(n), 0.0, 0.0
+        here[0] = 1.0  # both maps start in the corner
+        for _ in range(self.limit):
+            success, length = success + here @ reach, length + here.sum()
+            here = here @ step
+        return float(success), float(length)
+
+
 def episode_seed(seed: int, purpose: str, episode: int) -> int:
     """Reset seed of one episode; `purpose` ("online", "eval", ...) keeps the streams apart.
 

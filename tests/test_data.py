@@ -115,7 +115,7 @@ def hold(obs: torch.Tensor) -> torch.Tensor:
 # ---- 1: the table ----
 
 
-def test_the_table_is_d4rl_s_locomotion_and_adroit_tasks_and_the_embedded_one():
+def test_the_table_is_d4rl_s_locomotion_and_adroit_tasks_frozen_lake_and_the_embedded_one():
     names = {
         f"{robot}-{quality}-v2"
         for robot in ("hopper", "halfcheetah", "walker2d")
@@ -124,7 +124,10 @@ def test_the_table_is_d4rl_s_locomotion_and_adroit_tasks_and_the_embedded_one():
     hands = {
         f"{x}-{y}-v1" for x in ("pen", "door", "hammer", "relocate") for y in ("human", "cloned", "expert")
     }
-    assert set(data.TASKS) == names | hands | {"hopper-mini-v0"} and len(data.TASKS) == 28
+    lakes = {
+        f"frozenlake-{x}{y}" for x in ("4x4", "8x8") for y in ("", *(f"-slip-0.{k}" for k in range(1, 5)))
+    }
+    assert set(data.TASKS) == names | hands | lakes | {"hopper-mini-v0"} and len(data.TASKS) == 38
     assert all(name == task.name for name, task in data.TASKS.items())
     assert all(data.TASKS[name].limit == 1_000 for name in names | {"hopper-mini-v0"})
 

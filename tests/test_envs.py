@@ -1,10 +1,15 @@
-"""Adroit is D4RL's: reward by hand and beside the packaged one, end of pen, limits, reference returns."""
+"""Adroit is D4RL's: reward by hand and beside the packaged one, end of pen, limits, reference returns.
+
+Frozen-Lake is Gymnasium's with the slip of one's choice, and its exact evaluation is the mean of many episodes.
+"""
 
 import mujoco
 import numpy as np
 import pytest
+import torch
 
-from common import data, envs
+from common import collect, data, envs
+from common.buffer import ReplayBuffer
 
 HANDS = ("door", "hammer", "relocate", "pen")
 
@@ -151,3 +156,115 @@ def test_limits_shapes_and_names_of_the_twelve_files():
 def test_the_builder_is_quiet(capfd):
     envs.adroit("door", 200)
     assert capfd.readouterr() == ("", "")
+
+
+def best_moves(env: envs.FrozenLake, gamma: float = 0.99) -> np.ndarray:
+    """The moves (S, 4) that are optimal for `gamma` without a time limit, by value iteration."""
+    table, values = env.env.unwrapped.P, np.zeros(len(env.states))
+    for _ in range(2_000):
+        q = [[sum(p * (r + gamma * (not over) * values[n]) for p, n, r, over in table[s][a]) for a in range(4)]
+             for s in range(len(values))]  # fmt: skip
+        values = np.max(q, axis=1)
+    return env.moves[np.argmax(q, axis=1)]
+
+
+@pytest.mark.parametrize(("size", "limit", "before", "after", "best"),
+                         [("4x4", 100, 0.89, 0.22, 0.77), ("8x8", 200, 0.90, 0.38, 0.93)])  # fmt: skip
+def test_exact_success_of_optimal_policies_is_the_published_one(size, limit, before, after, best):
+    """Policies optimal for slip 0.1 and 0.5; figures of dual.md 5.1."""
+    calm, slippery = (envs.FrozenLake(size, limit, slip) for slip in (0.1, 0.5))
+    assert calm.exact(best_moves(calm))[0] == pytest.approx(before, abs=0.005)
+    assert slippery.exact(best_moves(calm))[0] == pytest.approx(after, abs=0.005)
+    assert slippery.exact(best_moves(slippery))[0] == pytest.approx(best, abs=0.005)
+
+
+def test_exact_success_and_length_are_the_means_of_episodes():
+    env = envs.FrozenLake("4x4", 20, 0.3)  # a limit that bites
+    actions = best_moves(env)
+    returns, lengths = [], []
+    for seed in range(3_000):
+        obs, _ = env.reset(seed=seed)
+        total = length = 0
+        while True:
+            obs, reward, terminated, truncated, _ = env.step(actions[obs.argmax()])
+            total, length = total + reward, length + 1
+            if terminated or truncated:
+                break
+        returns.append(total)
+        lengths.append(length)
+    success, mean = env.exact(actions)
+    assert success == pytest.approx(np.mean(returns), abs=4 * np.std(returns) / 3_000**0.5)
+    assert mean == pytest.approx(np.mean(lengths), abs=4 * np.std(lengths) / 3_000**0.5)
+
+
+def test_slip_goes_to_either_side_of_the_move():
+    env = envs.FrozenLake("4x4", 100, 0.5)
+    table = env.env.unwrapped.P[6]  # row 1, column 2: all four neighbours differ
+    assert sorted((p, n) for p, n, *_ in table[1]) == [
+        (0.25, 5),
+        (0.25, 7),
+        (0.5, 10),
+    ]  # down: left, right, down
+    assert {n: over for _, n, _, over in table[1]} == {5: True, 7: True, 10: False}  # holes end it
+    assert all(
+        sum(x[0] for x in moves[a]) == pytest.approx(1)
+        for moves in env.env.unwrapped.P.values()
+        for a in moves
+    )
+
+
+def test_the_move_that_was_executed_is_stored_and_replayed():
+    """Stored actions are one-hot, whatever was asked for; a resumed episode goes through the same states."""
+    task = data.get_task("frozenlake-8x8")
+    asked = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
+
+    def play(interaction, first, last):
+        for i in range(first, last):
+            interaction.step(lambda _, i=i: torch.from_numpy(asked[i][None]))
+
+    straight = ReplayBuffer(12, 64, 4, torch.device("cpu"))
+    play(data.Interaction(data.make_env(task), straight, 3), 0, 12)
+    actions = straight.take(torch.arange(12)).actions.numpy()
+    assert set(np.unique(actions)) == {-1.0, 1.0} and (actions.argmax(1) == asked.argmax(1)).all()
+    first, second = (ReplayBuffer(12, 64, 4, torch.device("cpu")) for _ in range(2))
+    stopped = data.Interaction(data.make_env(task), first, 3)
+    play(stopped, 0, 7)
+    second.load_state_dict(first.state_dict())
+    resumed = data.Interaction(data.make_env(task), second, 3)
+    resumed.load_state_dict(stopped.state_dict())
+    play(resumed, 7, 12)
+    assert torch.equal(second.table, straight.table)
+
+
+def test_frozen_lake_data_are_collected_once_and_learn(tmp_path, monkeypatch):
+    """30,000 rows of slip 0.1; the learner gets better; the second load reads the same file."""
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "new"))
+    dataset = data.load("frozenlake-4x4-slip-0.3")
+    assert [x.name for x in (tmp_path / "new").iterdir()] == ["frozenlake-4x4.hdf5"]
+    returns = dataset.episode_returns()
+    assert len(dataset.rewards) == 30_000 and returns[-600:].mean() > 2 * returns[:600].mean() > 0
+    moves = dataset.actions.argmax(1)
+    rows = (dataset.obs.argmax(1) == 8) & (moves == 1)  # down from row 2: slips right with 0.05
+    fell = dataset.next_obs.argmax(1)[rows] == 12
+    assert fell.mean() == pytest.approx(0.9, abs=0.03) and dataset.terminations[rows][fell].all()
+    assert ((dataset.rewards == 1) == (dataset.next_obs.argmax(1) == 15)).all()
+    monkeypatch.setattr(collect, "frozen_lake", None)
+    assert data.load("frozenlake-4x4").sha256 == dataset.sha256
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_the_evaluator_takes_the_exact_score_of_a_policy(normalized):
+    """The policy sees all states as the agent does, normalised or not; the score is percent of success."""
+    task = data.get_task("frozenlake-4x4-slip-0.1")
+    mean, std = np.linspace(-1, 1, 16, dtype=np.float32), np.linspace(0.5, 2, 16, dtype=np.float32)
+    moves = torch.from_numpy(best_moves(task.make()))
+
+    def policy(obs: torch.Tensor) -> torch.Tensor:
+        states = obs * torch.from_numpy(std) + torch.from_numpy(mean) if normalized else obs
+        assert torch.allclose(states, 2 * torch.eye(16) - 1, atol=1e-5)
+        return moves[states.argmax(1)]
+
+    evaluate = data.Evaluator(task, 10, 0, (mean, std) if normalized else None)
+    result = evaluate(policy, torch.device("cpu"))
+    assert result["eval/score"] == pytest.approx(88.9, abs=0.05)
+    assert result["eval/return"] == pytest.approx(0.889, abs=5e-4) and len(evaluate.envs) == 1
