@@ -10,7 +10,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -47,21 +47,21 @@ class Task:
     size: int | None = None  # bytes
     sha256: str | None = None
     rows: int | None = None
-    collected: bool = False  # the file is made here, on first use
+    source: str = "d4rl"  # or "package", "collected" (made here, on first use), "minari"
 
     def score(self, episode_return: float) -> float:
         """D4RL's normalised score, 100 (R - R_min) / (R_max - R_min)."""
         return 100.0 * (episode_return - self.ref_min) / (self.ref_max - self.ref_min)
 
     @property
-    def embedded(self) -> bool:
-        return "/" not in self.file
-
-    @property
     def path(self) -> Path:
-        """Where the dataset file belongs: in the package, or in $D4RL_DATASET_DIR (default ~/.d4rl/datasets)."""
+        """Where the file belongs: $D4RL_DATASET_DIR (default ~/.d4rl/datasets), the package, Minari's folder."""
+        if self.source == "package":
+            return EMBEDDED / self.file
+        if self.source == "minari":
+            return minari_folder() / self.file / "data" / "main_data.hdf5"
         folder = os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets"
-        return EMBEDDED / self.file if self.embedded else Path(folder) / Path(self.file).name
+        return Path(folder) / Path(self.file).name
 
     @property
     def url(self) -> str:
@@ -96,7 +96,7 @@ def _locomotion() -> dict[str, Task]:
 
     def add(name: str, robot: str, file: str, **known) -> None:
         env_id, obs_dim, act_dim, low, high = robots[robot]
-        make = lambda: envs.locomotion(env_id)  # noqa: E731
+        make = partial(envs.locomotion, env_id)
         tasks[name] = Task(name, make, obs_dim, act_dim, 1_000, low, high, file, **known)
 
     for line in files.split("\n"):
@@ -105,7 +105,15 @@ def _locomotion() -> dict[str, Task]:
             file = f"gym_mujoco_v2/{robot}_{quality.replace('-', '_')}-v2.hdf5"
             add(f"{robot}-{quality}-v2", robot, file, size=int(size), rows=int(rows), sha256=sha256)
     digest = "e6870ea3ac08367f7872b3f09999b3bdc0835585a99691d9d426cf5853a33c52"
-    add("hopper-mini-v0", "hopper", "hopper-mini-v0.hdf5", size=7396249, rows=89839, sha256=digest)
+    add(
+        "hopper-mini-v0",
+        "hopper",
+        "hopper-mini-v0.hdf5",
+        size=7396249,
+        rows=89839,
+        sha256=digest,
+        source="package",
+    )
     return tasks
 
 
@@ -155,7 +163,7 @@ def _frozen_lake() -> dict[str, Task]:
             name = f"frozenlake-{size}{suffix}"
             make = partial(envs.FrozenLake, size, limit, slip)
             file = f"frozenlake/frozenlake-{size}.hdf5"
-            tasks[name] = Task(name, make, states, 4, limit, 0.0, 1.0, file, collected=True)
+            tasks[name] = Task(name, make, states, 4, limit, 0.0, 1.0, file, source="collected")
     return tasks
 
 
@@ -163,15 +171,50 @@ TASKS: dict[str, Task] = _locomotion() | _adroit() | _frozen_lake()
 
 
 def get_task(name: str) -> Task:
-    """The task called `name`; raises UsageError with the names there are."""
+    """The task called `name`, a Minari id if there is a slash; raises UsageError with the names there are."""
+    if "/" in name:
+        return _minari(name)
     if name not in TASKS:
         raise UsageError("--env", name, ", ".join(TASKS))
     return TASKS[name]
 
 
+@cache
+def _minari(name: str) -> Task:
+    """A Minari dataset's own task: its evaluation environment with flat observations and actions in [-1, 1].
+
+    Fetched first if it is not in Minari's folder and HF_HUB_OFFLINE is not set. Scores are Minari's, in percent, where
+    the dataset has reference returns; otherwise the score is the return.
+    """
+    try:
+        import minari  # half a second, for those who ask for it
+
+        source = minari.load_dataset(name, download=True)
+        make = partial(envs.flat, source.recover_environment, eval_env=True)
+        env = make()
+        facts = source.storage.metadata
+    except Exception as e:  # its own errors, and those of whatever it fetches with
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:160]
+        allowed = f"a Minari id that is in {minari_folder()} or can be fetched ({reason})"
+        raise UsageError("--env", name, allowed) from e
+    low, high = facts.get("ref_min_score"), facts.get("ref_max_score")
+    low, high = (0.0, 100.0) if low is None or high is None else (float(low), float(high))
+    sizes = env.observation_space.shape[0], env.action_space.shape[0]
+    limit = env.spec.max_episode_steps or 0
+    return Task(name, make, *sizes, limit, low, high, name, rows=source.total_steps, source="minari")
+
+
+def minari_folder() -> Path:
+    """Where Minari keeps its datasets: $MINARI_DATASETS_PATH or ~/.minari/datasets."""
+    return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
+
+
 def filed_name(name: str, dataset: Path | None) -> str:
-    """The name under which a run is filed: the task's, or `<task>@<file stem>` with a dataset of one's own."""
-    return get_task(name).name + (f"@{dataset.stem}" if dataset else "")
+    """The name under which a run is filed: the task's, or `<task>@<file stem>` with a dataset of one's own.
+
+    A Minari id has underscores for slashes: mujoco_hopper_medium-v0.
+    """
+    return get_task(name).name.replace("/", "_") + (f"@{dataset.stem}" if dataset else "")
 
 
 # ---- files ----
@@ -291,12 +334,14 @@ def load(name: str, dataset: Path | None = None) -> Dataset:
         if not dataset.is_file():
             raise UsageError("--dataset", dataset, "an existing HDF5 file in D4RL layout")
         return read_d4rl(dataset, task, sha256_of(dataset))
+    if task.source == "minari":
+        return read_minari(task)
     if not task.path.exists():
-        if task.embedded:
+        if task.source == "package":
             raise UsageError(
                 "dataset", f"no {task.path}", "a complete installation (this file belongs to the package)"
             )
-        if task.collected:
+        if task.source == "collected":
             from common import collect  # a program of its own, needed here alone
 
             collect.frozen_lake(task.path)
@@ -382,6 +427,33 @@ def read_d4rl(path: Path, task: Task, sha256: str) -> Dataset:
     if len(columns[0]) < 2:
         raise refuse(f"{len(columns[0])} usable rows", "at least 2")
     return Dataset(*columns, sha256, path)
+
+
+def read_minari(task: Task) -> Dataset:
+    """The episodes of a Minari dataset as rows: true successors, observations flattened, actions scaled to [-1, 1]."""
+    import minari
+
+    env, parts = task.make(), []
+    flatten, scale = env.get_wrapper_attr("flatten"), env.get_wrapper_attr("inverse")
+    try:
+        for episode in minari.load_dataset(task.name).iterate_episodes():
+            obs = flatten(episode.observations)  # (T + 1, O)
+            ends = np.asarray(episode.terminations | episode.truncations, dtype=bool)
+            ends[-1] = True
+            columns = obs[:-1], scale(episode.actions), episode.rewards, obs[1:], episode.terminations, ends
+            parts.append(columns)
+    except (OSError, RuntimeError, KeyError, ValueError, IndexError) as e:
+        reason = " ".join(str(e).split())[:100] or type(e).__name__
+        raise UsageError(
+            "--env", f"{task.name}, unreadable ({reason})", f"a complete dataset below {task.path}"
+        ) from e
+    columns = [np.concatenate(x).astype(np.float32) for x in zip(*parts, strict=True)]
+    columns[5] = columns[5] > 0.5
+    for name, x in zip(Dataset._fields, columns, strict=False):
+        if not np.isfinite(x).all():
+            raise UsageError("--env", f"{task.name} with NaN or infinite {name}", "finite numbers")
+    columns[1] = columns[1].clip(-1, 1)
+    return Dataset(*columns, sha256_of(task.path), task.path)
 
 
 # ---- environments ----

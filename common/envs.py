@@ -12,6 +12,7 @@ import contextlib
 import io
 import math
 import warnings
+from collections.abc import Callable
 
 import gymnasium as gym
 import mujoco
@@ -146,6 +147,48 @@ class FrozenLake(gym.Wrapper):
             success, length = success + here @ reach, length + here.sum()
             here = here @ step
         return float(success), float(length)
+
+
+class Flat(gym.Wrapper):
+    """Any environment of boxes (or dicts of them) as the agents know it: obs (O,), actions (A,) in [-1, 1]."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.observation_space = gym.spaces.flatten_space(env.observation_space)
+        box = env.action_space
+        if not all(isinstance(x, gym.spaces.Box) for x in (box, self.observation_space)):
+            raise TypeError(f"observations and actions must be boxes, got {env.observation_space}, {box}")
+        if box.shape != box.low.ravel().shape or not box.is_bounded():
+            raise TypeError(f"actions must be one bounded vector, got {box}")
+        self.center, self.half = (box.high + box.low) / 2, (box.high - box.low) / 2
+        self.action_space = gym.spaces.Box(-1, 1, box.shape, np.float32)
+
+    def flatten(self, obs: np.ndarray | dict, space: gym.Space | None = None) -> np.ndarray:
+        """Observations with any leading dimensions, (..., O); dicts in the order of their space."""
+        space = space or self.env.observation_space
+        if isinstance(space, gym.spaces.Dict):
+            return np.concatenate([self.flatten(obs[k], space[k]) for k in space.spaces], axis=-1)
+        return np.reshape(obs, (*np.shape(obs)[: np.ndim(obs) - len(space.shape)], -1))
+
+    def inverse(self, actions: np.ndarray) -> np.ndarray:
+        """The environment's actions (..., A) in the agents' units."""
+        return (actions - self.center) / self.half
+
+    def reset(self, **kwargs) -> tuple[np.ndarray, dict]:
+        obs, info = self.env.reset(**kwargs)
+        return self.flatten(obs), info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        sent = self.center + self.half * np.clip(action, -1, 1)
+        obs, reward, terminated, truncated, info = self.env.step(sent.astype(self.env.action_space.dtype))
+        return self.flatten(obs), float(reward), terminated, truncated, info
+
+
+def flat(make: Callable[..., gym.Env], **kwargs) -> gym.Env:
+    """`make(**kwargs)` as vectors; silent about versions."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Flat(make(**kwargs))
 
 
 def episode_seed(seed: int, purpose: str, episode: int) -> int:

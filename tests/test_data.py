@@ -159,7 +159,7 @@ def test_urls_and_paths(monkeypatch):
     assert task.url == "http://mirror:8000/d4rl/gym_mujoco_v2/hopper_medium_replay-v2.hdf5"
     assert task.path == Path("/big/disk/hopper_medium_replay-v2.hdf5")
     mini = data.TASKS["hopper-mini-v0"]
-    assert mini.embedded and not task.embedded
+    assert mini.source == "package" and task.source == "d4rl"
     assert mini.path == Path(data.__file__).parent / "datasets" / "hopper-mini-v0.hdf5"
 
 
