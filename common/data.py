@@ -5,13 +5,16 @@ One table says what a task is; a new domain is a few rows and, if need be, a bui
 
 import hashlib
 import os
+import re
+import sys
 import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from http.client import HTTPException
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +22,7 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import torch
+import tyro
 from tqdm import tqdm
 
 from common import envs
@@ -167,16 +171,83 @@ def _frozen_lake() -> dict[str, Task]:
     return tasks
 
 
-TASKS: dict[str, Task] = _locomotion() | _adroit() | _frozen_lake()
+def _mazes() -> dict[str, Task]:
+    """Maze2D: D4RL v1's three sparse files, scored by steps at the goal. AntMaze: v2's six, scored by success."""
+    tasks = {}
+    for size, limit, low, high, rows in (
+        ("umaze", 300, 23.85, 161.86, 1_000_000),
+        ("medium", 600, 13.13, 277.39, None),
+        ("large", 800, 6.7, 273.99, None),
+    ):
+        name, file = f"maze2d-{size}-v1", f"maze2d/maze2d-{size}-sparse-v1.hdf5"
+        make = partial(envs.maze, envs.Maze2D, size, limit)
+        tasks[name] = Task(name, make, 4, 2, limit, low, high, file, rows=rows)
+    files = """
+    umaze u-maze False False 232532949 5ef15257771c50ef4d23c7de001750e96c8bb5d9b6a5e4a821dcfb3065fbd130
+    umaze-diverse u-maze True True 230854272 c771dd63963cd7d9f55f24a6d809064f6b82250a6aeac4c9d13f9a1d06e8c932
+    medium-play big-maze True False - -
+    medium-diverse big-maze True True 231095166 ad9dcbac05d1f8744a7a216083f513662f43f64f28a4a5eb225e9811902dfae7
+    large-play hardest-maze True False 230880653 6d353df2457829925d7f9d4b0215587469908bd57478ea76f16417cfa944f471
+    large-diverse hardest-maze True True 231183710 84f775eb7956ea9cc766704710dc520a8ab357adc7522ade47f556f0e335e284
+    """
+    for words in (line.split() for line in files.split("\n") if line.strip()):
+        which, plan, starts, goals, size, sha256 = (None if word == "-" else word for word in words)
+        name, maze = f"antmaze-{which}-v2", which.split("-")[0]
+        limit = 700 if maze == "umaze" else 1_000
+        make = partial(envs.maze, envs.AntMaze, maze, limit)
+        file = f"ant_maze_v2/Ant_maze_{plan}_noisy_multistart_{starts}_multigoal_{goals}_sparse_fixed.hdf5"
+        known = dict(size=int(size) if size else None, sha256=sha256)
+        tasks[name] = Task(name, make, 29, 8, limit, 0.0, 1.0, file, **known)
+    return tasks
+
+
+def _shifted(task: Task, kind: str, level: str, name: str, **changes) -> Task:
+    """`task` with its own data and, online and in evaluation, shifted dynamics (envs.shift), under `name`."""
+    if kind in ("friction", "gravity"):
+        value = float(level) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", level) else 0.0
+    else:  # 2.0 is DUAL's; ODRL has no number here, and its medium divides the range by 2
+        value = {"easy": "easy", "medium": "medium", "2.0": "medium", "hard": "hard"}.get(level)
+    if not value:
+        after = "a positive number after friction, gravity; easy, medium (or 2.0), hard after kinematic, morphology"
+        raise UsageError("--env", name, after)
+    return replace(task, name=name, make=partial(envs.shifted, task.make, kind, value), **changes)
+
+
+def _dual(tasks: dict[str, Task]) -> dict[str, Task]:
+    """DUAL's tasks of shifted dynamics and their data; reference returns are ODRL's for the shift, not D4RL's."""
+    rows = """
+    halfcheetah-friction-2.0 halfcheetah-medium-v2 -280.178953 11255.9677734375
+    halfcheetah-medium-replay-gravity-2.0 halfcheetah-medium-replay-v2 -280.178953 9509.15
+    hopper-friction-2.0 hopper-medium-v2 -26.3360015397715 3234.3
+    hopper-kinematic-2.0 hopper-medium-v2 -26.3360015397715 3234.3
+    walker2d-morphology-2.0 walker2d-medium-v2 10.079455055289959 4592.3
+    """
+    named = {}
+    for name, base, low, high in (line.split() for line in rows.split("\n") if line.strip()):
+        kind, level = name.split("-")[-2:]
+        named[name] = _shifted(tasks[base], kind, level, name, ref_min=float(low), ref_max=float(high))
+    return named
+
+
+LOCOMOTION = _locomotion()
+TASKS: dict[str, Task] = LOCOMOTION | _dual(LOCOMOTION) | _adroit() | _mazes() | _frozen_lake()
 
 
 def get_task(name: str) -> Task:
-    """The task called `name`, a Minari id if there is a slash; raises UsageError with the names there are."""
+    """The task called `name`, a Minari id if there is a slash; raises UsageError with the names there are.
+
+    A locomotion name may go on with a shift, as in hopper-medium-v2-gravity-0.5: same data, D4RL's reference returns.
+    """
     if "/" in name:
         return _minari(name)
-    if name not in TASKS:
-        raise UsageError("--env", name, ", ".join(TASKS))
-    return TASKS[name]
+    if name in TASKS:
+        return TASKS[name]
+    shifts = "friction|gravity|kinematic|morphology"
+    found = re.fullmatch(rf"({'|'.join(LOCOMOTION)})-({shifts})-(.*)", name)
+    if not found:
+        raise UsageError("--env", name, f"{', '.join(TASKS)}; or a locomotion name and -<{shifts}>-<level>")
+    base, kind, level = found.groups()
+    return _shifted(LOCOMOTION[base], kind, level, name)
 
 
 @cache
@@ -590,3 +661,96 @@ class Evaluator:
             obs = (obs - self.moments[0]) / self.moments[1]
         actions = policy(torch.from_numpy(obs).to(device)).cpu().numpy()
         return self._named(*self.envs[0].get_wrapper_attr("exact")(actions))
+
+
+# ---- data cards: python -m common.data list | check NAME|FILE [--env TASK] ----
+
+MEAN_RETURNS = {  # of D4RL's v2 files, by task without "-v2", as many published runs log them
+    "hopper-medium": 1422, "hopper-medium-replay": 467, "hopper-medium-expert": 2090, "hopper-expert": 3511,
+    "halfcheetah-medium": 4770, "halfcheetah-medium-replay": 3093, "halfcheetah-medium-expert": 7713,
+    "halfcheetah-expert": 10656, "walker2d-medium": 2852, "walker2d-medium-replay": 683,
+    "walker2d-medium-expert": 3797, "walker2d-expert": 4920, "hopper-random": 18, "halfcheetah-random": -289,
+    "walker2d-random": 2,
+}  # fmt: skip
+
+
+def _call(make: partial) -> str:
+    args = (_call(x) if isinstance(x, partial) else getattr(x, "__name__", str(x)) for x in make.args)
+    return f"{make.func.__name__}({', '.join(args)})"
+
+
+def list_tasks() -> None:
+    """Print every task: name, source, presence, rows, megabytes, environment, reference returns."""
+    print(
+        f"{'name':38}{'source':11}{'here':6}{'rows':>9}{'MB':>7}  {'returns of score 0, 100':26}environment"
+    )
+    for task in TASKS.values():
+        here, size = task.path.exists(), task.size
+        size = task.path.stat().st_size if here else size
+        print(
+            f"{task.name:38}{task.source:11}{'yes' if here else 'no':6}{task.rows or '?':>9}"
+            f"{f'{size / 1e6:.1f}' if size else '?':>7}  {f'{task.ref_min:g}, {task.ref_max:g}':26}{_call(task.make)}"
+        )
+
+
+def check(what: tyro.conf.Positional[str], env: str = "") -> None:
+    """Verify a task's file, or any file, and print what it holds.
+
+    Args:
+        what: a task's name, or the path of an HDF5 file in D4RL layout
+        env: the task that the file is for, if its name does not begin with the robot's
+    """
+    path = Path(what)
+    if path.exists():
+        stem = path.stem.replace("_", "-")
+        nearest = max(
+            TASKS, key=lambda x: sum(1 for _ in takewhile(lambda c: c[0] == c[1], zip(x, stem, strict=False)))
+        )
+        name = env or (nearest if stem.startswith(nearest.split("-")[0]) else "")
+        if not name:
+            raise UsageError(
+                "--env", f"nothing, and {path.name} does not tell", "the task that the file is for"
+            )
+        task, dataset = get_task(name), load(name, path)
+        known = "the registered file" if task.sha256 == dataset.sha256 else "not the registered file"
+    else:
+        task, dataset = get_task(what), load(what)
+        known = "as registered" if task.sha256 else "no hash is published"
+    lengths = np.diff(np.flatnonzero(dataset.ends) + 1, prepend=0)
+    returns, n = dataset.episode_returns(), len(dataset.rewards)
+    published = MEAN_RETURNS.get(task.name.removesuffix("-v2")) if not path.exists() else None
+    print(f"{dataset.path} read as {task.name}: {dataset.path.stat().st_size / 1e6:.1f} MB")
+    print(f"sha256       {dataset.sha256} ({known})")
+    print(f"rows         {n}, all finite; registered {task.rows or '?'}")
+    print(f"obs, actions {dataset.obs.shape[1]}, {dataset.actions.shape[1]}; actions at a bound "
+          f"{np.mean(np.abs(dataset.actions) >= 1):.1%}; constant features "
+          f"{int((np.ptp(dataset.obs, axis=0) == 0).sum())}")  # fmt: skip
+    print(f"episodes     {len(lengths)} finished, {int(dataset.terminations.sum())} terminal; length "
+          f"{lengths.min(initial=n)} to {lengths.max(initial=0)}; limit {task.limit}")  # fmt: skip
+    print(f"returns      {returns.mean():.1f} ± {returns.std():.1f}, {returns.min():.1f} to {returns.max():.1f}; score "
+          f"{task.score(returns.mean()):.1f}" + (f"; D4RL's mean {published}" if published else ""))  # fmt: skip
+    rows = np.random.default_rng(0).permutation(n)[:1_000]
+    infos = {}
+    with h5py.File(dataset.path, "r") as f:
+        if "infos" in f and all(len(x) == n for x in f["infos"].values() if isinstance(x, h5py.Dataset)):
+            infos = {k: x[()][rows] for k, x in f["infos"].items() if isinstance(x, h5py.Dataset)}
+    result = envs.simulate(make_env(task), dataset.obs[rows], dataset.actions[rows], infos)
+    if result is None:
+        print("simulator    not replayed: the file does not hold the simulator's state")
+        return
+    told = (np.abs(dataset.obs[rows]) != 10).all(
+        1
+    )  # a velocity at Hopper's and Walker2d's bound is not the state's
+    error = np.abs(result[0] - dataset.next_obs[rows]).max(1)[told]
+    cost = np.abs(result[1] - dataset.rewards[rows])[told]
+    print(f"simulator    {told.sum()} rows stepped: error of next obs, median {np.median(error):.1e}, over 1e-3 in "
+          f"{np.mean(error > 1e-3):.1%}, largest {error.max():.1e}; of rewards, median {np.median(cost):.1e}, largest "
+          f"{cost.max():.1e}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    try:
+        tyro.extras.subcommand_cli_from_dict({"list": list_tasks, "check": check})
+    except UsageError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

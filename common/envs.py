@@ -5,30 +5,101 @@ equal today is Gymnasium's -v4 (same models, reward, termination, reset noise) w
 control by itself, but the control cost is charged on what the agent sent. Never -v5: Walker2d's right foot and
 Hopper's terminal reward changed there.
 
-Adroit comes from gymnasium-robotics, which has the models, with D4RL's reward, end and time limit put back.
+Adroit comes from gymnasium-robotics, which has the models, with D4RL's reward, end and time limit put back. Maze2D and
+AntMaze are built here: the packaged ones have other coordinates, starts, goals, ends, and another ant.
+
+`shift` is ODRL's change of dynamics, for the locomotion tasks.
 """
 
 import contextlib
 import io
 import math
 import warnings
-from collections.abc import Callable
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import gymnasium as gym
 import mujoco
 import numpy as np
 
 
-def locomotion(env_id: str) -> gym.Env:
-    """`env_id` (a Gymnasium -v4 id) with actions clipped to the box; silent about being an old version."""
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings, of Python or MuJoCo (which would write MUJOCO_LOG.TXT where the user stands)."""
     previous = mujoco.get_mju_user_warning()
-    mujoco.set_mju_user_warning(lambda _: None)  # or HalfCheetah writes MUJOCO_LOG.TXT where the user stands
+    mujoco.set_mju_user_warning(lambda _: None)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return gym.wrappers.ClipAction(gym.make(env_id))
+            yield
     finally:
         mujoco.set_mju_user_warning(previous)
+
+
+def locomotion(env_id: str) -> gym.Env:
+    """`env_id` (a Gymnasium -v4 id) with actions clipped to the box; silent about being an old version."""
+    with quiet():
+        return gym.wrappers.ClipAction(gym.make(env_id))
+
+
+def shift(env: gym.Env, kind: str, level: float | str) -> gym.Env:
+    """`env`, made by `locomotion`, with ODRL's shifted dynamics; call once, before the first reset.  [ODRL]
+
+    friction, gravity: factor `level`. kinematic: the range of the feet's joints x 0.8, 0.5, 0.2 for "easy", "medium",
+    "hard". morphology: the torso becomes longer and thicker (Hopper, Walker2d) or shorter (HalfCheetah).
+    """
+    body = env.unwrapped
+    model, robot = body.model, body.spec.id.split("-")[0]
+    if hasattr(body, "shifted"):
+        raise ValueError(f"shift: got {kind} {level} after {body.shifted}; allowed: one shift")
+    body.shifted = f"{kind} {level}"
+    if kind == "gravity":
+        model.opt.gravity[2] *= level
+    elif kind == "friction" and robot == "Hopper":
+        model.geom_friction[1:, 0] *= level  # sliding; not the floor's 1, and a contact has the larger
+    elif kind == "friction":
+        model.geom_friction[:] *= level
+    elif kind == "kinematic":
+        feet = [j for j in range(model.njnt) if "foot" in model.joint(j).name]
+        model.jnt_range[feet] *= {"easy": 0.8, "medium": 0.5, "hard": 0.2}[level]
+    elif kind == "morphology":
+        with quiet():
+            new = mujoco.MjModel.from_xml_string(_other_torso(body.fullpath, robot, level))
+        for into, of in ((model, new), (model.stat, new.stat)):  # into the model that the environment has
+            for name in (x for x in dir(of) if x[0] != "_"):
+                value = getattr(of, name)
+                if isinstance(value, np.ndarray):
+                    getattr(into, name)[...] = value
+                elif isinstance(value, float):
+                    setattr(into, name, value)
+    else:
+        raise ValueError(f"shift: got {kind}; allowed: friction, gravity, kinematic, morphology")
+    return env
+
+
+def shifted(make: Callable[[], gym.Env], kind: str, level: float | str) -> gym.Env:
+    """What `make` builds, shifted."""
+    return shift(make(), kind, level)
+
+
+def _other_torso(path: str, robot: str, level: str) -> str:
+    """The robot's XML at `path` with ODRL's torso of that level; lengths in metres."""
+    xml, i = ET.parse(path).getroot(), ("easy", "medium", "hard").index(level)
+
+    def put(tag: str, name: str, **values: str) -> None:
+        xml.find(f".//{tag}[@name='{name}']").attrib.update(values)
+
+    if robot == "HalfCheetah":
+        half = (0.4, 0.25, 0.1)[i]  # of its length: 0.5 before
+        put("geom", "torso", fromto=f"{-half} 0 0 {half} 0 0")
+        put("geom", "head", pos=f"{half + 0.1} 0 0.1")
+        put("body", "bthigh", pos=f"{-half} 0 0")
+        put("body", "fthigh", pos=f"{half} 0 0")
+    else:  # from the hip, 0.2 below the body's origin, up to `top`: 0.2 before, and a radius of 0.05
+        top, radius = ((0.28, 0.075), (0.44, 0.1), (0.6, 0.125))[i]
+        put("geom", "torso_geom", size=f"{radius} {(top + 0.2) / 2}", pos=f"0 0 {(top - 0.2) / 2}")
+    return ET.tostring(xml, encoding="unicode")
 
 
 class Adroit(gym.Wrapper):
@@ -92,8 +163,7 @@ class Adroit(gym.Wrapper):
 
 def adroit(task: str, limit: int) -> gym.Env:
     """ "door", "hammer", "relocate" or "pen" with D4RL's time limit in steps."""
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():  # a notice at import
-        warnings.simplefilter("ignore")
+    with contextlib.redirect_stderr(io.StringIO()), quiet():  # a notice at import
         import gymnasium_robotics
 
         gym.register_envs(gymnasium_robotics)
@@ -191,6 +261,117 @@ def flat(make: Callable[..., gym.Env], **kwargs) -> gym.Env:
         return Flat(make(**kwargs))
 
 
+MAZES = {  # D4RL's maps: rows of cells, 1 is wall
+    "umaze": "11111 10001 11101 10001 11111",
+    "medium": "11111111 10011001 10010001 11000111 10010001 10100101 10001001 11111111",
+    "large": "111111111111 100001000001 101101010101 100000010001 101111011101 100101000001 110101010111 "
+    "100100010001 111111111111",
+}
+
+
+class Maze(gym.Env):
+    """D4RL's mazes: obs is qpos, qvel; the reward is 1 within 0.5 m of the goal after the step, else 0.
+
+    Maze2D and AntMaze say how to start, where a cell is, what an action does. No rendering.
+    """
+
+    frames, ends = 1, False  # simulation steps per step; does the goal end the episode?
+
+    def __init__(self, size: str, xml: ET.Element, goal: tuple[int, int], box: tuple[float, float, float]):
+        """`goal`: its cell (row, column); `box`: half width, half height and centre's height of a wall, metres."""
+        self.walls = np.array([list(row) for row in MAZES[size].split()]) == "1"  # (rows, columns)
+        for cell in np.argwhere(self.walls):
+            (x, y), (width, height, z) = self.place(cell), box
+            geom = {"type": "box", "pos": f"{x} {y} {z}", "size": f"{width} {width} {height}"}
+            ET.SubElement(xml.find("worldbody"), "geom", geom, contype="1", conaffinity="1")
+        self.model = mujoco.MjModel.from_xml_string(ET.tostring(xml, encoding="unicode"))
+        self.data = mujoco.MjData(self.model)
+        self.goal_cell = self.goal = self.place(np.array(goal))
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (self.model.nq + self.model.nv,), np.float64)
+        self.action_space = gym.spaces.Box(-1, 1, (self.model.nu,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed, options=options)
+        mujoco.mj_resetData(self.model, self.data)
+        self.set_state(*self.start())
+        return self.observe(), {}
+
+    def set_state(self, qpos: np.ndarray, qvel: np.ndarray) -> None:
+        self.data.qpos[:], self.data.qvel[:] = qpos, qvel
+        mujoco.mj_normalizeQuat(self.model, self.data.qpos)
+        mujoco.mj_forward(self.model, self.data)
+
+    def observe(self) -> np.ndarray:
+        return np.concatenate([self.data.qpos, self.data.qvel])
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.act(np.clip(action, -1, 1))
+        mujoco.mj_step(self.model, self.data, nstep=self.frames)
+        there = math.dist(self.data.qpos[:2], self.goal) <= 0.5
+        return self.observe(), float(there), there and self.ends, False, {}
+
+
+class Maze2D(Maze):
+    """A ball pushed by a force, 100 Hz; the goal stays and the episode goes on. obs x, y, their velocities."""
+
+    xml = """<mujoco><option timestep="0.01" gravity="0 0 0" iterations="20"/>
+    <default><geom density="1000" margin="0.002" condim="1" friction="0.5 0.1 0.1"/></default>
+    <worldbody><body><geom size="0.1"/><joint name="x" type="slide" axis="1 0 0" damping="1"/>
+    <joint name="y" type="slide" axis="0 1 0" damping="1"/></body></worldbody>
+    <actuator><motor joint="x" gear="100"/><motor joint="y" gear="100"/></actuator></mujoco>"""
+
+    def __init__(self, size: str):
+        goal = {"umaze": (1, 1), "medium": (6, 6), "large": (7, 9)}[size]
+        super().__init__(size, ET.fromstring(self.xml), goal, (0.5, 0.2, 0.0))
+        self.goal = np.array(goal, float)  # like the start, 0.2 m off the middle of its cell on both axes
+
+    def place(self, cell: np.ndarray) -> np.ndarray:
+        return cell - 0.2
+
+    def start(self) -> tuple[np.ndarray, np.ndarray]:
+        cells = np.argwhere(~self.walls)
+        cell = cells[self.np_random.integers(len(cells))]
+        return cell + self.np_random.uniform(-0.1, 0.1, 2), 0.1 * self.np_random.standard_normal(2)
+
+    def act(self, action: np.ndarray) -> None:
+        self.data.qvel[:] = self.data.qvel.clip(-5, 5)
+        self.data.ctrl[:] = action
+
+
+class AntMaze(Maze):
+    """D4RL's ant, 10 Hz, torques of 30 N m; a new goal near the far cell at every reset, reaching it ends the episode.
+
+    obs 29: x, y, z, quaternion, 8 joints, then velocities; the goal is not in it.
+    """
+
+    frames, ends = 5, True
+
+    def __init__(self, size: str):
+        xml = ET.parse(Path(gym.__file__).parent / "envs" / "mujoco" / "assets" / "ant.xml").getroot()
+        xml.find("option").set("timestep", "0.02")
+        xml.find("default/geom").attrib.update(solref=".02 1", solimp=".8 .8 .01")
+        for motor in xml.iter("motor"):
+            motor.attrib.update(ctrlrange="-30 30", gear="1")
+        goal = {"umaze": (3, 1), "medium": (6, 6), "large": (7, 9)}[size]
+        super().__init__(size, xml, goal, (2.0, 1.0, 1.0))
+
+    def place(self, cell: np.ndarray) -> np.ndarray:
+        return 4.0 * (cell[::-1] - 1)  # the ant starts in cell (1, 1), which is (0, 0)
+
+    def start(self) -> tuple[np.ndarray, np.ndarray]:
+        draw, model = self.np_random, self.model
+        self.goal = self.goal_cell + draw.uniform(0, 1, 2) + draw.uniform(0, 0.5, 2)
+        return model.qpos0 + draw.uniform(-0.1, 0.1, model.nq), 0.1 * draw.standard_normal(model.nv)
+
+    def act(self, action: np.ndarray) -> None:
+        self.data.ctrl[:] = 30 * action
+
+
+def maze(kind: type[Maze], size: str, limit: int) -> gym.Env:
+    """Maze2D or AntMaze, "umaze", "medium" or "large", with D4RL's time limit in steps."""
+    return gym.wrappers.TimeLimit(kind(size), limit)
+
+
 def episode_seed(seed: int, purpose: str, episode: int) -> int:
     """Reset seed of one episode; `purpose` ("online", "eval", ...) keeps the streams apart.
 
@@ -199,19 +380,33 @@ def episode_seed(seed: int, purpose: str, episode: int) -> int:
     return int(np.random.SeedSequence([seed, *purpose.encode(), episode]).generate_state(1)[0])
 
 
-def simulate(env: gym.Env, obs: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """What a locomotion simulator says of raw obs (N, O), actions (N, A): next obs (N, O), rewards (N,).
+def simulate(
+    env: gym.Env, obs: np.ndarray, actions: np.ndarray, infos: dict[str, np.ndarray] | None = None
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """What the simulator says of raw obs (N, O), actions (N, A): next obs (N, O), rewards (N,).
 
-    The observation is qpos without x, then qvel (clipped to ±10 in Hopper and Walker2d); dynamics do not depend on x.
-    None for other environments, whose observations do not hold the state.
+    Locomotion: the observation is qpos without x, then qvel (clipped to ±10 in Hopper and Walker2d); dynamics do not
+    depend on x. Maze2D's is the whole state. Adroit: from `infos`, D4RL's arrays (N, ·) of the simulator's state. None
+    where the state is not known.
     """
     body = env.unwrapped
     env.reset(seed=0)
-    joints = body.model.nq - 1
-    if joints + body.model.nv != obs.shape[1]:
+    if hasattr(body, "_state_space"):  # of Adroit; relocate misplaces its ball when set
+        keys = list(body._state_space.spaces)
+        if not infos or set(keys) - set(infos) or "obj_pos" in keys:
+            return None
+        next_obs, rewards = np.empty_like(obs), np.empty(len(obs), dtype=np.float32)
+        for i, action in enumerate(actions):
+            body.set_env_state({k: infos[k][i].astype(np.float64) for k in keys})
+            next_obs[i] = body.step(action)[0]
+            rewards[i], _ = env.get_wrapper_attr("reward")()
+        return next_obs, rewards
+    hidden = 0 if isinstance(body, Maze2D) else 1
+    if not hasattr(body, "model") or body.model.nq - hidden + body.model.nv != obs.shape[1]:
         return None
+    joints = body.model.nq - hidden
     next_obs, rewards = np.empty_like(obs), np.empty(len(obs), dtype=np.float32)
     for i, (o, a) in enumerate(zip(obs.astype(np.float64), actions, strict=True)):
-        body.set_state(np.concatenate([[0.0], o[:joints]]), o[joints:])
+        body.set_state(np.concatenate([np.zeros(hidden), o[:joints]]), o[joints:])
         next_obs[i], rewards[i], *_ = body.step(np.clip(a, -1, 1))
     return next_obs, rewards

@@ -115,7 +115,7 @@ def hold(obs: torch.Tensor) -> torch.Tensor:
 # ---- 1: the table ----
 
 
-def test_the_table_is_d4rl_s_locomotion_and_adroit_tasks_frozen_lake_and_the_embedded_one():
+def test_the_table_is_d4rl_s_tasks_dual_s_and_the_embedded_one():
     names = {
         f"{robot}-{quality}-v2"
         for robot in ("hopper", "halfcheetah", "walker2d")
@@ -127,7 +127,14 @@ def test_the_table_is_d4rl_s_locomotion_and_adroit_tasks_frozen_lake_and_the_emb
     lakes = {
         f"frozenlake-{x}{y}" for x in ("4x4", "8x8") for y in ("", *(f"-slip-0.{k}" for k in range(1, 5)))
     }
-    assert set(data.TASKS) == names | hands | lakes | {"hopper-mini-v0"} and len(data.TASKS) == 38
+    mazes = {f"maze2d-{x}-v1" for x in ("umaze", "medium", "large")} | {
+        f"antmaze-{x}-v2"
+        for x in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
+    }
+    shifts = {"halfcheetah-friction-2.0", "halfcheetah-medium-replay-gravity-2.0", "hopper-friction-2.0"}
+    shifts |= {"hopper-kinematic-2.0", "walker2d-morphology-2.0"}
+    assert set(data.TASKS) == names | hands | lakes | mazes | shifts | {"hopper-mini-v0"}
+    assert len(data.TASKS) == 15 + 12 + 10 + 9 + 5 + 1
     assert all(name == task.name for name, task in data.TASKS.items())
     assert all(data.TASKS[name].limit == 1_000 for name in names | {"hopper-mini-v0"})
 
@@ -140,8 +147,8 @@ def test_rows_of_the_table_against_d4rl_s_published_files():
     assert (cheetah.obs_dim, cheetah.act_dim, cheetah.size, cheetah.rows) == (17, 6, 237_464_597, 1_000_000)
     walker = data.TASKS["walker2d-medium-expert-v2"]
     assert (walker.obs_dim, walker.act_dim, walker.size, walker.rows) == (17, 6, 462_197_079, 1_999_995)
-    hashes = [t.sha256 for t in data.TASKS.values() if t.sha256]
-    assert len(set(hashes)) == len(hashes) == 15 + 9 + 1 and all(len(h) == 64 for h in hashes)
+    hashes = {t.file: t.sha256 for t in data.TASKS.values() if t.sha256}.values()
+    assert len(set(hashes)) == len(hashes) == 15 + 9 + 5 + 1 and all(len(h) == 64 for h in hashes)
 
 
 def test_urls_and_paths(monkeypatch):
