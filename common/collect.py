@@ -1,28 +1,51 @@
-"""Make a locomotion dataset the way D4RL made its own, as HDF5 in D4RL's layout.
+"""Make a dataset the way D4RL made its own, as HDF5 in D4RL's layout or as a Minari dataset.
 
     python -m common.collect --env hopper --quality medium-replay --out hopper_medium_replay.hdf5
+    python -m common.collect --env maze2d-large --quality controller --rows 4000000 --out maze2d_large.hdf5
+    python -m common.collect --env door --quality expert --policy policies.npz --workers 8 --out door_expert.hdf5
+    python -m common.collect --env hopper-gravity-0.5 --quality medium --minari mine/hopper-light/medium-v0
 
-Protocol (read off the D4RL v2 files and their metadata):
+Environments: hopper, halfcheetah, walker2d, each also shifted (as in hopper-friction-2.0, data.get_task); pen, door,
+hammer, relocate; maze2d-umaze, -medium, -large. Protocol (read off D4RL's files, their metadata and its issues):
   random         uniform actions in the box
   medium/expert  sampled (not mean) actions of one SAC checkpoint; whole episodes appended, cut at exactly `rows`
   medium-replay  SAC's replay up to and including the medium checkpoint
   medium-expert  the medium rows up to their last finished episode, then the expert rows
+  controller     Maze2D: a PD controller follows waypoints from goal to goal (`segment`)
+With `--policy FILE` the sampled actions are those of a policy in a file (`read_policy`), and the quality is its level
+there; Adroit's expert is such a one. Without, SAC is trained, in locomotion only.
 SAC is rlkit's: 256-256 ReLU, tanh-Gaussian, lr 3e-4, γ 0.99, target rate 5e-3, automatic entropy, batch 256; 1,000
 steps first, then epochs of 1,000 environment steps followed by 1,000 gradient steps. A path that is still running at
 the end of an epoch is cut and flagged as a timeout, as in D4RL's replay files.
 
-`next_observations` is the true successor on every row. The files carry their recipe as attributes. They are not
-D4RL's files: runs on them are filed under the file's own name. Training resumes from `--work` after a kill.
+`next_observations` is the state after the step on every row. Adroit and Maze2D files have D4RL's `infos` too. The files
+carry their recipe as attributes. They are not D4RL's files: runs on them are filed under the file's own name.
+
+An episode of a roll-out depends on its number and the seed alone, so the rows do not depend on `--workers`;
+medium-replay and controller use one process. Training and roll-outs are taken up again from `--work` after a kill.
 """
 
+import hashlib
+import io
 import json
 import math
+import multiprocessing
 import os
+import re
+import shutil
+import signal
 import sys
+import threading
+import warnings
+import zipfile
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from functools import cache, partial
+from itertools import count, pairwise
 from pathlib import Path
-from typing import Literal
 
 import gymnasium as gym
 import h5py
@@ -34,29 +57,50 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import envs, run
+from common.data import Task, get_task, minari_folder, sha256_of
 
-ENV_IDS = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4"}
 MEDIUM_EPOCH = {
     "hopper": 400,
     "halfcheetah": 200,
     "walker2d": 300,
 }  # from the row counts of D4RL's replay files
 EXPERT_EPOCH = 1_000  # ours: D4RL's is unpublished; its full-replay files stop at 1e6 rows
+KEEP_EVERY = 50_000  # rows of a roll-out between two files in `--work`
 FIELDS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 
 
 @dataclass(frozen=True)
 class Args:
-    out: Path  # HDF5 file to write; an existing file is refused
-    env: Literal["hopper", "halfcheetah", "walker2d"] = "hopper"
-    quality: Literal["random", "medium", "medium-replay", "medium-expert", "expert"] = "medium-replay"
-    rows: int = (
-        1_000_000  # of each roll-out part; medium-replay: if there are more, episodes are thinned evenly
-    )
+    out: Path | None = None  # HDF5 file to write; an existing file is refused
+    minari: str | None = None  # or the id of a Minari dataset to write, as in mine/hopper/medium-v0
+    # robot, shifted robot (hopper-gravity-0.5), task of the hand (pen), or maze (maze2d-umaze)
+    env: str = "hopper"
+    # random, medium, medium-replay, medium-expert, expert, controller (maze2d); with --policy, a level of its file
+    quality: str = "medium-replay"
+    policy: Path | None = None  # npz FILE of the policy to roll out; without, SAC is trained
+    noisy: bool = False  # of the maze's controller: N(0, 0.5²) is added to its actions
+    # of each roll-out part; medium-replay: if there are more, episodes are thinned evenly
+    rows: int = 1_000_000
     epoch: int = 0  # SAC epoch of the checkpoint, 0 = D4RL's (medium qualities) or ours (expert)
     whole_episodes: bool = False  # never cut an episode, neither at the end of an epoch nor of the file
     seed: int = 0
-    work: Path = Path("runs/collect")  # SAC training state and checkpoints, reused by later calls
+    workers: int = 1  # processes of a roll-out
+    # SAC training, its checkpoints, unfinished roll-outs; used by later calls
+    work: Path = Path("runs/collect")
+
+
+def task_of(env: str) -> Task:
+    """The task whose environment and reference returns `--env` means; its data do not matter here."""
+    robots, shifts = "hopper|halfcheetah|walker2d", "friction|gravity|kinematic|morphology"
+    hands, sizes = "pen|door|hammer|relocate", "umaze|medium|large"
+    found = re.fullmatch(rf"({robots})(-(?:{shifts})-.+)?|(maze2d-(?:{sizes}))|({hands})", env)
+    if not found:
+        allowed = f"{robots}, each also with -<{shifts}>-<level>; {hands}; maze2d-<{sizes}>"
+        raise run.UsageError("--env", env, allowed.replace("|", ", "))
+    robot, shift, maze, hand = found.groups()
+    return get_task(
+        f"{robot}-medium-v2{shift or ''}" if robot else f"{maze}-v1" if maze else f"{hand}-human-v1"
+    )
 
 
 class Policy(nn.Module):
@@ -138,24 +182,33 @@ class SAC:
 def rollout(env: gym.Env, act, seed: int, max_steps: int = sys.maxsize) -> dict[str, np.ndarray]:
     """One episode as arrays of (T, ·), T <= max_steps; a cut at `max_steps` is flagged as a timeout.
 
-    A fall on the very last allowed step is stored as a timeout, not a terminal, as D4RL does.
+    A fall on the very last allowed step is stored as a timeout, not a terminal, as D4RL does. Adroit's have the
+    simulator's state before each step as `infos/...`.
     """
-    rows: list[tuple] = []
+    rows, states = [], []
+    state = getattr(env.unwrapped, "get_env_state", dict)
     obs, _ = env.reset(seed=seed)
     while True:
         action = np.asarray(act(obs), dtype=np.float32)
+        states.append({f"infos/{k}": v for k, v in state().items()})
         next_obs, reward, terminated, truncated, _ = env.step(action)
         timeout = truncated or (len(rows) + 1 == max_steps and not terminated)
         rows.append((obs, action, reward, next_obs, terminated and not timeout, timeout))
         obs = next_obs
         if terminated or timeout:
-            columns = zip(FIELDS, zip(*rows, strict=True), strict=True)
-            return {k: np.asarray(v, dtype=bool if k[0] == "t" else np.float32) for k, v in columns}
+            return columns_of(rows, states)
+
+
+def columns_of(rows: list[tuple], states: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Rows in the order of FIELDS, and the `infos` of each, as arrays (T, ·): float32, flags bool."""
+    columns = dict(zip(FIELDS, zip(*rows, strict=True), strict=True))
+    columns |= {k: [s[k] for s in states] for k in states[0]}
+    return {k: np.asarray(v, dtype=bool if k[0] == "t" else np.float32) for k, v in columns.items()}
 
 
 def concatenate(parts: list[dict[str, np.ndarray]], rows: int = sys.maxsize) -> dict[str, np.ndarray]:
     """The parts end to end, the first `rows` rows of them."""
-    return {k: np.concatenate([p[k] for p in parts])[:rows] for k in FIELDS}
+    return {k: np.concatenate([p[k] for p in parts])[:rows] for k in parts[0]}
 
 
 def whole(data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -228,44 +281,309 @@ def train_sac(args: Args, env: gym.Env, epoch: int) -> tuple[Policy, dict[str, n
     return sac.policy, concatenate(replay)
 
 
-def collect(args: Args) -> tuple[dict[str, np.ndarray], dict]:
-    """The dataset that `args` ask for, and what its attributes say of how it was made."""
-    env = envs.locomotion(ENV_IDS[args.env])
+# ---- roll-outs of a fixed policy ----
+
+
+def standard(kind: str, hidden: str, w: dict[str, np.ndarray]) -> dict:
+    """Weights (out, in) under their names in a policy file -> all that `sample` needs, float32."""
+    full = {
+        "mean": w.get("in_shift", w.get("obs_mean", 0.0)),
+        "std": w["in_scale"] + 1e-8 if "in_scale" in w else w.get("obs_std", 1.0),
+        "clip": w.get("obs_clip", np.inf),
+        "out_shift": w.get("out_shift", 0.0),
+        "out_scale": w.get("out_scale", 1.0),
+        **{k: w[k] for k in ("w0", "b0", "w1", "b1", "w2", "b2")},
+        "w_log_std": w["w_log_std"] if kind == "tanh_gaussian" else np.zeros_like(w["w2"]),
+        "b_log_std": w["b_log_std" if kind == "tanh_gaussian" else "log_std"],
+    }
+    return {"kind": kind, "hidden": hidden} | {k: np.asarray(v, np.float32) for k, v in full.items()}
+
+
+def weights(policy: Policy) -> dict:
+    """SAC's actor for `sample`."""
+    w0, b0, w1, b1, w2, b2 = (x.detach().numpy().copy() for x in policy.parameters())
+    a = len(b2) // 2
+    head = {"w2": w2[:a], "b2": b2[:a], "w_log_std": w2[a:], "b_log_std": b2[a:]}
+    return standard("tanh_gaussian", "relu", {"w0": w0, "b0": b0, "w1": w1, "b1": b1} | head)
+
+
+def sample(policy: dict, obs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One action (A,) in [-1, 1] for one obs (O,): a Gaussian whose mean has two hidden layers, squashed or clipped.
+
+    No BLAS: its sums depend on how many threads there are.
+    """
+    p, dot = policy, partial(np.einsum, "oi,i->o")
+    x = ((obs - p["mean"]) / p["std"]).clip(-p["clip"], p["clip"]).astype(np.float32)
+    for i in "01":
+        x = dot(p["w" + i], x) + p["b" + i]
+        x = np.tanh(x) if p["hidden"] == "tanh" else np.maximum(x, 0)
+    mean = (dot(p["w2"], x) + p["b2"]) * p["out_scale"] + p["out_shift"]
+    log_std = dot(p["w_log_std"], x) + p["b_log_std"]
+    noise = rng.standard_normal(len(mean))
+    if p["kind"] == "gaussian_clip":
+        return (mean + np.exp(log_std) * noise).clip(-1, 1)
+    return np.tanh(mean + np.exp(log_std.clip(-20, 2)) * noise)
+
+
+def read_policy(path: Path, task: Task, key: str) -> tuple[dict, dict]:
+    """The policy under `key` of an npz file, for `sample`; and where it is from.
+
+    Arrays `<key>/w0` (H, O), `b0`, `w1`, `b1`, `w2` (A, H), `b2`, and `meta_json`, bytes of JSON: {"kind": ...,
+    "hidden_activation": "tanh" or "relu"} for all keys or by key. Kinds: tanh_gaussian with `w_log_std` (A, H),
+    `b_log_std`; gaussian_clip with `log_std` (A,) and, if need be, `obs_mean`, `obs_std`, `obs_clip` or `in_shift`,
+    `in_scale`, `out_shift`, `out_scale`.
+    """
+
+    def refuse(got: str, allowed: str) -> run.UsageError:
+        return run.UsageError("--policy", f"{path} {got}", allowed)
+
+    try:
+        with np.load(path) as f:
+            facts = json.loads(f["meta_json"].tobytes())
+            there = sorted({k.rpartition("/")[0] for k in f.files} - {""})
+            w = {k[len(key) + 1 :]: f[k] for k in f.files if k.rpartition("/")[0] == key}
+        facts = facts.get(key, facts)
+        kind, hidden, made_in = (facts.get(k) for k in ("kind", "hidden_activation", "env"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as e:
+        reason = " ".join(str(e).split())[:100] or type(e).__name__
+        raise refuse(f"unreadable ({reason})", "an npz file of policies with their meta_json") from e
+    if not w:
+        raise refuse(f"without {key}", f"a --env and --quality it has: {', '.join(there)}")
+    if kind not in ("tanh_gaussian", "gaussian_clip") or hidden not in ("tanh", "relu"):
+        raise refuse(
+            f"of kind {kind}, {hidden}", "tanh_gaussian or gaussian_clip; hidden layers tanh or relu"
+        )
+    if made_in and made_in != (env_id := name_of(task.make())):
+        raise refuse(f"made in {made_in}", f"one made in {env_id}")
+    try:
+        policy = standard(kind, hidden, w)
+        action = sample(policy, np.zeros(task.obs_dim), np.random.default_rng(0))
+        fits = action.shape == (task.act_dim,) and all(np.isfinite(v).all() for v in w.values())
+    except (LookupError, ValueError, TypeError):
+        fits = False
+    if not fits:
+        allowed = f"finite arrays as {kind} needs them, obs {task.obs_dim}, actions {task.act_dim}"
+        raise refuse(f"with {', '.join(f'{k} {v.shape}' for k, v in w.items())}", allowed)
+    origin = {"policy_key": key, "policy_sha256": sha256_of(path), "policy_source": facts.get("source")}
+    return policy, origin
+
+
+@cache
+def _env(name: str) -> gym.Env:
+    return task_of(name).make()
+
+
+def episode(name: str, seed: int, purpose: str, policy: dict | None, i: int) -> dict[str, np.ndarray]:
+    """Episode `i` of `policy` (None: uniform) in the environment called `name`; depends on the arguments alone."""
+    env = _env(name)
     box = env.unwrapped.action_space  # ClipAction widens its own to the real line
-    rng = np.random.default_rng(args.seed)
-    used: dict[str, int] = {}
+    rng = np.random.default_rng(envs.episode_seed(seed, f"{purpose} actions", i))
+    act = (lambda obs: sample(policy, obs, rng)) if policy else (lambda _: rng.uniform(box.low, box.high))
+    return rollout(env, act, envs.episode_seed(seed, purpose, i))
 
-    def roll(act, purpose: str) -> dict[str, np.ndarray]:
-        parts, count, bar = [], 0, tqdm(total=args.rows, unit="row", desc=purpose)
-        while count < args.rows:
-            parts.append(rollout(env, act, envs.episode_seed(args.seed, purpose, len(parts))))
-            count += len(parts[-1]["rewards"])
-            bar.update(len(parts[-1]["rewards"]))
-        data = concatenate(parts, args.rows)
-        return whole(data) if args.whole_episodes else data
 
-    def policy_of(level: str) -> Policy:
-        used[level] = args.epoch or (MEDIUM_EPOCH[args.env] if level == "medium" else EXPERT_EPOCH)
-        policy, _ = train_sac(args, env, used[level])
-        torch.manual_seed(args.seed + 1)
-        return policy
+def _begin_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it even if it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
-    if args.quality == "random":
-        data = roll(lambda _: rng.uniform(box.low, box.high), "random")
+
+def episodes(args: Args, purpose: str, policy: dict | None, first: int) -> Iterator[dict[str, np.ndarray]]:
+    """Episodes number `first`, `first` + 1, ... in this order, computed by `args.workers` processes."""
+    job = partial(episode, args.env, args.seed, purpose, policy)
+    if args.workers == 1:
+        yield from map(job, count(first))
+    pool = ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), _begin_worker)
+    try:
+        ahead = first + 2 * args.workers
+        waiting = deque(pool.submit(job, i) for i in range(first, ahead))
+        for i in count(ahead):
+            yield waiting.popleft().result()
+            waiting.append(pool.submit(job, i))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def route(walls: np.ndarray, start: tuple[int, int], goal: tuple[int, int]) -> list[tuple[int, int]]:
+    """Cells of a shortest path through walls (rows, columns), without `start`, with `goal`."""
+    toward, queue = {goal: goal}, deque([goal])
+    while queue:
+        i, j = queue.popleft()
+        for cell in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
+            if not walls[cell] and cell not in toward:
+                toward[cell] = (i, j)
+                queue.append(cell)
+    path = [toward[start]]
+    while path[-1] != goal:
+        path.append(toward[path[-1]])
+    return path
+
+
+def segment(
+    env: envs.Maze2D, limit: int, noisy: bool, seed: int, before: dict | None
+) -> dict[str, np.ndarray]:
+    """The way to one random goal, as D4RL's controller goes it, from where the rows `before` left the ball.
+
+    It steers at one waypoint after the other, each a cell (row, column) less U(0, 0.2) m on both axes; on arrival, or
+    after `limit` steps, a timeout is flagged and a new goal drawn. Three things are D4RL's, intended or not: the first
+    row sees, and stores, the observation that the last row already had (its `next_observations` and `infos` are the
+    simulator's); the reward is that of the maze's own goal; and it belongs to the observation before the step.
+    """
+    first, _ = env.reset(seed=seed)  # also forgets the contacts: what follows depends on the arguments alone
+    rng, seen = env.np_random, first
+    if before is not None:
+        seen, now = before["observations"][-1], np.float64(before["next_observations"][-1])
+        env.set_state(now[:2], now[2:])
+    free = np.argwhere(~env.walls)
+    goal = free[rng.integers(len(free))] + rng.uniform(-0.1, 0.1, 2)
+    target = np.round(goal).astype(int)
+    last = start = free[np.square(free - seen[:2]).sum(1).argmin()]
+    path = [np.array(cell) for cell in route(env.walls, tuple(start.tolist()), tuple(target.tolist()))]
+    waypoints = deque([*(cell - rng.uniform(0, 0.2, 2) for cell in path[:-1]), target])
+    rows, states, over = [], [], False
+    while not over:
+        place, speed = seen[:2], seen[2:]
+        slow = math.dist(place, last) < 0.1
+        there = slow and math.dist(place, target) < 0.1
+        aim = target if there else waypoints[0]
+        action = (10 * (aim - place) - speed).clip(-1, 1)
+        if slow and len(waypoints) > 1 and math.dist(place, aim) < 0.1:
+            waypoints.popleft()
+        if noisy:
+            action = (action + 0.5 * rng.standard_normal(2)).clip(-1, 1)
+        over, last = there or len(rows) == limit, place
+        states.append(
+            {"infos/goal": goal, "infos/qpos": env.data.qpos.copy(), "infos/qvel": env.data.qvel.copy()}
+        )
+        next_obs, *_ = env.step(np.float32(action))
+        rows.append((seen, action, math.dist(place, env.goal) <= 0.5, next_obs, False, over))
+        seen = next_obs
+    return columns_of(rows, states)
+
+
+def segments(args: Args, task: Task, first: int, before: dict | None) -> Iterator[dict[str, np.ndarray]]:
+    """The controller's ways number `first`, `first` + 1, ...; `before` ends with the last row of the one before."""
+    env = task.make().unwrapped
+    for i in count(first):
+        seed = envs.episode_seed(args.seed, "controller", i)
+        before = segment(env, task.limit, args.noisy, seed, before)
+        yield before
+
+
+def roll(
+    args: Args, task: Task, purpose: str, policy: dict | None = None
+) -> tuple[dict[str, np.ndarray], Path]:
+    """Episodes 0, 1, 2, ... end to end, cut at exactly `args.rows`; and the folder in which they are kept meanwhile.
+
+    A file there has the episodes from the one it is named after on. What they depend on names the folder.
+    """
+    facts = repr((args.env, purpose, args.seed, args.noisy, versions())).encode()
+    digest = hashlib.sha256(
+        facts + b"".join(np.asarray(v).tobytes() for v in (policy or {}).values())
+    ).hexdigest()
+    folder = args.work / args.env / f"{purpose}-{digest[:12]}"
+    parts, fresh, finished, rows = [], [], 0, 0
+    while rows < args.rows and (path := folder / f"{finished}.npz").exists():
+        with np.load(path) as f:
+            parts.append({k: f[k] for k in f.files})
+        finished += int((parts[-1]["terminals"] | parts[-1]["timeouts"]).sum())
+        rows += len(parts[-1]["rewards"])
+    stored = rows
+    if purpose == "controller":
+        source = segments(args, task, finished, parts[-1] if parts else None)
+    else:
+        source = episodes(args, purpose, policy, finished)
+    with (
+        closing(source),
+        tqdm(total=args.rows, initial=min(rows, args.rows), unit="row", desc=purpose) as bar,
+    ):
+        while rows < args.rows:
+            fresh.append(next(source))
+            bar.update(min(len(fresh[-1]["rewards"]), args.rows - rows))
+            rows += len(fresh[-1]["rewards"])
+            if rows - stored >= KEEP_EVERY:
+                parts.append(concatenate(fresh))
+                np.savez(content := io.BytesIO(), **parts[-1])
+                folder.mkdir(parents=True, exist_ok=True)
+                run.write_atomically(content.getbuffer(), folder / f"{finished}.npz")
+                finished, stored, fresh = finished + len(fresh), rows, []
+    data = concatenate(parts + fresh, args.rows)
+    return whole(data) if args.whole_episodes else data, folder
+
+
+# ---- the dataset ----
+
+
+def plan(args: Args) -> tuple[Task, dict[str, dict], dict]:
+    """The task; by level, the policies of `--policy`, and their origin. Raises UsageError for what does not fit."""
+    task, robot, quality = task_of(args.env), args.env.split("-")[0], args.quality
+    if (args.out is None) == (args.minari is None):
+        raise run.UsageError("--out, --minari", f"{args.out}, {args.minari}", "exactly one of the two")
+    if args.out and args.out.exists():
+        raise run.UsageError("out", args.out, "a file that does not exist yet")
+    if args.minari is not None:
+        from minari.dataset.minari_dataset import DATASET_ID_RE  # half a second, for those who ask for it
+
+        if not DATASET_ID_RE.fullmatch(args.minari) or (minari_folder() / args.minari).exists():
+            allowed = f"an id as in mine/hopper/medium-v0 that is not in {minari_folder()} yet"
+            raise run.UsageError("--minari", args.minari, allowed)
+    if args.rows < 1 or args.workers < 1 or args.epoch < 0 or args.seed < 0:
+        got = (args.rows, args.workers, args.epoch, args.seed)
+        raise run.UsageError("rows, workers, epoch, seed", got, "rows and workers >= 1, others >= 0")
+    if args.epoch and (args.policy or quality == "medium-expert"):
+        allowed = "0 with --policy, and with --quality medium-expert (it has two checkpoints)"
+        raise run.UsageError("epoch", args.epoch, allowed)
+    if args.noisy and quality != "controller":
+        raise run.UsageError("--noisy", f"--quality {quality}", "the controller of maze2d")
+    trained = ("medium", "medium-replay", "medium-expert", "expert") if robot in MEDIUM_EPOCH else ()
+    if args.policy is None:
+        known = ("random", "controller") if robot == "maze2d" else ("random", *trained)
+        if quality not in known:
+            more = "; another one with --policy" if robot != "maze2d" else ""
+            raise run.UsageError("--quality", f"{quality} for {args.env}", ", ".join(known) + more)
+        return task, {}, {}
+    if robot == "maze2d" or quality in ("random", "medium-replay", "controller"):
+        raise run.UsageError("--policy", f"{args.policy} for {args.env} {quality}", "none for it")
+    if not trained and quality != "expert":
+        raise run.UsageError("--quality", f"{quality} for {args.env} with --policy", "expert")
+    policies, origins = {}, {}
+    for level in ("medium", "expert") if quality == "medium-expert" else (quality,):
+        key = f"{robot}/{level}" if trained else robot
+        policies[level], origins[level] = read_policy(args.policy, task, key)
+    return task, policies, {"policies": origins}
+
+
+def collect(
+    args: Args, task: Task, policies: dict[str, dict]
+) -> tuple[dict[str, np.ndarray], dict, list[Path]]:
+    """The dataset that `args` ask for, what its attributes say of its making, and the folders it leaves behind."""
+    used, folders = {}, []
+
+    def rolled(purpose: str, policy: dict | None = None) -> dict[str, np.ndarray]:
+        data, folder = roll(args, task, purpose, policy)
+        folders.append(folder)
+        return data
+
+    def trained(level: str) -> tuple[Policy, dict[str, np.ndarray]]:
+        first_choice = MEDIUM_EPOCH[args.env.split("-")[0]] if level == "medium" else EXPERT_EPOCH
+        used[level] = args.epoch or first_choice
+        return train_sac(args, task.make(), used[level])
+
+    def policy_of(level: str) -> dict:
+        return policies.get(level) or weights(trained(level)[0])
+
+    if args.quality in ("random", "controller"):
+        data = rolled(args.quality)
     elif args.quality == "medium-replay":
-        used["medium"] = args.epoch or MEDIUM_EPOCH[args.env]
-        _, data = train_sac(args, env, used["medium"])
+        _, data = trained("medium")
         data = thin(whole(data) if args.whole_episodes else data, args.rows)
     elif args.quality == "medium-expert":
-        if args.epoch:
-            raise run.UsageError(
-                "epoch", args.epoch, "0 with --quality medium-expert (it has two checkpoints)"
-            )
-        medium = whole(roll(policy_of("medium").act, "medium"))
-        data = concatenate([medium, roll(policy_of("expert").act, "expert")])
+        medium = whole(rolled("medium", policy_of("medium")))
+        data = concatenate([medium, rolled("expert", policy_of("expert"))])
     else:
-        data = roll(policy_of(args.quality).act, args.quality)
-    return data, {"sac_epochs": used}
+        data = rolled(args.quality, policy_of(args.quality))
+    return data, {"sac_epochs": used}, folders
 
 
 def frozen_lake(path: Path, slip: float = 0.1, seed: int = 0) -> None:
@@ -300,26 +618,74 @@ def write(path: Path, data: dict[str, np.ndarray], attributes: dict) -> None:
     """`data` as HDF5 in D4RL's layout; written aside, then renamed."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with h5py.File(part, "w") as f:
-        for k in FIELDS:
-            f.create_dataset(k, data=data[k], compression="gzip", compression_opts=9, shuffle=True)
+        for k, v in data.items():
+            f.create_dataset(k, data=v, compression="gzip", compression_opts=9, shuffle=True)
         f.attrs.update(attributes)
     part.replace(path)
 
 
+def write_minari(name: str, args: Args, task: Task, data: dict[str, np.ndarray], attributes: dict) -> None:
+    """`data` as a Minari dataset with D4RL's reference returns, and its environment if that is Gymnasium's own.
+
+    Elsewhere (D4RL's Adroit, Maze2D, shifted dynamics) Minari could only recover another one: it gets the spaces.
+    """
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    stops, buffers = np.flatnonzero(data["terminals"] | data["timeouts"]) + 1, []
+    for rows in np.split(np.arange(len(data["rewards"])), stops):
+        if len(rows):
+            obs, acts, rewards, next_obs, terminals, timeouts = (data[k][rows] for k in FIELDS)
+            timeouts[-1] |= not terminals[-1]  # the last episode, if the file's end cuts it
+            buffers.append(
+                EpisodeBuffer(
+                    id=len(buffers), observations=np.concatenate([obs, next_obs[-1:]]), actions=acts,
+                    rewards=rewards, terminations=terminals, truncations=timeouts,
+                )
+            )  # fmt: skip
+    known = {
+        "observation_space": gym.spaces.Box(-np.inf, np.inf, (task.obs_dim,), np.float32),
+        "action_space": gym.spaces.Box(-1, 1, (task.act_dim,), np.float32),
+    }
+    if args.env in MEDIUM_EPOCH:
+        known = {"env": attributes["env_id"]}
+    description = "; ".join(f"{k}: {v}" for k, v in attributes.items())
+    scores = {"ref_min_score": task.ref_min, "ref_max_score": task.ref_max}
+    with envs.quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about authors and links
+        try:
+            written = minari.create_dataset_from_buffers(
+                name, buffers, algorithm_name=args.quality, description=description, **known
+            )
+            written.storage.update_metadata(
+                scores
+            )  # as an argument it is dropped where there is no environment
+        except BaseException:
+            shutil.rmtree(minari_folder() / name, ignore_errors=True)
+            raise
+
+
+def versions() -> dict[str, str]:
+    return {m.__name__: m.__version__ for m in (gym, mujoco, torch, np)}
+
+
+def name_of(env: gym.Env) -> str:
+    """Gymnasium's id, or the class of an environment of ours."""
+    body = env.unwrapped
+    return body.spec.id if body.spec else type(body).__name__
+
+
 def main(args: Args) -> dict[str, float]:
     """Collect, write, and print what the file holds."""
-    if args.out.exists():
-        raise run.UsageError("out", args.out, "a file that does not exist yet")
-    if args.rows < 1 or args.epoch < 0 or args.seed < 0:
-        raise run.UsageError(
-            "rows, epoch, seed", (args.rows, args.epoch, args.seed), "rows >= 1, others >= 0"
-        )
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise run.UsageError("out", args.out, f"a file in a folder that can be made ({e.strerror})") from e
+    task, policies, origins = plan(args)
+    if args.out:
+        try:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            allowed = f"a file in a folder that can be made ({e.strerror})"
+            raise run.UsageError("out", args.out, allowed) from e
     torch.set_num_threads(1)
-    data, recipe = collect(args)
+    data, recipe, folders = collect(args, task, policies)
     if not len(data["rewards"]):
         raise run.UsageError("rows", args.rows, "room for at least one whole episode")
     ends = np.flatnonzero(data["terminals"] | data["timeouts"]) + 1
@@ -332,26 +698,29 @@ def main(args: Args) -> dict[str, float]:
         "return_mean": float(returns.mean()) if len(ends) else float("nan"),
         "return_max": float(returns.max()) if len(ends) else float("nan"),
     }
-    settings = {k: str(v) for k, v in asdict(args).items() if k not in ("out", "work")}
+    kept_out = ("out", "minari", "work", "workers")  # the rows do not depend on them
+    settings = {k: str(v) for k, v in asdict(args).items() if k not in kept_out and v is not None}
+    if args.policy:
+        settings["policy"] = args.policy.name
     flags = [
         f"--{k.replace('_', '-')}" + ("" if v == "True" else f" {v}")
         for k, v in settings.items()
         if v != "False"
     ]
-    made_by = " ".join(["python -m common.collect", *flags])
-    versions = {m.__name__: m.__version__ for m in (gym, mujoco, torch, np)}
-    write(
-        args.out,
-        data,
-        {
-            "made_by": made_by,
-            "env_id": ENV_IDS[args.env],
-            "recipe": json.dumps(settings | recipe | stats),
-            "versions": json.dumps(versions),
-        },
-    )
+    attributes = {
+        "made_by": " ".join(["python -m common.collect", *flags]),
+        "env_id": name_of(task.make()),
+        "recipe": json.dumps(settings | recipe | origins | stats),
+        "versions": json.dumps(versions()),
+    }
+    if args.out:
+        write(args.out, data, attributes)
+    else:
+        write_minari(args.minari, args, task, data, attributes)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
     print(
-        f"{args.out}: "
+        f"{args.out or args.minari}: "
         + ", ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in stats.items())
     )
     return {k: float(v) for k, v in stats.items()}

@@ -261,9 +261,15 @@ def _minari(name: str) -> Task:
         import minari  # half a second, for those who ask for it
 
         source = minari.load_dataset(name, download=True)
+        if source.env_spec is None:
+            raise UsageError(
+                "--env", f"{name}, a dataset without environment", "one with its environment's spec"
+            )
         make = partial(envs.flat, source.recover_environment, eval_env=True)
         env = make()
         facts = source.storage.metadata
+    except UsageError:
+        raise
     except Exception as e:  # its own errors, and those of whatever it fetches with
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:160]
         allowed = f"a Minari id that is in {minari_folder()} or can be fetched ({reason})"

@@ -1,0 +1,50 @@
+"""Every algorithm on one task of each domain, with the presets that `--env` alone selects and tiny sizes."""
+
+import math
+
+import numpy as np
+import pytest
+from conftest import FILES, TINY, module
+
+from common import collect, data, run
+
+TASKS = {  # what of the task a run must have met: obs, act
+    "door-human-v1": (39, 28),
+    "maze2d-umaze-v1": (4, 2),
+    "antmaze-umaze-v2": (29, 8),
+    "walker2d-medium-v2-gravity-2.0": (17, 6),
+    "frozenlake-4x4": (16, 4),
+}
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """600 rows of random actions in each task's environment, episodes of at most 60, some of them with a reward."""
+    folder, paths = tmp_path_factory.mktemp("domains"), {}
+    for name, (_, act_dim) in TASKS.items():
+        env, rng, parts = data.make_env(data.get_task(name)), np.random.default_rng(0), []
+        while sum(len(x["rewards"]) for x in parts) < 600:
+            part = collect.rollout(env, lambda _, n=act_dim, rng=rng: rng.uniform(-1, 1, n), len(parts), 60)
+            if "maze" in name and len(parts) % 3 == 0:  # random ants and balls reach no goal
+                part["rewards"][-1] = 1
+                part["terminals"][-1] = name.startswith("antmaze")
+                part["timeouts"][-1] = not part["terminals"][-1]
+            parts.append(part)
+        paths[name] = folder / f"{name}.hdf5"
+        collect.write(paths[name], collect.concatenate(parts, 600), {})
+    return paths
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("stem", FILES)
+def test_every_file_trains_on_every_domain(stem, name, files, tmp_path):
+    """100 steps offline, 100 online; finite scores; the losses of the last line are finite too."""
+    algorithm = module(stem)
+    known = {k: v for k, v in TINY.items() if k in algorithm.Args.__dataclass_fields__}
+    sizes = dict(offline_steps=100, online_steps=100, warmup_steps=20, eval_every=100, eval_episodes=1)
+    sizes |= {k: 40 for k in ("regenerate_every", "laplace_every") if k in known}
+    args = run.with_presets(algorithm.Args, algorithm.ENV_PRESETS, name, **known | sizes, dataset=files[name],
+                            out_dir=tmp_path)  # fmt: skip
+    result = algorithm.train(args)
+    assert all(math.isfinite(v) for v in result.values())
+    assert (tmp_path / stem / f"{name}@{name}" / "seed0" / "final.json").exists()
