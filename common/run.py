@@ -42,7 +42,7 @@ NOT_COMPARED = {"device", "compile", "out_dir", "wandb", "overwrite", "dataset"}
 LIMITS = {  # setting -> (least, most) allowed, "(" at an end excludes it; every numeric setting has a row
     "seed": "[0, inf)", "offline_steps": "[0, inf)", "online_steps": "[0, inf)", "batch_size": "[2, inf)",
     "gamma": "[0, 1]", "polyak": "(0, 1]", "expectile": "(0, 1)", "inv_temp": "[0, inf)", "lr": "(0, inf)",
-    "hidden": "[1, inf)", "dropout": "[0, 1)", "warmup_steps": "[0, inf)", "utd": "[1, inf)", "offline_frac": "(0, 1)",
+    "hidden": "[1, inf)", "dropout": "[0, 1)", "warmup_steps": "[0, inf)", "utd": "[1, inf)", "offline_frac": "[0, 1)",
     "eval_every": "[1, inf)", "eval_episodes": "[1, inf)",
     "policy_lr": "(0, inf)", "critic_lr": "(0, inf)", "critic_layers": "[1, inf)", "target_gap": "(-inf, inf)",
     "cql_weight": "[0, inf)", "cql_weight_online": "[0, inf)", "cql_n_actions": "[1, inf)",
@@ -63,6 +63,11 @@ LIMITS = {  # setting -> (least, most) allowed, "(" at an end excludes it; every
     "p_dr": "(0, 1]", "p_curi": "(0, 1]", "beta_dr": "[0, inf)", "beta_curi": "[0, inf)", "scorer_hidden": "[1, inf)",
     "scorer_lr": "(0, inf)", "scorer_batch": "[1, inf)", "noising_scale": "(0, 1]", "guidance_eta": "[-1, inf)",
     "amplification": "[0, inf)", "condition_dropout": "[0, 1]",
+    "horizon": "[1, inf)", "planner_steps": "[0, inf)", "planner_batch": "[1, inf)", "planner_lr": "(0, inf)",
+    "planner_width": "[1, inf)", "planner_blocks": "[0, inf)", "teacher_steps": "[1, inf)",
+    "distill_steps": "[1, inf)", "halving_steps": "[1, inf)", "bc_coef": "[0, inf)", "shift_weight": "[0, inf)",
+    "laplace_draws": "[1, inf)", "laplace_every": "[1, inf)", "laplace_rows": "[1, inf)", "laplace_std": "[0, inf)",
+    "laplace_prior": "(0, inf)",
 }  # fmt: skip
 
 
@@ -522,6 +527,7 @@ class Run:
             "offline_score": self.scores["offline"][-1],
             "final_score": (online or self.scores["offline"])[-1],
             "score_last4": float(np.mean((online or self.scores["offline"])[-4:])),
+            "score_online_mean": float(np.mean(online or self.scores["offline"][-1:])),
             **{f"{k}_seconds": round(v, 1) for k, v in self.seconds.items()},
         }
         self._write_rows()
