@@ -182,7 +182,7 @@ OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the datase
 )  # fmt: skip
 
 
-# --- shared: calql.networks ---
+# --- shared: calql.critics ---
 def orthogonal(
     sizes: tuple[int, ...], gains: list[float], copies: int
 ) -> tuple[nn.ParameterList, nn.ParameterList]:
@@ -194,6 +194,25 @@ def orthogonal(
     return nn.ParameterList(weights), nn.ParameterList([torch.zeros(copies, 1, o) for o in sizes[1:]])
 
 
+class DeepTwinQ(nn.Module):
+    """Two critics as stacked weights, one batched matmul per layer: obs (B, O), actions (B, A) -> (2, B).  [CORL]"""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int, layers: int):
+        super().__init__()
+        gains = [math.sqrt(2)] * layers + [1e-2]  # D6
+        self.weight, self.bias = orthogonal((obs_dim + act_dim, *[hidden] * layers, 1), gains, 2)
+
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([obs, actions], -1).expand(2, -1, -1)
+        for weight, bias in zip(self.weight[:-1], self.bias[:-1], strict=True):
+            x = F.relu(torch.baddbmm(bias, x, weight))
+        return torch.baddbmm(self.bias[-1], x, self.weight[-1]).squeeze(-1)
+
+
+# --- end shared: calql.critics ---
+
+
+# --- shared: calql.actor ---
 class TanhGaussianActor(nn.Module):
     """π(a|s) = tanh N(mean(s), σ(s)²): obs (B, O) -> mean, log_std (B, A), before the squash.  [CORL]
 
@@ -214,21 +233,28 @@ class TanhGaussianActor(nn.Module):
         return mean, (self.log_std_scale * log_std + self.log_std_offset).clamp(-20.0, 2.0)
 
 
-class DeepTwinQ(nn.Module):
-    """Two critics as stacked weights, one batched matmul per layer: obs (B, O), actions (B, A) -> (2, B).  [CORL]"""
+def squash(
+    mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Action tanh(u), u = mean + σ · noise, and log π(action): all (..., A) -> (..., A), (...,).
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden: int, layers: int):
-        super().__init__()
-        gains = [math.sqrt(2)] * layers + [1e-2]  # D6
-        self.weight, self.bias = orthogonal((obs_dim + act_dim, *[hidden] * layers, 1), gains, 2)
-
-    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([obs, actions], -1).expand(2, -1, -1)
-        for weight, bias in zip(self.weight[:-1], self.bias[:-1], strict=True):
-            x = F.relu(torch.baddbmm(bias, x, weight))
-        return torch.baddbmm(self.bias[-1], x, self.weight[-1]).squeeze(-1)
+    log π = Σ log N(u) - log(1 - tanh² u), with log(1 - tanh² u) = 2 (ln 2 - u - softplus(-2u)).  [SAC App. C]
+    """
+    u = mean + log_std.exp() * noise
+    log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    return torch.tanh(u), (log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
 
 
+def squashed_log_prob(mean: torch.Tensor, log_std: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """log π(a) of given actions (B, A) -> (B,), clipped to ±0.99999 before atanh: D5."""
+    u = torch.atanh(actions.clamp(-0.99999, 0.99999))
+    return squash(mean, log_std, (u - mean) * (-log_std).exp())[1]
+
+
+# --- end shared: calql.actor ---
+
+
+# --- shared: calql.networks ---
 def make_calql_nets(obs_dim: int, act_dim: int, hidden: int, critic_layers: int) -> nn.ModuleDict:
     """actor, qf, q_target (a frozen copy of qf), and log_alpha, log_alpha_prime as parameters of `weights`."""
     nets = nn.ModuleDict(
@@ -248,24 +274,6 @@ def make_calql_nets(obs_dim: int, act_dim: int, hidden: int, critic_layers: int)
 
 
 # --- shared: calql.losses ---
-def squash(
-    mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Action tanh(u), u = mean + σ · noise, and log π(action): all (..., A) -> (..., A), (...,).
-
-    log π = Σ log N(u) - log(1 - tanh² u), with log(1 - tanh² u) = 2 (ln 2 - u - softplus(-2u)).  [SAC App. C]
-    """
-    u = mean + log_std.exp() * noise
-    log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    return torch.tanh(u), (log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
-
-
-def squashed_log_prob(mean: torch.Tensor, log_std: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """log π(a) of given actions (B, A) -> (B,), clipped to ±0.99999 before atanh: D5."""
-    u = torch.atanh(actions.clamp(-0.99999, 0.99999))
-    return squash(mean, log_std, (u - mean) * (-log_std).exp())[1]
-
-
 def q_of_many(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
     """Q of M actions per state in one evaluation: obs (B, O), actions (B, M, A) -> (2, B, M)."""
     rows, many, _ = actions.shape
@@ -298,6 +306,13 @@ def frozen_q(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.T
     """qf(obs, actions) (2, B) with gradients to the actions but none to the critic."""
     weights = {k: p.detach() for k, p in qf.named_parameters()}
     return torch.func.functional_call(qf, weights, (obs, actions))
+
+
+def draw_noise(rows: int, act_dim: int, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uniform actions (B, n, A) and N(0, I) (B, 3n + 1, A) for π(s), π(s'), the backup, the actor's own."""
+    return torch.rand(rows, n, act_dim, device=device) * 2 - 1, torch.randn(
+        rows, 3 * n + 1, act_dim, device=device
+    )
 
 
 # --- end shared: calql.losses ---
@@ -336,13 +351,6 @@ def mc_returns(
 
 
 # --- shared: calql.training ---
-def draw_noise(rows: int, act_dim: int, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uniform actions (B, n, A) and N(0, I) (B, 3n + 1, A) for π(s), π(s'), the backup, the actor's own."""
-    return torch.rand(rows, n, act_dim, device=device) * 2 - 1, torch.randn(
-        rows, 3 * n + 1, act_dim, device=device
-    )
-
-
 def losses(
     nets: nn.ModuleDict,
     batch: Batch,
@@ -402,6 +410,10 @@ def losses(
     }
 
 
+# --- end shared: calql.training ---
+
+
+# --- shared: calql.update ---
 def update(nets: nn.ModuleDict, opt: torch.optim.Optimizer, loss: torch.Tensor, polyak: float) -> None:
     """One gradient step and the target update; nothing in here waits for the GPU."""
     opt.zero_grad(set_to_none=True)
@@ -421,7 +433,7 @@ def make_calql_optimizer(
     return torch.optim.Adam([policy, critic], fused=True, capturable=device.type == "cuda")
 
 
-# --- end shared: calql.training ---
+# --- end shared: calql.update ---
 
 
 # NEW: the diffusion model and what it generates. Outside the NEW parts this file is calql.py.

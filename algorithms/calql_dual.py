@@ -1,0 +1,1140 @@
+"""DUAL on Cal-QL: a distilled diffusion planner as actor, its last layer Bayesian, and both kinds of doubt explore.
+
+Paper    Bui, Jazbec, Nalisnick, Liu, "Efficient and Uncertainty-Aware Diffusion Framework for Offline-to-Online
+         Reinforcement Learning" (DUAL), arXiv 2605.30776v1; no code is public. Distillation: Salimans, Ho,
+         "Progressive Distillation", ICLR 2022, arXiv 2202.00512. Planner: Janner et al., "Diffuser", ICML 2022,
+         arXiv 2205.09991. Backbone: calql.py, line for line outside the NEW parts; the idea: dual.py.
+Symbols  τ window of H = horizon steps, each [a, s] | u noise level, angle φ = π u / 2 | z noised window | v what the
+         net predicts | T denoising steps | μ, σ actor | W last layer, f its features | G precision of a row of W |
+         K laplace_draws | λ shift_weight | d prediction error | P̂ transition | Q̂, Q, α, α_cql, α', R as in calql.py,
+         whose G is here `bound`
+Read     what calql.py has, but no tanh actor; then NEW: Windows to Planner, second_moment to time_acting as in dual.py;
+         boxed, dual_losses, posterior_weight; train
+Idea     dual.py's, on a critic that is pushed down where the dataset is not: the one-step plan's first action is the
+         mean of a Gaussian, which maximises Q and entropy, and whose actions are also those that Cal-QL pushes down.
+Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py (D5: no tanh here, so no clip before it).
+         Of the shared code, as in dual.py, which says more:
+         D50 v-prediction on the cosine schedule, not ε.
+         D51 unit noise, prior precision laplace_prior, and N_eff from laplace_std, not Eq. 6 literally.
+         D52 ŝ' is asked for with the executed action; --shift-from-plan is the cheap reading.
+         D53 caps: epistemic variance 0.25, λ d 1, per dimension of the action.
+         D54 --shift-floor subtracts the offline mean of d.
+         U50 planner network: residual MLP on the flattened window, one Linear last.
+         U51 horizon 4, AntMaze 32, stride 1; padding past an episode's end has no loss.
+         U52 32 -> 1 denoising steps, learning rates, average, steps per halving, shrunk noise.
+         U53 the known state (with probability 1/2 also the action) stands in the noised input, without loss.
+         U54 latent of the mean: zero; --latent sample draws it in training and acting, not in evaluation.
+         U55 σ: one free parameter per action, log in [-5, 0.5]; no squash, actions are clipped.
+         U56 posterior: K draws per fit, kept as offsets from W, which moves on; rows of dataset and own.
+         U57 d: mean square over the state's dimensions in units of their std; 0 on an episode's first step.
+         U58 P̂ is the student before RL, frozen.
+         U59 evaluation: mean of W itself, no noise, no shift.
+         U60 warm-up without updates; acting is DUAL's from the first step.
+         U61 no diffusion loss during RL; --bc-coef adds Eq. 3 on dataset windows to the actor.
+         Of this file:
+         U63 actor's loss: SAC's, as Cal-QL's, of a = μ + σ ξ. Q sees clip(a), straight-through, that is, outside the
+            box μ gets Q's gradient at the border; log π is that of a itself, without a Jacobian, also in the weights
+            of the regulariser; mean(relu(|μ| - 1)²) is added, with coefficient 1, which keeps μ near the box.
+         U64 Eq. 6 wants a weighted likelihood, which this loss is not, and raw Q, which may be negative, leaves G
+            indefinite: actions of the rows are weighed with exp((Q - V) / std), the exponent within ±5, V the mean Q of
+            4 actions of π, std over the rows of the fit (at least 1e-5 of |V|: a constant Q weighs all rows alike).
+         U65 a' in TD targets and in the regulariser have σ only: the epistemic part and the shift are for acting.
+Metrics  those of calql.py and of dual.py; policy/outside: mean of relu(|μ| - 1), large when U63's last term is weak;
+         policy/log_prob before the clip; log_std/mean.
+Run      python algorithms/calql_dual.py --env hopper-medium-v2 --seed 0
+         ablations as in dual.py: --horizon 1 --shift-weight 0 | --distill-steps 32 | --uq none | --uq latent |
+         --shift-weight 0 | --laplace-weights elbo | --time-acting
+         dual.py's planner, where the planner's settings and normalize_obs agree:
+         --from-planner runs/dual/hopper-medium-v2/seed0
+Cost     hopper-mini-v0: 4.3 CPU minutes beside other jobs. Published sizes want a GPU (not measured there).
+Fails    coefficient 1 in U63 is small beside Q of some hundreds: in hopper-mini-v0 |μ| is up to 0.75 beyond the box on
+         average, and its actions are at the border (policy/outside).
+"""
+
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from time import perf_counter
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import data, run
+from common.buffer import Batch, ReplayBuffer, mix
+
+
+@dataclass(frozen=True)
+class Args:
+    env: str = "hopper-medium-v2"  # task; every default below is the papers' value for locomotion
+    dataset: Path | None = None  # HDF5 file in D4RL layout instead of the task's own
+    seed: int = 0  # networks, batches, exploration and evaluation all derive from it
+    offline_steps: int = 1_000_000  # gradient steps [CORL]
+    online_steps: int = 1_000_000  # environment steps [CORL]
+    from_offline: Path | None = None  # run directory (or its offline.pt) to take the offline phase from
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it works
+    compile: bool | None = None  # compile and capture the gradient step; default: on for cuda, off for cpu
+    out_dir: Path = Path("runs")  # the run lives in <out-dir>/<file>/<env>/seed<seed>
+    overwrite: bool = False  # start anew instead of resuming
+    wandb: bool = False  # also log to Weights & Biases
+    eval_every: int = 5_000  # steps of the running phase [CORL]
+    eval_episodes: int = 10  # [CORL]
+    # Cal-QL
+    batch_size: int = 256  # transitions [DARE Table 4]
+    gamma: float = 0.99  # discount [DARE Table 4]
+    polyak: float = 0.005  # share of qf copied into q_target at every gradient step [DARE Table 4]
+    policy_lr: float = 1e-4  # Adam, actor and entropy weight [DARE Table 4]
+    critic_lr: float = 3e-4  # Adam, critics and Lagrange multiplier [DARE Table 4]
+    hidden: int = 256  # width of the hidden layers [DARE Table 4]; the actor's is planner_width
+    critic_layers: int = 3  # hidden layers of each critic [DARE Table 4]
+    cql_weight: float = 10.0  # α_cql offline [DARE Table 4]
+    cql_weight_online: float = 10.0  # α_cql online [DARE Table 4]
+    cql_n_actions: int = 10  # of each of three kinds: uniform, π(s), π(s') [CORL]
+    cql_clip_min: float = -200.0  # least gap per row [DARE Table 4]
+    calibrate: bool = True  # off: CQL
+    calibrate_online: bool = False  # D3
+    lagrange: bool = False  # α' learned so that the gap meets target_gap [DARE Table 4]
+    target_gap: float = 0.8  # of the Lagrange variant [DARE Table 4, AntMaze]
+    max_target_backup: bool = False  # TD target from the best of cql_n_actions next actions [DARE Table 4]
+    normalize_obs: bool = True  # (obs - mean) / (std + 1e-3) of the dataset [DARE Table 4]
+    reward_scale: float = 1.0  # rewards in training: scale · r + bias [DARE Table 4]
+    reward_bias: float = 0.0  # added to rewards in training, after scaling [DARE Table 4]
+    sparse_reward: bool = False  # an episode that never succeeds fails for ever [DARE Table 4]
+    mc_tail: Literal["zero", "last"] = "zero"  # U2
+    # online
+    warmup_steps: int = 5_000  # environment steps without updates, counted in online_steps: D4, U60
+    utd: int = 1  # gradient steps per environment step
+    offline_frac: float = 0.5  # share of a batch from the dataset [CORL]
+    # NEW: planner and actor
+    from_planner: Path | None = None  # run directory (or its planner.pt) to take the planner from
+    horizon: int = 4  # H, steps of a window; 1 = no planner: U51
+    normalize_windows: bool = True  # states of windows in units of their std: U51
+    planner_steps: int = 500_000  # gradient steps: U52
+    planner_batch: int = 256  # windows: U52
+    planner_lr: float = 3e-4  # Adam, cosine to 0; in each halving linear to 0: U52
+    planner_width: int = 512  # of the residual blocks: U50
+    planner_blocks: int = 3  # residual blocks: U50
+    teacher_steps: int = 32  # denoising steps of the planner: U52
+    distill_steps: int = 1  # T, denoising steps of the actor; teacher_steps = no distillation: U52
+    halving_steps: int = 20_000  # gradient steps per halving, twice as many to 2 and 1 denoising steps: U52
+    eval_halvings: bool = False  # evaluate the clone of each halving's student
+    latent: Literal["zero", "sample"] = "zero"  # where the actor's plan starts: U54
+    bc_coef: float = 0.0  # weight of the planner's loss in the actor's: U61
+    # NEW: uncertainty
+    uq: Literal["laplace", "latent", "none"] = "laplace"  # what the K sub-policies differ in [Fig. 3c]
+    laplace_weights: Literal["actor", "elbo"] = "actor"  # likelihood of the posterior [Remark 3.3]
+    laplace_noise: Literal["unit", "sigma"] = "unit"  # std of the actions given W: D51
+    laplace_draws: int = 10  # K, sub-policies: U56
+    laplace_every: int = 5_000  # environment steps between fits: U56
+    laplace_rows: int = 50_000  # transitions of a fit, at most: U56
+    laplace_std: float = 0.1  # epistemic std on data that sets N_eff; 0 = N_eff is the sum of weights: D51
+    laplace_prior: float = 1.0  # τ0, prior precision of the last layer: D51
+    shift_weight: float = 0.5  # λ [Table 5]
+    shift_from_plan: bool = False  # next state of the plan instead of that of the executed action: D52
+    shift_floor: bool = False  # subtract the offline mean of d: D54
+    time_acting: bool = False  # only print milliseconds per action for 1, 2, 4, ... denoising steps [Table 4]
+
+
+ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
+    "antmaze-": dict(  # [DARE Table 4; episodes: CORL; horizon: U51]
+        critic_layers=5, cql_weight=5.0, cql_weight_online=5.0, lagrange=True, max_target_backup=True,
+        normalize_obs=False, reward_scale=10.0, reward_bias=-5.0, sparse_reward=True,
+        eval_every=10_000, eval_episodes=100, horizon=32,
+    ),
+    **{k: dict(cql_weight=1.0, cql_weight_online=1.0, max_target_backup=True, normalize_obs=False)
+       for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL, fine-tuning]
+    "maze2d-": dict(policy_lr=3e-5, lagrange=True, target_gap=5.0),  # [CORL, offline CQL]
+    "hopper-mini": dict(  # U1
+        offline_steps=8_000, online_steps=6_000, warmup_steps=2_000, hidden=64, batch_size=128,
+        policy_lr=3e-4, critic_lr=1e-3, polyak=0.02, cql_n_actions=4, cql_weight=5.0, cql_weight_online=5.0,
+        eval_every=2_000, planner_steps=3_000, planner_width=64, planner_blocks=1, planner_lr=1e-3,
+        halving_steps=300, laplace_every=1_000, laplace_rows=10_000,
+    ),
+}  # fmt: skip
+PLANNER_SETTINGS = (  # NEW: what a planner depends on, beside the dataset
+    "env", "horizon", "planner_steps", "planner_batch", "planner_lr", "planner_width", "planner_blocks",
+    "normalize_windows", "normalize_obs",
+)  # fmt: skip
+OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
+    "env", "offline_steps", "batch_size", "gamma", "polyak", "policy_lr", "critic_lr", "hidden", "critic_layers",
+    "cql_weight", "cql_n_actions", "cql_clip_min", "calibrate", "lagrange", "target_gap", "max_target_backup",
+    "normalize_obs", "reward_scale", "reward_bias", "sparse_reward", "mc_tail",
+    *PLANNER_SETTINGS[1:-1], "teacher_steps", "distill_steps", "halving_steps", "latent", "bc_coef",
+)  # fmt: skip
+
+
+# --- shared: calql.critics ---
+def orthogonal(
+    sizes: tuple[int, ...], gains: list[float], copies: int
+) -> tuple[nn.ParameterList, nn.ParameterList]:
+    """Weights (copies, in, out) orthogonal with the layer's gain, biases (copies, 1, out) zero.  [CORL]"""
+    weights = [torch.empty(copies, i, o) for i, o in pairwise(sizes)]
+    for weight, gain in zip(weights, gains, strict=True):
+        for k in range(copies):
+            nn.init.orthogonal_(weight[k], gain)
+    return nn.ParameterList(weights), nn.ParameterList([torch.zeros(copies, 1, o) for o in sizes[1:]])
+
+
+class DeepTwinQ(nn.Module):
+    """Two critics as stacked weights, one batched matmul per layer: obs (B, O), actions (B, A) -> (2, B).  [CORL]"""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int, layers: int):
+        super().__init__()
+        gains = [math.sqrt(2)] * layers + [1e-2]  # D6
+        self.weight, self.bias = orthogonal((obs_dim + act_dim, *[hidden] * layers, 1), gains, 2)
+
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([obs, actions], -1).expand(2, -1, -1)
+        for weight, bias in zip(self.weight[:-1], self.bias[:-1], strict=True):
+            x = F.relu(torch.baddbmm(bias, x, weight))
+        return torch.baddbmm(self.bias[-1], x, self.weight[-1]).squeeze(-1)
+
+
+# --- end shared: calql.critics ---
+
+
+# NEW: the planner, a diffusion over windows of actions and states; its distillation; the actor made of it
+# --- shared: dual.planner ---
+EMA_START, EMA_EVERY, EMA_DECAY = 2_000, 10, 0.995  # the planner's average; gradient steps [Diffuser]: U52
+SHRUNK = 0.25  # share of the last halving's pure noise that is shrunk: U52
+LOG_STD_MIN, LOG_STD_MAX, LOG_STD_START = -5.0, 0.5, -1.0  # U55
+COMPARED = 512  # windows on which student and teacher are compared
+
+
+class Windows:
+    """Windows of H = horizon steps [a, s] that start at a buffer's dataset rows, gathered on the device.  [Eq. 2]: U51
+
+    Actions as they are; states in units of their std (+ 1e-3) from their mean over the dataset as the agent sees it, or
+    as they are too.
+    """
+
+    def __init__(self, buffer: ReplayBuffer, ends: np.ndarray, horizon: int, normalize: bool = True):
+        """`buffer` holds the dataset; ends (N,) bool marks each episode's last row; the very last row is one anyway."""
+        device, n = buffer.table.device, len(ends)
+        stops = np.union1d(np.flatnonzero(ends), [n - 1])
+        last = stops[np.searchsorted(stops, np.arange(n))]  # of the row's episode
+        self.last = torch.from_numpy(last).to(device)
+        self.buffer, self.offsets = buffer, torch.arange(horizon, device=device)
+        self.rows = torch.tensor(n, device=device)
+        std, mean = torch.std_mean(buffer.obs.double(), 0, correction=0)
+        self.mean, self.std = mean.float(), std.float() + 1e-3
+        if not normalize:
+            self.mean, self.std = torch.zeros_like(self.mean), torch.ones_like(self.std)
+
+    def take(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those that start at rows `index` (B,): x (B, H, D), and what has a loss (B, H, D), 0 or 1."""
+        wanted, last = index[:, None] + self.offsets, self.last[index][:, None]
+        past = (wanted > last).flatten()[:, None]  # (B H, 1)
+        rows = self.buffer.take(torch.minimum(wanted, last).flatten())
+        states = (torch.where(past, rows.next_obs, rows.obs) - self.mean) / self.std
+        x = torch.cat([rows.actions.masked_fill(past, 0.0), states], 1)
+        mask = torch.cat([(~past).to(x).expand_as(rows.actions), torch.ones_like(states)], 1)
+        return x.view(*wanted.shape, -1), mask.view(*wanted.shape, -1)
+
+    def draw(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """n of them, uniform with replacement."""
+        return self.take(self.buffer.draw(n, self.rows))
+
+
+class PlannerNet(nn.Module):
+    """v(z, u): noised window z (B, H, D), noise level u (B,) or (1,), is its first action known (B,) -> (B, H, D).  U50
+
+    D = A + O, actions first. Holds the states' mean and std (O,), so that an actor made of it takes plain observations.
+    """
+
+    def __init__(
+        self, horizon: int, act_dim: int, mean: torch.Tensor, std: torch.Tensor, width: int, blocks: int
+    ):
+        super().__init__()
+        self.horizon, self.act_dim, self.row = horizon, act_dim, act_dim + len(mean)
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
+        self.register_buffer("frequencies", 1_000.0 ** (torch.arange(32) / 31))
+        self.inlet = nn.Linear(horizon * self.row + 1, width)
+        self.time = nn.Sequential(nn.Linear(64, 128), nn.Mish(), nn.Linear(128, width))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Mish(), nn.Linear(2 * width, width)
+            )
+            for _ in range(blocks)
+        )
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, horizon * self.row)
+
+    def normalize(self, obs: torch.Tensor) -> torch.Tensor:
+        """States as in windows: (..., O) -> (..., O)."""
+        return (obs - self.mean) / self.std
+
+    def features(self, z: torch.Tensor, u: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """What the last layer reads, (B, w)."""
+        angles = u[:, None] * self.frequencies
+        h = self.inlet(torch.cat([z.flatten(1), given[:, None]], 1))
+        h = h + self.time(torch.cat([angles.sin(), angles.cos()], 1))
+        for block in self.blocks:
+            h = h + block(h)
+        return self.norm(h)
+
+    def forward(self, z: torch.Tensor, u: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(z, u, given)).view(z.shape)
+
+
+def in_paint(z: torch.Tensor, first: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """z (B, H, D) with `first` (B, D) at row 0 where `known` (B, D) bool.  U53"""
+    return torch.cat([torch.where(known, first, z[:, 0])[:, None], z[:, 1:]], 1)
+
+
+def rotate(z: torch.Tensor, v: torch.Tensor, angle: float) -> torch.Tensor:
+    """One DDIM step by `angle`: cos z - sin v; from φ = angle it is the clean estimate.  [Salimans & Ho]"""
+    return math.cos(angle) * z - math.sin(angle) * v
+
+
+def unroll(
+    net: PlannerNet, z: torch.Tensor, first: torch.Tensor, known: torch.Tensor, steps: int, left: int = 0
+) -> torch.Tensor:
+    """The sampler of `steps` equal angles from noise z (B, H, D), but for the last `left`; in-paints around each."""
+    given, z = known[:, 0].to(z), in_paint(z, first, known)
+    for i in range(steps, left, -1):
+        v = net(z, z.new_full((1,), i / steps), given)
+        z = in_paint(rotate(z, v, 0.5 * math.pi / steps), first, known)
+    return z
+
+
+def noised(
+    x: torch.Tensor, u: torch.Tensor, eps: torch.Tensor, given: torch.Tensor, act_dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """z = cos φ x + sin φ ε in-painted, v = cos φ ε - sin φ x, and what of row 0 is known (B, D).  [Eq. 3]: D50
+
+    x (B, H, D), u (B,), given (B,) bool: the first action is known, as the first state always is: U53.
+    """
+    cos, sin = (f(0.5 * math.pi * u)[:, None, None] for f in (torch.cos, torch.sin))
+    known = (torch.arange(x.shape[2], device=x.device) >= act_dim) | given[:, None]
+    return in_paint(cos * x + sin * eps, x[:, 0], known), cos * eps - sin * x, known
+
+
+def masked_error(
+    got: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor, known: torch.Tensor
+) -> torch.Tensor:
+    """Mean of (got - wanted)² over what has a loss (mask, (B, H, D)) and is not in-painted (known, (B, D)) -> ()."""
+    mask = torch.cat([(mask[:, 0] * ~known)[:, None], mask[:, 1:]], 1)
+    return (mask * (got - wanted).square()).sum() / mask.sum().clamp(min=1)
+
+
+def planner_loss(net: PlannerNet, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """E (v̂(z, u) - v)² over windows x (B, H, D), u ~ U(0, 1], -> ().  [Eq. 3]: D50, U53"""
+    u = 1 - torch.rand(len(x), device=x.device)
+    given = torch.rand(len(x), device=x.device) < 0.5
+    z, v, known = noised(x, u, torch.randn_like(x), given, net.act_dim)
+    return masked_error(net(z, u, given.to(x)), v, mask, known)
+
+
+def distill_target(
+    teacher: PlannerNet,
+    z: torch.Tensor,
+    u: torch.Tensor,
+    first: torch.Tensor,
+    known: torch.Tensor,
+    steps: int,
+) -> torch.Tensor:
+    """The v that takes z at u in one step where the teacher gets in two of half the angle.  [Salimans & Ho]
+
+    v* = (cos 2δ z - z₂) / sin 2δ, δ = π / (4 steps); at steps = 1 it is -z₂. z (B, H, D), u (B,) -> (B, H, D).
+    """
+    given, delta = known[:, 0].to(z), 0.25 * math.pi / steps
+    z1 = in_paint(rotate(z, teacher(z, u, given), delta), first, known)
+    z2 = in_paint(rotate(z1, teacher(z1, u - 0.5 / steps, given), delta), first, known)
+    return (math.cos(2 * delta) * z - z2) / math.sin(2 * delta)
+
+
+def distill_loss(
+    net: PlannerNet, teacher: PlannerNet, x: torch.Tensor, mask: torch.Tensor, steps: int, shrink: bool
+) -> torch.Tensor:
+    """E (v̂(z, u) - v*)² over windows x (B, H, D), u uniform in {1/steps, ..., 1} -> ().  [§3.1; Salimans & Ho]: U52"""
+    i = torch.randint(1, steps + 1, (len(x),), device=x.device)
+    given = torch.rand(len(x), device=x.device) < 0.5
+    eps, u = torch.randn_like(x), i / steps
+    if shrink:
+        some = (i == steps) & (torch.rand(len(x), device=x.device) < SHRUNK)
+        eps = eps * torch.where(some, torch.rand(len(x), device=x.device), 1.0)[:, None, None]
+    z, _, known = noised(x, u, eps, given, net.act_dim)
+    with torch.no_grad():
+        target = distill_target(teacher, z, u, x[:, 0], known, steps)
+    return masked_error(net(z, u, given.to(x)), target, mask, known)
+
+
+class PlanActor(nn.Module):
+    """π(a|s) = N(μ(s), diag σ²), μ the T-step plan's first action: obs (B, O) -> μ (B, A), log σ (A,).  [Eq. 4]: U55
+
+    The last of the T steps is affine in the net's last layer: with f1 = -sin δ [f, 1] and W the layer with its biases,
+    plan = base + f1 Wᵀ. Frozen, it also is the transition model: its plan with the first action given.
+    """
+
+    def __init__(self, net: PlannerNet, steps: int, latent: str):
+        super().__init__()
+        self.net, self.steps, self.latent = net, steps, latent
+        self.log_std = nn.Parameter(torch.full((net.act_dim,), LOG_STD_START))
+
+    def noise(self, rows: int) -> torch.Tensor:
+        """Latents (rows, H, D) ~ N(0, I)."""
+        return torch.randn(rows, self.net.horizon, self.net.row, device=self.log_std.device)
+
+    def start(self, obs: torch.Tensor, actions: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """Zero latent (B, H, D), row 0 (B, D), and which of it is known (B, D): the action only if there is one."""
+        net, act = self.net, obs.new_zeros(len(obs), self.net.act_dim) if actions is None else actions
+        first = torch.cat([act, net.normalize(obs)], 1)
+        known = torch.arange(net.row, device=obs.device) >= (net.act_dim if actions is None else 0)
+        known = known.expand_as(first)
+        return first.new_zeros(len(obs), net.horizon, net.row), first, known
+
+    def features(self, obs: torch.Tensor, z: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """f1 (B, w + 1), base (B, H D): plan = base + f1 Wᵀ; from the latent z (B, H, D), zero if None: U54."""
+        zero, first, known = self.start(obs)
+        z = unroll(self.net, zero if z is None else z, first, known, self.steps, left=1)
+        f = self.net.features(z, z.new_full((1,), 1 / self.steps), known[:, 0].to(z))
+        delta = 0.5 * math.pi / self.steps
+        f1 = -math.sin(delta) * torch.cat([f, torch.ones_like(f[:, :1])], 1)
+        return f1, math.cos(delta) * z.flatten(1)
+
+    def read(self, f1: torch.Tensor, base: torch.Tensor, part: slice) -> torch.Tensor:
+        """Entries `part` of the plan: base + f1 Wᵀ."""
+        head = self.net.head
+        weight = torch.cat([head.weight[part], head.bias[part, None]], 1)
+        return base[:, part] + f1 @ weight.T
+
+    @property
+    def first_action(self) -> slice:
+        return slice(self.net.act_dim)
+
+    @property
+    def next_state(self) -> slice:
+        return slice(self.net.row + self.net.act_dim, 2 * self.net.row)
+
+    def std(self) -> torch.Tensor:
+        return self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp()
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        z = self.noise(len(obs)) if self.latent == "sample" and torch.is_grad_enabled() else None
+        mean = self.read(*self.features(obs, z), self.first_action)
+        return mean, self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+
+    def predict(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """ŝ' = P̂(s, a) in normalised units: obs (B, O), actions (B, A) -> (B, O).  [§3.3]: D52"""
+        return unroll(self.net, *self.start(obs, actions), self.steps)[:, 1, self.net.act_dim :]
+
+
+def halvings(args: Args) -> list[tuple[int, int]]:
+    """(denoising steps of the student, gradient steps) of each halving, teacher_steps -> distill_steps.  U52"""
+    if args.horizon < 2 and args.shift_weight > 0:
+        allowed = "2 or more, or --shift-weight 0: one step has no next state"
+        raise run.UsageError("--horizon", args.horizon, allowed)
+    ladder, steps = [], args.teacher_steps
+    while steps > args.distill_steps and steps % 2 == 0:
+        steps //= 2
+        ladder.append((steps, args.halving_steps * (2 if steps <= 2 else 1)))
+    if steps != args.distill_steps:
+        allowed = f"{args.teacher_steps}, or that halved some times"
+        raise run.UsageError("--distill-steps", args.distill_steps, allowed)
+    return ladder
+
+
+class Planner:
+    """The diffusion planner, then its students, and the phases that train them; `teacher` is what comes out."""
+
+    def __init__(self, r: run.Run, args: Args, windows: Windows, act_dim: int, dataset_hash: str):
+        self.r, self.args, self.windows, self.act_dim = r, args, windows, act_dim
+        self.ladder = halvings(args)
+        r.seed("planner networks")  # the same planner beside any backbone
+        sizes = args.planner_width, args.planner_blocks
+        self.net = PlannerNet(args.horizon, act_dim, windows.mean, windows.std, *sizes).to(r.device)
+        self.average, self.teacher = (deepcopy(self.net).requires_grad_(False) for _ in range(2))
+        lr = torch.tensor(args.planner_lr, device=r.device)
+        adam = dict(fused=True, capturable=r.device.type == "cuda")
+        self.opt = torch.optim.Adam(self.net.parameters(), lr=lr, **adam)
+        self.count = torch.zeros((), device=r.device)  # gradient steps since the (re)start
+        self.planner_loss, self.distill_loss = r.compiled(planner_loss), r.compiled(distill_loss)
+        self.settings = {k: getattr(args, k) for k in PLANNER_SETTINGS} | {"dataset": dataset_hash}
+
+    def state(self) -> dict:
+        """What a checkpoint holds, by name."""
+        return {f"planner_{k}": getattr(self, k) for k in ("net", "average", "teacher", "opt", "count")}
+
+    def descend(self, loss: torch.Tensor, share_of_lr: torch.Tensor) -> None:
+        """One gradient step of the live net at that share of the learning rate, counted."""
+        self.opt.param_groups[0]["lr"].copy_(self.args.planner_lr * share_of_lr)
+        self.opt.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.opt.step()
+        self.count.add_(1)
+
+    def planner_step(self) -> dict[str, torch.Tensor]:
+        """One gradient step of the planner and its average, a copy of it until EMA_START."""
+        loss = self.planner_loss(self.net, *self.windows.draw(self.args.planner_batch))
+        self.descend(loss, 0.5 * (1 + torch.cos(self.count * (math.pi / self.args.planner_steps))))
+        with torch.no_grad():
+            moves = (self.count - EMA_START).clamp(min=0) / EMA_EVERY
+            share = (1 / (1 + moves)).clamp(min=1 - EMA_DECAY)  # a plain mean at first, for short trainings
+            moving = (self.count <= EMA_START) | (self.count.remainder(EMA_EVERY) == 0)
+            share = torch.where(moving, share, 0.0)
+            for mine, live in zip(self.average.parameters(), self.net.parameters(), strict=True):
+                mine.lerp_(live, share)
+        return {"loss/planner": loss.detach()}
+
+    def distill_step(self, steps: int, updates: int) -> dict[str, torch.Tensor]:
+        """One of the `updates` gradient steps of the student of `steps` denoising steps."""
+        x, mask = self.windows.draw(self.args.planner_batch)
+        loss = self.distill_loss(self.net, self.teacher, x, mask, steps, steps == self.args.distill_steps)
+        self.descend(loss, 1 - self.count / updates)
+        return {"loss/distill": loss.detach()}
+
+    def restart(self) -> None:
+        """Before a halving: the student is its teacher, the optimizer fresh."""
+        self.net.load_state_dict(self.teacher.state_dict())
+        self.count.zero_()
+        for state in self.opt.state.values():
+            for x in state.values():
+                x.zero_()
+
+    def learn(self, score: Callable[[PlannerNet, int], float]) -> None:
+        """Both phases; `score` of a net and its denoising steps is for --eval-halvings."""
+        r, args = self.r, self.args
+        step_fn = r.capture(self.planner_step)
+        for step in r.phase("planner", args.planner_steps):
+            r.log(step, step_fn())
+        if r.once("planner_end"):
+            r.export_phase("planner", self.settings, average=self.average)
+            self.teacher.load_state_dict(self.average.state_dict())
+        until = 0
+        for steps, updates in self.ladder:
+            start, until = until, until + updates
+            step_fn = r.capture(partial(self.distill_step, steps, updates))
+            for step in r.phase("distill", until):
+                if step == start:
+                    self.restart()
+                r.log(step, step_fn())
+            if r.once(f"halving to {steps}"):
+                self.teacher.load_state_dict(self.net.state_dict())
+                logs = self.errors(steps)
+                if args.eval_halvings:
+                    logs[f"distill/score_{steps}"] = score(self.teacher, steps)
+                r.record(until, logs)
+
+    @torch.no_grad()
+    def errors(self, steps: int) -> dict[str, float]:
+        """Mean square gap between endpoints of the `steps`-step student and the planner, same noise, same windows."""
+        own, device = torch.Generator(self.r.device).manual_seed(0), self.r.device
+        index = torch.randint(len(self.windows.last), (COMPARED,), generator=own, device=device)
+        x, _ = self.windows.take(index)
+        noise = torch.randn(x.shape, generator=own, device=device)
+        known = (torch.arange(x.shape[2], device=device) >= self.act_dim).expand_as(x[:, 0])
+        planned = unroll(self.average, noise, x[:, 0], known, self.args.teacher_steps)
+        gap = (unroll(self.teacher, noise, x[:, 0], known, steps) - planned).square()
+        return {
+            f"distill/error_{steps}": gap.sum().item() / (gap.numel() - known.sum().item()),
+            f"distill/action_error_{steps}": gap[..., : self.act_dim].mean().item(),
+        }
+
+
+# --- end shared: dual.planner ---
+
+
+# NEW: the posterior of the last layer, and acting with it
+# --- shared: dual.laplace ---
+EPISTEMIC_CAP, SHIFT_CAP = 0.25, 1.0  # variance, per dimension of the action: D53
+
+
+def second_moment(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """M = Σ w f fᵀ / Σ w in float64: features (N, F), weights (N,) >= 0 -> (F, F); 0 where all weights are 0.  [Eq. 6]
+
+    N_eff M / σ_j² with N_eff = Σ w is the Hessian of Eq. 5 in row j of W, exactly: rows do not mix. Raises
+    FloatingPointError on anything not finite.
+    """
+    total, moment = 0.0, features.new_zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+    for f, w in zip(features.split(4_096), weights.double().split(4_096), strict=True):
+        total, moment = total + w.sum(), moment + (f.double() * w[:, None]).T @ f.double()
+    if not moment.isfinite().all():
+        raise FloatingPointError("weights or features of the posterior are not finite")
+    return moment / total if total > 0 else moment
+
+
+def data_variance(spectrum: torch.Tensor, n_eff: float, prior: float) -> float:
+    """tr(M G⁻¹) = Σ l / (N_eff l + τ0), l the eigenvalues of M: the mean of f G⁻¹ f over the data, noise 1."""
+    return (spectrum / (n_eff * spectrum + prior)).sum().item()
+
+
+def calibrate(moment: torch.Tensor, target_std: float, prior: float) -> float:
+    """N_eff at which the root mean epistemic variance on data is target_std; 0 if it is less anyway.  D51"""
+    spectrum = torch.linalg.eigvalsh(moment).clamp(min=0)
+    low, high = 0.0, len(spectrum) / target_std**2  # where it is surely less: each term is below 1 / N_eff
+    if data_variance(spectrum, 0.0, prior) <= target_std**2:
+        return 0.0
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        if data_variance(spectrum, middle, prior) > target_std**2:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def fit_posterior(moment: torch.Tensor, n_eff: float, prior: float) -> tuple[torch.Tensor, float]:
+    """Cholesky factor (F, F) and condition of G = N_eff M + τ0 I; row j of W ~ N(W_j, s_j² G⁻¹).  [Eq. 6]: D51"""
+    precision = n_eff * moment + prior * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    spectrum = torch.linalg.eigvalsh(precision)
+    low, high = spectrum[0].item(), spectrum[-1].item()
+    if low <= 1e-14 * high:
+        allowed = f"more than {1e-14 * high:.1g} (the data leave directions of the last layer free)"
+        raise run.UsageError("--laplace-prior", prior, allowed)
+    return torch.linalg.cholesky(precision), high / low
+
+
+def draw_offsets(factor: torch.Tensor, scales: torch.Tensor, draws: int) -> torch.Tensor:
+    """Draws of W minus W: factor (F, F) of G, s (A,) -> (draws, A, F) float32, from the global generator.  [Eq. 6]"""
+    xi = torch.randn(len(factor), draws * len(scales), dtype=factor.dtype, device=factor.device)
+    rows = torch.linalg.solve_triangular(factor.T, xi, upper=True).T  # each N(0, G⁻¹)
+    return (rows.view(draws, len(scales), -1) * scales[:, None]).float()
+
+
+def ensemble(means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of the sub-policies' means (K, B, A) -> (B, A) each; centred, float32 would cancel.  [Eq. 7]"""
+    mean = means.mean(0)
+    return mean, (means - mean).square().mean(0)
+
+
+class Explorer:
+    """Acts with N(mean, σ² + epistemic + λ d): the draws of W, the shift d, and what they add up to.  [Eqs. 7-8]"""
+
+    def __init__(self, args: Args, actor: PlanActor, transition: PlanActor, windows: Windows | None):
+        self.args, self.actor, self.transition, self.windows = args, actor, transition, windows
+        device, width = actor.log_std.device, actor.net.head.in_features + 1
+        self.offsets = torch.zeros(args.laplace_draws, actor.net.act_dim, width, device=device)
+        self.n_eff_per_row = torch.zeros((), dtype=torch.float64, device=device)
+        self.shift = torch.zeros((), device=device)  # d of the next step
+        self.floor = torch.zeros((), device=device)  # subtracted from it
+        self.tally = torch.zeros(5, device=device)  # steps, and sums of three variances and d
+        self.planned: torch.Tensor | None = None  # next state of the last action's plan
+
+    def state(self) -> dict:
+        """What a checkpoint holds, by name."""
+        names = ("offsets", "n_eff_per_row", "shift", "floor", "tally")
+        return {f"explorer_{k}": getattr(self, k) for k in names}
+
+    @torch.no_grad()
+    def act(self, obs: torch.Tensor) -> torch.Tensor:
+        """a ~ N(mean, σ² + epistemic + min(λ (d - floor), cap)), clipped: (1, O) -> (1, A).  [Eqs. 7-8]: D53, U55"""
+        args, actor = self.args, self.actor
+        if args.uq == "latent":
+            z = actor.noise(args.laplace_draws)
+        else:
+            z = actor.noise(1) if args.latent == "sample" else None  # one for all draws: U54
+        f1, base = actor.features(obs if z is None else obs.expand(len(z), -1), z)
+        means = actor.read(f1, base, actor.first_action)[:, None]  # (latents, 1, A)
+        if args.uq == "laplace":
+            means = means + (self.offsets @ f1.T).transpose(1, 2)  # (K, 1, A): in the last step only
+        if args.shift_from_plan:
+            self.planned = actor.read(f1, base, actor.next_state).mean(0, keepdim=True)
+        mean, epistemic = ensemble(means)
+        epistemic, aleatoric = epistemic.clamp(max=EPISTEMIC_CAP), actor.std().square()
+        shift = torch.zeros_like(self.shift)
+        if args.shift_weight > 0:
+            shift = (args.shift_weight * (self.shift - self.floor).clamp(min=0)).clamp(max=SHIFT_CAP)  # D54
+        parts = aleatoric.mean(), epistemic.mean(), shift, self.shift
+        self.tally.add_(torch.stack([torch.ones_like(shift), *parts]))
+        std = (aleatoric + epistemic + shift).sqrt()
+        return (mean + std * torch.randn_like(mean)).clamp(-1, 1)
+
+    @torch.no_grad()
+    def prediction_error(self, batch: Batch, planned: torch.Tensor | None = None) -> torch.Tensor:
+        """d: mean over dimensions of (s' - ŝ')² in normalised units, (B,); ŝ' of P̂ unless given.  [Eq. 8]: U57, U58"""
+        if planned is None:
+            planned = self.transition.predict(batch.obs, batch.actions)
+        return (self.transition.net.normalize(batch.next_obs) - planned).square().mean(1)
+
+    def observe(self, online: ReplayBuffer) -> None:
+        """After an environment step, stored last: d of the next one."""
+        if self.args.horizon > 1:
+            last = online.take((online.size - 1)[None])
+            self.shift.copy_(self.prediction_error(last, self.planned)[0])
+
+    @torch.no_grad()
+    def start(self, dataset: ReplayBuffer, weigh: Callable[[Batch], torch.Tensor]) -> dict[str, float]:
+        """At the end of offline: first posterior, N_eff from laplace_std, and what d is without a shift."""
+        logs = {}
+        if self.args.uq == "laplace":
+            logs = self.fit([dataset], weigh, first=True)
+        if self.args.horizon > 1:
+            total = count = 0.0
+            for batch in self.parts([dataset]):
+                planned = None
+                if self.args.shift_from_plan:
+                    planned = self.actor.read(*self.actor.features(batch.obs), self.actor.next_state)
+                going_on = 1 - batch.terminations  # after the others no d is ever used
+                total = total + (self.prediction_error(batch, planned) * going_on).sum()
+                count = count + going_on.sum()
+            logs["shift/offline"] = (total / count).item()
+            if self.args.shift_floor:
+                self.floor.fill_(total / count)  # D54
+        return logs
+
+    def some(self, total: int) -> torch.Tensor:
+        """Indices of at most laplace_rows of so many rows, all different.  U56"""
+        index = torch.arange(total, device=self.shift.device)
+        if total > self.args.laplace_rows:
+            index = torch.randperm(total, device=self.shift.device)[: self.args.laplace_rows]
+        return index
+
+    def parts(self, buffers: list[ReplayBuffer]) -> list[Batch]:
+        """Some rows of the buffers' union, in chunks."""
+        index, found, first = self.some(sum(map(len, buffers))), [], 0
+        for b in buffers:
+            mine = index[(index >= first) & (index < first + len(b))] - first
+            found, first = [*found, *map(b.take, mine.split(4_096))], first + len(b)
+        return found
+
+    def elbo_features(self, index: torch.Tensor) -> torch.Tensor:
+        """What W reads in Eq. 3, at random noise levels of the windows at `index` (B,) -> (B, w + 1).  [Remark 3.3]"""
+        net, (x, _) = self.actor.net, self.windows.take(index)
+        u, given = 1 - torch.rand(len(x), device=x.device), torch.zeros_like(index, dtype=torch.bool)
+        z, _, _ = noised(x, u, torch.randn_like(x), given, net.act_dim)
+        f = net.features(z, u, given.to(x))
+        return torch.cat([f, torch.ones_like(f[:, :1])], 1)
+
+    @torch.no_grad()
+    def fit(
+        self, buffers: list[ReplayBuffer], weigh: Callable[[Batch], torch.Tensor], first: bool = False
+    ) -> dict[str, float]:
+        """New posterior from rows of `buffers`, weighed (B,) >= 0, and new draws of it.  [Eq. 6, Thm. 3.4]: D51, U56
+
+        Waits for the device; not part of a gradient step.
+        """
+        args, actor = self.args, self.actor
+        if args.laplace_weights == "elbo":
+            chunks = self.some(len(self.windows.last)).split(4_096)
+            features = torch.cat([self.elbo_features(i) for i in chunks])
+            weights = torch.ones(len(features), device=features.device)
+        else:
+            batches = self.parts(buffers)
+            features = torch.cat([actor.features(b.obs)[0] for b in batches])
+            weights = weigh(Batch(*map(torch.cat, zip(*batches, strict=True))))
+        moment, rows = second_moment(features, weights), sum(map(len, buffers))
+        if args.laplace_std == 0:
+            self.n_eff_per_row.copy_(weights.double().mean())
+        elif first:
+            self.n_eff_per_row.fill_(calibrate(moment, args.laplace_std, args.laplace_prior) / rows)
+        n_eff = self.n_eff_per_row.item() * rows
+        factor, condition = fit_posterior(moment, n_eff, args.laplace_prior)
+        scales = actor.std() if args.laplace_noise == "sigma" else torch.ones_like(actor.log_std)
+        self.offsets.copy_(draw_offsets(factor, scales.detach().double(), args.laplace_draws))
+        spread = data_variance(torch.linalg.eigvalsh(moment).clamp(min=0), n_eff, args.laplace_prior)
+        spread = spread * scales.square().mean().item()
+        return {"laplace/n_eff": n_eff, "laplace/condition": condition, "laplace/data_std": spread**0.5}
+
+    def logs(self) -> dict[str, torch.Tensor]:
+        """Means since the tally was last cleared."""
+        steps, aleatoric, epistemic, shift, d = self.tally
+        total = aleatoric + epistemic + shift
+        named = {"aleatoric": aleatoric, "epistemic": epistemic, "shift": shift}
+        logs = {f"uq/share_{k}": v / total for k, v in named.items()}
+        logs |= {f"uq/{k}_std": (named[k] / steps).sqrt() for k in ("aleatoric", "epistemic")}
+        return logs | {"uq/shift": d / steps}
+
+
+def time_acting(args: Args, task: data.Task) -> dict[str, float]:
+    """Print milliseconds per action at the task's sizes, untrained: by T, K, shift.  [Table 4, Fig. 2a]"""
+    run.check_limits(args)
+    halvings(args)
+    device, sizes = run.pick_device(args.device), (args.planner_width, args.planner_blocks)
+    obs, unit = torch.zeros(1, task.obs_dim, device=device), torch.ones(task.obs_dim, device=device)
+    row = ReplayBuffer(1, task.obs_dim, task.act_dim, device)
+    row.append(torch.zeros(1, row.table.shape[1], device=device))
+    columns = {"K = 0": ("none", False), f"K = {args.laplace_draws}": ("laplace", False)}
+    columns |= {f"K = {args.laplace_draws} and shift": ("laplace", True)} if args.horizon > 1 else {}
+    print(f"milliseconds per action on {device}\nT   " + "   ".join(columns))
+    for steps in (2**i for i in range(args.teacher_steps.bit_length())):
+        net = PlannerNet(args.horizon, task.act_dim, 0 * unit, unit, *sizes).to(device)
+        actor, cells = PlanActor(net, steps, args.latent), []
+        for name, (uq, shift) in columns.items():
+            explorer = Explorer(replace(args, uq=uq), actor.to(device), actor, None)
+            for i in range(25):
+                if i == 5:  # the first few warm up
+                    begun = perf_counter()
+                explorer.act(obs).cpu()
+                if shift:
+                    explorer.observe(row)
+            cells.append(f"{(perf_counter() - begun) / 20 * 1_000:{len(name)}.2f}")
+        print(f"{steps:<4}" + "   ".join(cells))
+    return {}
+
+
+# --- end shared: dual.laplace ---
+
+
+# NEW
+def make_calql_dual_nets(net: PlannerNet, args: Args, obs_dim: int, act_dim: int) -> nn.ModuleDict:
+    """actor, transition (frozen), both clones of `net`; qf, q_target (a frozen copy of qf); weights as in calql.py."""
+    nets = nn.ModuleDict(
+        {
+            "actor": PlanActor(deepcopy(net), args.distill_steps, args.latent),
+            "transition": PlanActor(deepcopy(net), args.distill_steps, "zero").requires_grad_(False),
+            "qf": DeepTwinQ(obs_dim, act_dim, args.hidden, args.critic_layers),
+            "q_target": DeepTwinQ(obs_dim, act_dim, args.hidden, args.critic_layers),
+            "weights": nn.ParameterDict({"log_alpha": torch.zeros(()), "log_alpha_prime": torch.ones(())}),
+        }
+    )
+    nets["q_target"].load_state_dict(nets["qf"].state_dict())
+    nets["q_target"].requires_grad_(False)
+    return nets
+
+
+# --- shared: calql.losses ---
+def q_of_many(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """Q of M actions per state in one evaluation: obs (B, O), actions (B, M, A) -> (2, B, M)."""
+    rows, many, _ = actions.shape
+    q = qf(obs.repeat_interleave(many, 0), actions.flatten(0, 1))
+    return q.view(2, rows, many)
+
+
+def conservative_gap(
+    q: torch.Tensor,
+    q_data: torch.Tensor,
+    log_probs: torch.Tensor,
+    bound: torch.Tensor | None,
+    clip_min: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """R per row: logsumexp of importance-weighted Q, minus Q on data.  [CQL Eq. 4; Cal-QL §5; DARE Eq. 1]
+
+    q (2, B, 3n): uniform actions, then those of π(s), then of π(s'), all at s; log_probs (B, 3n) their log-densities;
+    bound (B,) the return G below which policy actions are not pushed, None for CQL -> R (2, B), share below G ().
+    """
+    policy = torch.arange(q.shape[-1], device=q.device) >= q.shape[-1] // 3
+    share = torch.zeros((), device=q.device)
+    if bound is not None:
+        below = policy & (q < bound[:, None])
+        share = below.sum() / (2 * len(bound) * (2 * q.shape[-1] // 3))
+        q = torch.where(below, bound[:, None], q)  # no gradient where G wins
+    return ((q - log_probs).logsumexp(-1) - q_data).clamp(min=clip_min), share
+
+
+def frozen_q(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """qf(obs, actions) (2, B) with gradients to the actions but none to the critic."""
+    weights = {k: p.detach() for k, p in qf.named_parameters()}
+    return torch.func.functional_call(qf, weights, (obs, actions))
+
+
+def draw_noise(rows: int, act_dim: int, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uniform actions (B, n, A) and N(0, I) (B, 3n + 1, A) for π(s), π(s'), the backup, the actor's own."""
+    return torch.rand(rows, n, act_dim, device=device) * 2 - 1, torch.randn(
+        rows, 3 * n + 1, act_dim, device=device
+    )
+
+
+# --- end shared: calql.losses ---
+
+
+# --- shared: calql.returns ---
+def mc_returns(
+    rewards: np.ndarray,
+    terminations: np.ndarray,
+    ends: np.ndarray,
+    gamma: float,
+    failure: float | None,
+    tail: str,
+) -> np.ndarray:
+    """G_t = r_t + γ G_{t+1} within each episode, (N,) float32; rewards in training units.  [Cal-QL §5]
+
+    Episodes end where the file says (D7). One that did not terminate starts from 0, or with tail "last" from
+    r_last / (1 - γ). With `failure`, the training reward of a failing step, an episode of nothing else has
+    failure / (1 - γ) on every row.
+    """
+    returns, stops = np.zeros(len(rewards)), [*np.flatnonzero(ends), len(rewards) - 1]
+    start = 0
+    for stop in dict.fromkeys(stops):
+        episode = slice(start, stop + 1)
+        if failure is not None and np.all(rewards[episode] == np.float32(failure)):
+            returns[episode] = failure / (1 - gamma)
+        else:
+            g = 0.0 if terminations[stop] or tail == "zero" else float(rewards[stop]) / (1 - gamma)
+            for t in range(stop, start - 1, -1):
+                g = returns[t] = float(rewards[t]) + gamma * g
+        start = stop + 1
+    return returns.astype(np.float32)
+
+
+# --- end shared: calql.returns ---
+
+
+# NEW: Cal-QL's losses with this actor
+def boxed(
+    mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Action clip(a), a = mean + σ · noise, and log π(a): all (..., A) -> (..., A), (...,); log σ may be (A,).  U63
+
+    Backwards the clip is the identity. The density is that of the Gaussian, of the action before the clip.
+    """
+    u = mean + log_std.exp() * noise
+    log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    return u.detach().clamp(-1, 1) + (u - u.detach()), log_normal.sum(-1)
+
+
+def log_prob(mean: torch.Tensor, log_std: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """log N(a; mean, diag σ²): (B, A), (A,), (B, A) -> (B,)."""
+    z = (actions - mean) * (-log_std).exp()
+    return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def dual_losses(
+    nets: nn.ModuleDict,
+    batch: Batch,
+    bound: torch.Tensor | None,
+    weight: float | torch.Tensor,
+    noise: tuple,
+    args: Args,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the losses of critics, actor, α and α', which share no parameter; from the old parameters: D1.
+
+    bound (B,) Monte-Carlo returns or None; weight = α_cql, one number or one per row (B,); noise as from draw_noise.
+    """
+    n, (uniform, normal) = args.cql_n_actions, noise
+    rows, act_dim = batch.actions.shape
+    mean, log_std = nets["actor"](torch.cat([batch.obs, batch.next_obs]))  # one pass for both
+    mean, next_mean = mean[:, None].split(rows)
+    new_actions, log_pi = boxed(
+        mean, log_std, normal[:, 3 * n :]
+    )  # (B, 1, A), (B, 1): the actor's own, with gradient
+    with torch.no_grad():
+        now, now_log_prob = boxed(mean, log_std, normal[:, :n])
+        later, later_log_prob = boxed(next_mean, log_std, normal[:, n : 2 * n])
+        backups = n if args.max_target_backup else 1
+        next_actions, _ = boxed(next_mean, log_std, normal[:, 2 * n : 2 * n + backups])  # U65
+        q_next = (
+            q_of_many(nets["q_target"], batch.next_obs, next_actions).amin(0).amax(-1)
+        )  # no entropy term [CORL]
+        target = batch.rewards + args.gamma * (1 - batch.terminations) * q_next
+        log_uniform = torch.full((rows, n), -act_dim * math.log(2), device=target.device)
+        log_probs = torch.cat([log_uniform, now_log_prob, later_log_prob], 1)
+    q = q_of_many(
+        nets["qf"], batch.obs, torch.cat([batch.actions[:, None], uniform, now, later], 1)
+    )  # (2, B, 1 + 3n)
+    td_loss = (q[..., 0] - target).square().mean(1).sum()  # [DARE Eq. 1], D2
+    gap, share = conservative_gap(q[..., 1:], q[..., 0], log_probs, bound, args.cql_clip_min)
+    lagrange_loss = torch.zeros((), device=gap.device)
+    if args.lagrange:
+        multiplier = nets["weights"]["log_alpha_prime"].exp().clamp(0.0, 1e6)
+        cql_loss = (multiplier.detach() * weight * (gap - args.target_gap)).mean(1).sum()
+        lagrange_loss = -0.5 * (multiplier * weight * (gap.detach() - args.target_gap)).mean(1).sum()
+    else:
+        cql_loss = (weight * gap).mean(1).sum()  # α R [DARE Eq. 1]
+    log_alpha = nets["weights"]["log_alpha"]
+    alpha_loss = -(
+        log_alpha * (log_pi.detach() - act_dim)
+    ).mean()  # [SAC, arXiv 1812.05905 §5], target entropy -A
+    q_new = frozen_q(nets["qf"], batch.obs, new_actions[:, 0]).amin(0)
+    actor_loss = (log_alpha.detach().exp() * log_pi[:, 0] - q_new).mean()  # [SAC §4.2]
+    outside = (mean.abs() - 1).relu()
+    actor_loss = actor_loss + outside.square().mean()  # U63
+    logs = {"loss/q": td_loss, "loss/actor": actor_loss, "loss/alpha": alpha_loss, "cql/gap": gap.mean()}
+    logs |= {"cql/bound_share": share, "q/mean": q[..., 0].mean(), "policy/log_prob": log_pi.mean()}
+    logs["policy/data_log_prob"] = log_prob(mean[:, 0], log_std, batch.actions).mean()  # D5
+    logs |= {"policy/outside": outside.mean(), "log_std/mean": log_std.mean()}
+    logs |= {"alpha/entropy": log_alpha.exp(), "alpha/lagrange": nets["weights"]["log_alpha_prime"].exp()}
+    return td_loss + cql_loss + lagrange_loss + alpha_loss + actor_loss, {
+        k: v.detach() for k, v in logs.items()
+    }
+
+
+# --- shared: calql.update ---
+def update(nets: nn.ModuleDict, opt: torch.optim.Optimizer, loss: torch.Tensor, polyak: float) -> None:
+    """One gradient step and the target update; nothing in here waits for the GPU."""
+    opt.zero_grad(set_to_none=True)
+    loss.backward()  # disjoint parameters: the same as one backward per loss
+    opt.step()
+    with torch.no_grad():
+        torch._foreach_lerp_([*nets["q_target"].parameters()], [*nets["qf"].parameters()], polyak)
+
+
+def make_calql_optimizer(
+    nets: nn.ModuleDict, policy_lr: float, critic_lr: float, device: torch.device
+) -> torch.optim.Adam:
+    """Adam over actor and α at one rate, critics and α' at the other."""
+    weights = nets["weights"]
+    policy = {"params": [*nets["actor"].parameters(), weights["log_alpha"]], "lr": policy_lr}
+    critic = {"params": [*nets["qf"].parameters(), weights["log_alpha_prime"]], "lr": critic_lr}
+    return torch.optim.Adam([policy, critic], fused=True, capturable=device.type == "cuda")
+
+
+# --- end shared: calql.update ---
+
+
+# NEW: what the posterior's rows weigh
+VALUE_ACTIONS = 4  # per state, for V: U64
+
+
+@torch.no_grad()
+def bounded_weight(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """exp(clip((Q - V) / std(Q - V), -5, 5)) over all rows of a fit: both (N,) -> (N,).  U64"""
+    adv = q - v
+    scale = adv.std(correction=0).maximum(1e-5 * v.abs().mean())  # less is rounding
+    return (adv / scale.clamp(min=1e-12)).clamp(-5.0, 5.0).exp()
+
+
+@torch.no_grad()
+def posterior_weight(nets: nn.ModuleDict, batch: Batch) -> torch.Tensor:
+    """bounded_weight of Q, the lesser of qf, over V, its mean over VALUE_ACTIONS actions of π: (N,).  U64"""
+    q, v = [], []
+    for obs, actions in zip(batch.obs.split(4_096), batch.actions.split(4_096), strict=True):
+        mean, log_std = nets["actor"](obs)
+        noise = torch.randn(len(obs), VALUE_ACTIONS, actions.shape[1], device=obs.device)
+        drawn, _ = boxed(mean[:, None], log_std, noise)
+        both = q_of_many(nets["qf"], obs, torch.cat([actions[:, None], drawn], 1)).amin(0)
+        q, v = [*q, both[:, 0]], [*v, both[:, 1:].mean(1)]
+    return bounded_weight(torch.cat(q), torch.cat(v))
+
+
+def train(args: Args) -> dict[str, float]:
+    task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
+    if args.time_acting:  # NEW
+        return time_acting(args, task)
+    r = run.Run(args, __file__, name, ENV_PRESETS)
+    if r.final:
+        print(f"{r.dir}: finished; --overwrite starts anew")
+        return r.final
+    n_offline = round(args.offline_frac * args.batch_size)
+    if not 0 < n_offline < args.batch_size:
+        raise run.UsageError("--offline-frac", args.offline_frac, f"some of {args.batch_size} rows, not all")
+    halvings(args)  # NEW: refuses what cannot be
+    if args.calibrate_online and not args.calibrate:
+        raise run.UsageError("--calibrate-online", "with --no-calibrate", "calibration offline too")
+    dataset = data.load(args.env, args.dataset)
+    if args.calibrate_online and not dataset.ends.any():
+        raise run.UsageError(
+            "--calibrate-online", "a dataset without episode ends", "one with terminals or timeouts"
+        )
+    r.require(dataset=dataset.sha256)
+    moments = dataset.moments() if args.normalize_obs else None
+    offline = ReplayBuffer(len(dataset.rewards), task.obs_dim, task.act_dim, r.device)
+    rows = dataset.batch(args.reward_scale, args.reward_bias, moments)
+    offline.extend(rows)
+    online = ReplayBuffer(args.online_steps, task.obs_dim, task.act_dim, r.device)
+    failure = args.reward_bias if args.sparse_reward else None  # training reward of a raw 0
+    to_returns = lambda x, d, ends: mc_returns(x, d, ends, args.gamma, failure, args.mc_tail)  # noqa: E731
+    offline_mc = torch.from_numpy(to_returns(rows.rewards.numpy(), dataset.terminations, dataset.ends)).to(
+        r.device
+    )
+    online_mc = torch.zeros(max(args.online_steps, 1), device=r.device)
+    finished = torch.zeros((), dtype=torch.int64, device=r.device)  # online rows of episodes that are over
+    windows = Windows(offline, dataset.ends, args.horizon, args.normalize_windows)  # NEW
+    planner = Planner(r, args, windows, task.act_dim, dataset.sha256)
+    nets = make_calql_dual_nets(planner.net, args, task.obs_dim, task.act_dim).to(r.device)
+    opt = make_calql_optimizer(nets, args.policy_lr, args.critic_lr, r.device)
+    interaction = data.Interaction(
+        data.make_env(task, moments), online, args.seed, args.reward_scale, args.reward_bias
+    )
+    evaluate = data.Evaluator(task, args.eval_episodes, args.seed, moments)
+    explorer = Explorer(args, nets["actor"], nets["transition"], windows)  # NEW
+    added = planner.state() | explorer.state()
+    r.register(
+        nets=nets,
+        opt=opt,
+        online=online,
+        interaction=interaction,
+        online_mc=online_mc,
+        finished=finished,
+        **added,
+    )
+    compiled_losses, compiled_planner_loss = r.compiled(dual_losses), r.compiled(planner_loss)
+    offline_settings = {k: getattr(args, k) for k in OFFLINE_SETTINGS} | {"dataset": dataset.sha256}
+
+    @torch.no_grad()
+    def act(obs: torch.Tensor) -> torch.Tensor:  # deterministic
+        return nets["actor"](obs)[0].clamp(-1, 1)  # U59
+
+    def score(net: PlannerNet, steps: int) -> float:  # NEW
+        clone = PlanActor(net, steps, "zero").to(r.device)
+        policy = torch.no_grad()(lambda obs: clone(obs)[0].clamp(-1, 1))
+        return evaluate(policy, r.device)["eval/score"]
+
+    # offline: gradient steps on the dataset
+    def offline_step() -> dict[str, torch.Tensor]:
+        index = offline.draw(args.batch_size)
+        noise = draw_noise(args.batch_size, task.act_dim, args.cql_n_actions, r.device)
+        bound = offline_mc[index] if args.calibrate else None
+        loss, logs = compiled_losses(nets, offline.take(index), bound, args.cql_weight, noise, args)
+        if args.bc_coef > 0:  # NEW [Eq. 3]: U61
+            bc = compiled_planner_loss(nets["actor"].net, *windows.draw(args.batch_size))
+            loss, logs = loss + args.bc_coef * bc, logs | {"loss/bc": bc.detach()}
+        update(nets, opt, loss, args.polyak)
+        return logs
+
+    if args.from_offline and r.once("from_offline"):
+        r.import_phase("offline", args.from_offline, offline_settings, nets=nets, opt=opt)
+    if not args.from_offline:  # NEW: planner and students, unless the offline phase is another run's
+        if args.from_planner and r.once("from_planner"):
+            r.import_phase("planner", args.from_planner, planner.settings, average=planner.average)
+        planner.learn(score)
+        if r.once("clone"):
+            for k in ("actor", "transition"):
+                nets[k].net.load_state_dict(planner.teacher.state_dict())
+    step_fn = r.capture(offline_step)
+    for step in r.phase("offline", args.offline_steps):
+        r.log(step, step_fn())
+        if (step + 1) % args.eval_every == 0 and step + 1 < args.offline_steps:
+            r.record(step + 1, evaluate(act, r.device))
+    if r.once("offline_end"):
+        r.record(args.offline_steps, evaluate(act, r.device))
+        r.export_phase("offline", offline_settings, nets=nets, opt=opt)  # U3
+
+    # NEW: the posterior [Alg. 1, l. 9]
+    weigh = partial(posterior_weight, nets)
+    if r.once("posterior"):
+        r.seed("posterior")
+        r.record(args.offline_steps, explorer.start(offline, weigh))
+
+    # online: one environment step, then utd gradient steps on half dataset, half own experience
+    def online_step() -> dict[str, torch.Tensor]:
+        n_online = args.batch_size - n_offline
+        index = offline.draw(n_offline), online.draw(n_online, finished if args.calibrate_online else None)
+        batch = mix(offline.take(index[0]), online.take(index[1]))
+        noise = draw_noise(args.batch_size, task.act_dim, args.cql_n_actions, r.device)
+        bound = (
+            torch.cat([offline_mc[index[0]], online_mc[index[1]]]) if args.calibrate_online else None
+        )  # D3
+        loss, logs = compiled_losses(nets, batch, bound, args.cql_weight_online, noise, args)
+        if args.bc_coef > 0:  # NEW [Eq. 3]: U61
+            bc = compiled_planner_loss(nets["actor"].net, *windows.draw(args.batch_size))
+            loss, logs = loss + args.bc_coef * bc, logs | {"loss/bc": bc.detach()}
+        update(nets, opt, loss, args.polyak)
+        return logs
+
+    step_fn = r.capture(online_step)
+    for step in r.phase("online", args.online_steps):
+        if interaction.obs is None:  # NEW: an episode's first step: U57
+            explorer.shift.zero_()
+        if episode := interaction.step(explorer.act):
+            r.record(step + 1, episode)
+            if args.calibrate_online:
+                last = slice(online.rows - episode["train/episode_length"], online.rows)
+                over = online.take(torch.arange(last.start, last.stop, device=r.device))
+                ends = np.arange(1, len(over.rewards) + 1) == len(over.rewards)
+                returns = to_returns(over.rewards.cpu().numpy(), over.terminations.cpu().numpy(), ends)
+                online_mc[last] = torch.from_numpy(returns).to(r.device)
+                finished.fill_(online.rows)
+        explorer.observe(online)  # NEW
+        if step >= args.warmup_steps and (interaction.episode or not args.calibrate_online):
+            for _ in range(args.utd):
+                logs = step_fn()
+            r.log(step, logs | explorer.logs())
+        if (step + 1) % run.LOG_EVERY == 0:  # NEW
+            explorer.tally.zero_()
+        if args.uq == "laplace" and (step + 1) % args.laplace_every == 0:  # NEW
+            r.record(step + 1, explorer.fit([offline, online], weigh))
+        if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
+            r.record(step + 1, evaluate(act, r.device))
+    return r.finish()
+
+
+if __name__ == "__main__":
+    run.main(train, Args, ENV_PRESETS)  # class defaults < ENV_PRESETS < command line
