@@ -1,0 +1,177 @@
+#!/usr/bin/env bash
+# The full reproduction as a list of jobs: every method on the tasks of its paper's tables, five seeds each.
+#
+#   bash run_all.sh            run the jobs that are not finished; the same command again goes on where it was
+#   bash run_all.sh --quick    every method on hopper-mini-v0, seed 0: about an hour on one CPU core
+#   bash run_all.sh --list     print a command per job instead, backbones first; --quick --list too
+#   bash run_all.sh --help     this text
+#
+# Narrowed and tuned by variables in front, as in METHODS="iql *_dare" ENVS="hopper-*" SEEDS="0 1" bash run_all.sh:
+#   METHODS  names of files in algorithms/, or patterns
+#   ENVS     tasks, or patterns; each method takes those that its paper has, and hopper-mini-v0 if that is named
+#   SEEDS    0 1 2 3 4 unless given: all papers average over five (DUAL's number did not survive; five there too)
+#   JOBS     jobs at once, 1 unless given; all on one GPU, so with several GPUs use --list and a launcher
+#   OUT      the --out-dir, runs unless given. Output of a job: OUT/logs/METHOD-ENV-SEED.log
+#   EXTRA    more flags for every job
+#   PYTHON   .venv/bin/python unless given, or python where that is missing
+# Relative paths are relative to the folder of this script, wherever it is called from.
+#
+# A method that shares its backbone's offline phase (--from-offline) waits for it, or trains the backbone first if nobody
+# does. Commands of the list can therefore run in any order, all at once, and again: a lock on the log file keeps two
+# processes from one run (several machines: a file system with flock). The list does not change as jobs finish.
+#   xargs:         bash run_all.sh --list | xargs -d '\n' -n 1 -P 4 bash -c
+#   GNU parallel:  bash run_all.sh --list | parallel -j 4
+#   Slurm, an array for some of the methods (most clusters refuse more than 1000 jobs in one):
+#     export METHODS="iql calql"
+#     sbatch --array=1-$(bash run_all.sh --list | wc -l) --gpus=1 --wrap \
+#       'bash -c "$(bash run_all.sh --list | sed -n ${SLURM_ARRAY_TASK_ID}p)"'
+#
+# Exit codes: 0 all done; 1 some failed, listed at the end; 2 bad usage; 130, 143 stopped, with checkpoints written.
+set -uf
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")" > /dev/null || exit 2
+self=$PWD/${BASH_SOURCE[0]##*/}
+
+# ---- what the papers report, baselines included ----
+printf -v nine '%s ' {hopper,halfcheetah,walker2d}-{medium,medium-replay,medium-expert}-v2
+printf -v twelve '%s ' $nine {hopper,halfcheetah,walker2d}-random-v2
+printf -v maze2d '%s ' maze2d-{umaze,medium,large}-v1
+printf -v small '%s ' antmaze-{umaze,umaze-diverse,medium-play,medium-diverse}-v2
+printf -v large '%s ' antmaze-{medium,large}-{play,diverse}-v2
+printf -v antmaze '%s ' $small antmaze-large-{play,diverse}-v2
+printf -v human '%s ' {pen,door,relocate}-human-v1
+printf -v cloned '%s ' {pen,door,hammer,relocate}-cloned-v1
+printf -v four '%s ' {hopper,halfcheetah,walker2d}-medium-v2 halfcheetah-medium-replay-v2
+printf -v shifted '%s ' halfcheetah-{friction,medium-replay-gravity}-2.0 hopper-kinematic-2.0 walker2d-morphology-2.0
+methods="" known="hopper-mini-v0 "
+declare -A cost tasks
+method() { methods+="$1 " known+="${*:3} " cost[$1]=$2 tasks[$1]=${*:3}; } # NAME HOURS TASKS...
+# Hours on one CPU core, without an imported offline phase, within a factor of two or so: rates in the docstrings of iql.py
+# and iql_dare.py, a few timed steps of calql.py and dual.py, and 10 GFLOP per step for the generators of transitions.
+method iql             2 $twelve $antmaze $human $cloned
+method calql           40 $twelve $maze2d $antmaze $cloned $shifted
+method iql_dare        65 $nine $small # DARE Table 1
+method calql_dare      70 $nine $small
+method iql_stratdiff   65 $nine $small # StratDiff Table 1
+method calql_stratdiff 70 $nine $small
+method iql_synther     75 $twelve # CFDG Figures 2, 3
+method synther         80 $twelve $maze2d # AD2S Table 1
+method iql_edis        70 $twelve $antmaze $human $cloned # DARE 1; CFDG Figure 3, Table 4; DUAL Tables 1, 3
+method edis            60 $twelve $maze2d $antmaze $cloned $shifted # DARE 1; AD2S 1, 5; DUAL 2, 3
+method iql_cfdg        75 $twelve $large $human # CFDG Tables 1, 4
+method calql_ad2s      80 $twelve $maze2d antmaze-umaze-diverse-v2 $large {pen,door}-cloned-v1 # AD2S Tables 1, 5
+method dual            40 $nine $antmaze $cloned hopper-friction-2.0 # DUAL Tables 1, 3, 4
+method calql_dual      100 $four $cloned $shifted # DUAL Tables 2, 3
+
+backbone() { # of a method: whose offline phase it can start from; both dual.py train an actor of their own
+  case $1 in iql | calql | *dual) ;; iql_*) echo iql ;; *) echo calql ;; esac
+}
+refuse() { echo "error: $1: got $2; allowed: $3" >&2; exit 2; }
+among() { local p; for p in ${*:2}; do [[ $1 == $p ]] && return; done; return 1; } # NAME PATTERNS...
+stop() { trap '' INT TERM HUP; kill -TERM $(jobs -p) 2> /dev/null; wait; flock -u 9 2> /dev/null; exit "$1"; }
+trap 'stop 130' INT
+trap 'stop 143' TERM HUP
+
+# ---- one job ----
+train() { # GOAL METHOD ENV SEED FLAGS...: until its run directory has the file GOAL; the program itself resumes
+  local dir=$OUT/$2/$3/seed$4 rc=0
+  exec 9>> "$OUT/logs/$2-$3-$4.log" # output and lock
+  until flock -n 9; do # another process is at it
+    [[ -f $dir/$1 ]] && return
+    sleep 2 & wait $!
+  done
+  if [[ ! -f $dir/$1 ]]; then # a session of its own: Ctrl-C reaches it once, through stop, and it writes a checkpoint
+    setsid $PYTHON "algorithms/$2.py" --env "$3" --seed "$4" --out-dir "$OUT" "${@:5}" $EXTRA < /dev/null >&9 2>&1 &
+    wait $! || rc=$?
+  fi
+  flock -u 9
+  return $rc
+}
+job() { # METHOD ENV SEED
+  local base from=() rc=0
+  [[ -f $OUT/$1/$2/seed$3/final.json ]] && echo "finished before: $*" && return
+  echo "start: $*"
+  base=$(backbone "$1")
+  if [[ $base ]]; then
+    from=(--from-offline "$OUT/$base/$2/seed$3")
+    [[ -f ${from[1]}/offline.pt ]] || train offline.pt "$base" "$2" "$3" || rc=$?
+    (( rc == 0 )) || { echo "FAILED ($rc, its backbone): $*: $(tail -n 1 "$OUT/logs/$base-$2-$3.log")"; return $rc; }
+  fi
+  train final.json "$@" "${from[@]}" || rc=$?
+  (( rc == 0 )) || { echo "FAILED ($rc): $*: $(tail -n 1 "$OUT/logs/$1-$2-$3.log")"; return $rc; }
+  LC_ALL=C printf 'done: %s: score %.1f\n' "$*" \
+    "$(sed -n 's/.*"final_score": \([^ ,}]*\).*/\1/p' "$OUT/$1/$2/seed$3/final.json")"
+}
+
+# ---- the command line ----
+mode=run
+for word in "$@"; do
+  case $word in
+    --list | --job) mode=${word#--} ;;
+    --quick) ENVS=hopper-mini-v0 SEEDS=${SEEDS:-0} ;;
+    -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$self"; exit ;;
+    *) [[ $mode == job ]] || refuse argument "$word" "--list, --quick, --help" ;;
+  esac
+done
+carried=() # into the commands of the list
+for name in OUT EXTRA PYTHON; do [[ -z ${!name:-} ]] || carried+=("$name=${!name}"); done
+OUT=${OUT:-runs} EXTRA=${EXTRA:-} JOBS=${JOBS:-1} METHODS=${METHODS:-*} ENVS=${ENVS:-} SEEDS=${SEEDS:-0 1 2 3 4}
+PYTHON=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python)}
+for word in $EXTRA; do
+  among "${word%%=*}" --env --seed --out-dir --dataset --from-offline --overwrite \
+    && refuse EXTRA "$word" "flags that do not say which run it is"
+done
+writable() { mkdir -p "$OUT/logs" 2> /dev/null && [[ -w $OUT/logs ]] || refuse OUT "$OUT" "a folder that can be written"; }
+if [[ $mode == job ]]; then
+  [[ $# == 4 && $1 == --job && -n ${tasks[$2]:-} ]] || refuse arguments "$*" "--job METHOD ENV SEED"
+  writable
+  job "$2" "$3" "$4"
+  exit
+fi
+[[ $JOBS =~ ^[1-9][0-9]*$ ]] || refuse JOBS "$JOBS" "a number of jobs, from 1"
+for seed in $SEEDS; do [[ $seed =~ ^(0|[1-9][0-9]*)$ ]] || refuse SEEDS "$seed" "numbers from 0, with blanks between"; done
+for p in $METHODS; do
+  for method in $methods -; do [[ $method == $p ]] && break; done
+  [[ $method != - ]] || refuse METHODS "$p" "$methods"
+done
+for p in $ENVS; do
+  for env in $known -; do [[ $env == $p ]] && break; done
+  [[ $env != - ]] || refuse ENVS "$p" "$(printf '%s\n' $known | sort -u | xargs)"
+done
+[[ " $ENVS " == *" hopper-mini-v0 "* ]] && mini=hopper-mini-v0 || mini=""
+
+todo=() minutes=0
+for method in $methods; do
+  among "$method" $METHODS || continue
+  for seed in $(printf '%s\n' $SEEDS | sort -nu); do
+    for env in ${tasks[$method]} $mini; do
+      among "$env" ${ENVS:-*} || continue
+      todo+=("$method $env $seed")
+      [[ -f $OUT/$method/$env/seed$seed/final.json ]] && continue
+      [[ $env == hopper-mini-v0 ]] && (( minutes += 4 )) || (( minutes += 60 * cost[$method] ))
+    done
+  done
+done
+(( ${#todo[@]} )) || refuse "METHODS and ENVS" "$METHODS and $ENVS" "a task that one of the methods' papers has"
+if [[ $mode == list ]]; then
+  printf -v start '%q ' ${carried:+env "${carried[@]}"} bash "$self" --job
+  for words in "${todo[@]}"; do echo "$start$words"; done
+  exit
+fi
+writable
+gpu=$($PYTHON -c 'import common.run, torch; print(torch.cuda.is_available())' 2> /dev/null) \
+  || refuse PYTHON "$PYTHON" "one that has this project's packages: uv sync makes .venv"
+echo "${#todo[@]} jobs, $JOBS at a time, in $OUT"
+(( minutes < 300 )) && left="$minutes minutes" || left="$((minutes / 60)) hours"
+[[ $gpu == True ]] || echo "no GPU: about $left on one CPU core for what is left"
+for words in "${todo[@]}"; do
+  (( $(jobs -pr | wc -l) < JOBS )) || wait -n
+  bash "$self" --job $words < /dev/null &
+done
+wait
+failed=()
+for words in "${todo[@]}"; do
+  read -r method env seed <<< "$words"
+  [[ -f $OUT/$method/$env/seed$seed/final.json ]] || failed+=("$words: $OUT/logs/${words// /-}.log")
+done
+echo "$((${#todo[@]} - ${#failed[@]})) of ${#todo[@]} jobs done, ${#failed[@]} failed"
+(( ${#failed[@]} == 0 )) || { printf 'failed: %s\n' "${failed[@]}"; exit 1; }
