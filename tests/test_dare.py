@@ -1053,10 +1053,10 @@ def test_signs_of_the_actor_losses():
         before = quality()
         args = dare.Args(sac_alpha=0.0, inv_temp=0.0)
         grads = torch.autograd.grad(
-            dare.dare_losses(nets, batch, mask, noise, args)[0], [*nets["actor"].net.parameters()]
+            dare.dare_losses(nets, batch, mask, noise, args)[0], [*nets["actor"].layers.parameters()]
         )
         with torch.no_grad():
-            for p, g in zip(nets["actor"].net.parameters(), grads, strict=True):
+            for p, g in zip(nets["actor"].layers.parameters(), grads, strict=True):
                 p.sub_(1e-3 * g)
         assert quality() > before
 
