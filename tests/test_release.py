@@ -181,7 +181,11 @@ def test_offline_settings_are_the_backbones(stem):
     ("stem", "changes", "word"),
     [
         ("calql_stratdiff", dict(offline_frac=1.0), r"offline-frac: got 1.0; allowed: \[0, 1\)"),
-        ("iql_stratdiff", dict(offline_frac=0.0), r"offline-frac: got 0.0; allowed: some of 16 rows, not all"),
+        (
+            "iql_stratdiff",
+            dict(offline_frac=0.0),
+            r"offline-frac: got 0.0; allowed: some of 16 rows, not all",
+        ),
         ("calql_dare", dict(exchange_cap=-2), r"exchange-cap: got -2; allowed: \[-1, inf\)"),
         ("calql_dare", dict(support_k=1), r"support-k: got 1; allowed: \[2, inf\)"),
         ("calql_dare", dict(calibrate_online=True, calibrate=False), "calibrate-online"),

@@ -130,8 +130,15 @@ def test_morphology_is_what_mujoco_derives_from_the_new_torso(robot, level):
     body.mass[0], body.inertia[:] = mass, (across, across, along)
     mujoco.mj_setConst(by_hand, mujoco.MjData(by_hand))
     expected, found = arrays(by_hand), arrays(model)
-    for name in expected:
-        if name != "bvh_aabb" and not name.startswith("stat."):  # of the compiler alone
+    stock = built(robot).unwrapped.model
+    compiled = arrays(stock)
+    mujoco.mj_setConst(stock, mujoco.MjData(stock))
+    for name, again in arrays(stock).items():
+        alike = np.allclose(compiled[name], again, rtol=1e-9, atol=1e-12)
+        assert (
+            alike or mujoco.__version__ < "4"
+        )  # older compilers have an actuator_acc0 of their own, shifted or not
+        if alike and name != "bvh_aabb" and not name.startswith("stat."):  # of the compiler alone
             assert np.allclose(found[name], expected[name], rtol=1e-9, atol=1e-12), name
     assert model.stat.meaninertia == pytest.approx(model.dof_M0.mean())  # the solver's scale
     allowed = {"body_mass", "body_inertia", "body_ipos", "body_invweight0", "body_subtreemass", "geom_size", "geom_pos",
