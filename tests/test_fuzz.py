@@ -48,7 +48,7 @@ def array_of(name: str, n: int, dtype: str, shape: str, seed: int) -> np.ndarray
              "scalar": (), "deep": (*right, 2), "none": (0, *right[1:])}  # fmt: skip
     x = rng.uniform(-1, 1, sizes[shape])
     if name in ("terminals", "timeouts"):
-        x = np.float64(rng.random(sizes[shape]) < 0.1)
+        x = np.asarray(rng.random(sizes[shape]) < 0.1, dtype=np.float64)
     if seed % 10 == 0 and x.size:
         x.flat[seed % x.size] = (np.nan, np.inf, 1e30, 5.0, -1.0005)[seed // 20]
     with np.errstate(all="ignore"):
