@@ -358,7 +358,8 @@ def read_policy(path: Path, task: Task, key: str) -> tuple[dict, dict]:
     try:
         policy = standard(kind, hidden, w)
         action = sample(policy, np.zeros(task.obs_dim), np.random.default_rng(0))
-        fits = action.shape == (task.act_dim,) and all(np.isfinite(v).all() for v in w.values())
+        finite = np.isfinite(np.concatenate([v.ravel() for k, v in w.items() if k != "obs_clip"])).all()
+        fits = finite and w.get("obs_clip", 1) > 0 and action.shape == (task.act_dim,)
     except (LookupError, ValueError, TypeError):
         fits = False
     if not fits:
@@ -420,15 +421,41 @@ def route(walls: np.ndarray, start: tuple[int, int], goal: tuple[int, int]) -> l
     return path
 
 
+class Pilot:
+    """D4RL's controller of the maze's ball: steers at one waypoint after the other, the last of them the goal's cell.
+
+    The others are the cells (row, column) on the way, each less U(0, 0.2) m on both axes.
+    """
+
+    def __init__(self, walls: np.ndarray, place: np.ndarray, goal: np.ndarray, rng: np.random.Generator):
+        """From the free cell nearest to `place` (2,) to that of `goal` (2,), both in metres."""
+        free = np.argwhere(~walls)
+        self.target = np.round(goal).astype(int)
+        self.last = start = free[np.square(free - place).sum(1).argmin()]
+        path = [np.array(cell) for cell in route(walls, tuple(start.tolist()), tuple(self.target.tolist()))]
+        self.waypoints = deque([*(cell - rng.uniform(0, 0.2, 2) for cell in path[:-1]), self.target])
+
+    def act(self, obs: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Action (2,) in [-1, 1] for an observation (4,), and whether the ball is at rest at the target."""
+        place, speed = obs[:2], obs[2:]
+        slow = math.dist(place, self.last) < 0.1
+        there = slow and math.dist(place, self.target) < 0.1
+        aim = self.target if there else self.waypoints[0]
+        if slow and len(self.waypoints) > 1 and math.dist(place, aim) < 0.1:
+            self.waypoints.popleft()
+        self.last = place
+        return (10 * (aim - place) - speed).clip(-1, 1), there
+
+
 def segment(
     env: envs.Maze2D, limit: int, noisy: bool, seed: int, before: dict | None
 ) -> dict[str, np.ndarray]:
     """The way to one random goal, as D4RL's controller goes it, from where the rows `before` left the ball.
 
-    It steers at one waypoint after the other, each a cell (row, column) less U(0, 0.2) m on both axes; on arrival, or
-    after `limit` steps, a timeout is flagged and a new goal drawn. Three things are D4RL's, intended or not: the first
-    row sees, and stores, the observation that the last row already had (its `next_observations` and `infos` are the
-    simulator's); the reward is that of the maze's own goal; and it belongs to the observation before the step.
+    On arrival, or after `limit` steps, a timeout is flagged and a new goal drawn. Three things are D4RL's, intended or
+    not: the first row sees, and stores, the observation that the last row already had (its `next_observations` and
+    `infos` are the simulator's); the reward is that of the maze's own goal; and it belongs to the observation before
+    the step.
     """
     first, _ = env.reset(seed=seed)  # also forgets the contacts: what follows depends on the arguments alone
     rng, seen = env.np_random, first
@@ -437,27 +464,18 @@ def segment(
         env.set_state(now[:2], now[2:])
     free = np.argwhere(~env.walls)
     goal = free[rng.integers(len(free))] + rng.uniform(-0.1, 0.1, 2)
-    target = np.round(goal).astype(int)
-    last = start = free[np.square(free - seen[:2]).sum(1).argmin()]
-    path = [np.array(cell) for cell in route(env.walls, tuple(start.tolist()), tuple(target.tolist()))]
-    waypoints = deque([*(cell - rng.uniform(0, 0.2, 2) for cell in path[:-1]), target])
+    pilot = Pilot(env.walls, seen[:2], goal, rng)
     rows, states, over = [], [], False
     while not over:
-        place, speed = seen[:2], seen[2:]
-        slow = math.dist(place, last) < 0.1
-        there = slow and math.dist(place, target) < 0.1
-        aim = target if there else waypoints[0]
-        action = (10 * (aim - place) - speed).clip(-1, 1)
-        if slow and len(waypoints) > 1 and math.dist(place, aim) < 0.1:
-            waypoints.popleft()
+        action, there = pilot.act(seen)
         if noisy:
             action = (action + 0.5 * rng.standard_normal(2)).clip(-1, 1)
-        over, last = there or len(rows) == limit, place
+        over = there or len(rows) == limit
         states.append(
             {"infos/goal": goal, "infos/qpos": env.data.qpos.copy(), "infos/qvel": env.data.qvel.copy()}
         )
         next_obs, *_ = env.step(np.float32(action))
-        rows.append((seen, action, math.dist(place, env.goal) <= 0.5, next_obs, False, over))
+        rows.append((seen, action, math.dist(seen[:2], env.goal) <= 0.5, next_obs, False, over))
         seen = next_obs
     return columns_of(rows, states)
 

@@ -7,6 +7,7 @@ import json
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -268,6 +269,20 @@ def test_a_policy_of_a_file_is_rolled_out(hopper_file, tmp_path):
     whole = made(tmp_path / "y.hdf5", **settings, whole_episodes=True)
     last = np.flatnonzero(ends)[-1]
     assert len(whole["rewards"]) == last + 1 and np.array_equal(whole["actions"], d["actions"][: last + 1])
+
+
+@pytest.mark.parametrize(("clip", "fits"), [(np.inf, True), (0.5, True), (0.0, False), (np.nan, False)])
+def test_observations_may_be_cut_nowhere_but_not_to_nothing(clip, fits, tmp_path):
+    w = layers(11, 3, 1) | {"log_std": np.full(3, -1.0), "obs_clip": np.array(clip)}
+    path = policy_file(tmp_path / "p.npz", CLIPPED, hopper__expert=w)
+    read = partial(collect.read_policy, path, data.get_task("hopper-expert-v2"), "hopper/expert")
+    if not fits:
+        with pytest.raises(UsageError, match="finite arrays"):
+            read()
+        return
+    obs = np.linspace(-1, 1, 11)
+    action = collect.sample(read()[0], obs, Fixed([0.0] * 3))
+    assert np.allclose(action, torch_mean(w, obs.clip(-clip, clip), torch.tanh).clip(-1, 1), atol=1e-5)
 
 
 def test_medium_expert_of_a_file_is_both_levels(tmp_path):

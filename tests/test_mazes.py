@@ -241,6 +241,36 @@ def test_a_random_policy_gets_about_d4rls_reference_return(size, rounds, toleran
     assert abs(task.score(np.mean(returns))) < 8
 
 
+@pytest.mark.parametrize(
+    ("size", "replanning", "lazy"), [("umaze", 225, 161.86), ("medium", 429, 277.39), ("large", 554, 273.99)]
+)
+def test_the_controller_returns_what_d4rls_does(size, replanning, lazy):
+    """D4RL's highest returns are those of a controller that never plans again, since its goal never changes.
+
+    The other figures are means of another implementation's 100 episodes; D4RL's own number of episodes is not known.
+    Three standard errors of the difference.
+    """
+    task, rng = data.get_task(f"maze2d-{size}-v1"), np.random.default_rng(0)
+    assert task.ref_max == lazy
+    env = data.make_env(task)
+    maze = env.unwrapped
+
+    def returns(episodes: int, again: bool) -> np.ndarray:
+        pilot, found = None, np.zeros(episodes)
+        for i in range(episodes):
+            obs, over = env.reset(seed=i)[0], False
+            if pilot is None or again:
+                pilot = collect.Pilot(maze.walls, obs[:2], maze.goal, rng)
+            while not over:
+                obs, reward, _, over, _ = env.step(np.float32(pilot.act(obs)[0]))
+                found[i] += reward
+        return found
+
+    for again, expected in ((True, replanning), (False, lazy)):
+        got = returns(40, again)
+        assert abs(got.mean() - expected) < 3 * got.std() * (1 / 40 + 1 / 100) ** 0.5
+
+
 def test_the_simulator_repeats_maze2d_and_refuses_what_hides_its_goal():
     env, rng = data.make_env(data.get_task("maze2d-umaze-v1")), np.random.default_rng(0)
     rows = collect.rollout(env, lambda _: rng.uniform(-1, 1, 2), 1)
