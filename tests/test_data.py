@@ -1162,7 +1162,8 @@ def lottery_task(built: list) -> data.Task:
     return data.Task("lottery", make, 2, 1, 10, -10.0, 30.0, "lottery.hdf5")
 
 
-def test_evaluation_is_raw_and_counts_each_episode_once():
+@pytest.mark.parametrize("threads", [1, 4])
+def test_evaluation_is_raw_and_counts_each_episode_once(threads):
     """Six episodes of 2 + s % 5 steps that pay s % 7 - 3.5 each; score 100 (R + 10) / 40."""
     built, shapes = [], []
 
@@ -1170,7 +1171,9 @@ def test_evaluation_is_raw_and_counts_each_episode_once():
         shapes.append((obs.shape, obs.dtype))
         return hold(obs)
 
-    result = data.Evaluator(lottery_task(built), 6, 0)(policy, CPU)
+    evaluator = data.Evaluator(lottery_task(built), 6, 0)
+    evaluator.threads = threads
+    result = evaluator(policy, CPU)
     seeds = [s for env in built for s in env.seeds]
     assert len(built) == 6 and len(set(seeds)) == 6
     expected = np.mean([(2 + s % 5) * (s % 7 - 3.5) for s in seeds])
@@ -1179,6 +1182,19 @@ def test_evaluation_is_raw_and_counts_each_episode_once():
     assert result["eval/length"] == pytest.approx(np.mean([2 + s % 5 for s in seeds]))
     assert set(shapes) == {(torch.Size([6, 2]), torch.float32)}
     assert len(shapes) == max(2 + s % 5 for s in seeds)
+
+
+@pytest.mark.parametrize("name", ["antmaze-umaze-v2", "pen-human-v1"])
+def test_threads_do_not_change_an_evaluation(name):
+    """A policy that shakes the robot: the same returns and lengths from one thread and from three."""
+    task, results = data.TASKS[name], []
+    for threads in (1, 3):
+        evaluator = data.Evaluator(task, 5, 0)
+        assert 1 <= evaluator.threads <= 5 and data.Evaluator(data.TASKS[HOPPER], 5, 0).threads == 1
+        evaluator.threads = threads
+        policy = lambda obs: torch.sin(40 * obs.sum(1, keepdim=True) + torch.arange(task.act_dim))  # noqa: E731
+        results.append(evaluator(policy, CPU))
+    assert results[0] == results[1]
 
 
 def test_evaluation_repeats_its_start_states_and_never_meets_those_of_training():

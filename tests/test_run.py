@@ -381,6 +381,41 @@ def test_results_are_what_the_log_says(dataset, tmp_path):
     assert data.TASKS["hopper-medium-v2"].ref_max == 3234.3
 
 
+def test_peak_memory_is_that_of_the_process_and_survives_a_resume(dataset, tmp_path, monkeypatch):
+    """A tensor of 200 MB on the way is seen; a resumed run remembers what the one before needed."""
+    args = tiny_args("iql", dataset=dataset, out_dir=tmp_path)
+    before = run.peak_memory(torch.device("cpu"))
+    torch.ones(25_000_000, dtype=torch.float64)
+    after = run.peak_memory(torch.device("cpu"))
+    assert 0 < before <= after < 64 and run.peak_memory(torch.device("cpu"), 99.0) == 99.0
+    with monkeypatch.context() as m:
+        m.setattr(run, "peak_memory", lambda _, known=0.0: max(known, 123.456))
+        m.setattr(run.Run, "finish", lambda _: sys.exit(0))
+        with pytest.raises(SystemExit):
+            module("iql").train(args)
+    assert module("iql").train(args)["peak_memory_gib"] == 123.46
+
+
+@pytest.mark.parametrize("capability", [None, "AVX2", "AVX512"])
+def test_cpu_matmul_stays_float32(capability, monkeypatch):
+    """Whatever the machine, at the sizes of a critic and beyond; the global setting is left as it was."""
+    if capability:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    run.cpu_matmul.cache_clear()
+    before = torch.get_float32_matmul_precision()
+    chosen = run.cpu_matmul()
+    assert torch.get_float32_matmul_precision() == before
+    assert chosen == "highest" or capability != "AVX2"
+    try:
+        torch.set_float32_matmul_precision(chosen)
+        for rows in (256, 8_000):
+            x, y = torch.randn(2, rows, 256), torch.randn(2, 256, 256) / 16
+            assert (x @ y - (x.double() @ y.double())).abs().max() < 1e-4  # bfloat16: 1e-2
+    finally:
+        torch.set_float32_matmul_precision(before)
+        run.cpu_matmul.cache_clear()
+
+
 def test_restore_keeps_an_optimizers_flags_and_its_learning_rate_tensor():
     """torch's load_state_dict would bring back the checkpoint's fused/capturable flags and another tensor."""
     p = torch.nn.Parameter(torch.ones(2))
