@@ -757,6 +757,7 @@ class Guide:
         self.energy_opt = torch.optim.Adam(self.energy.parameters(), lr=args.energy_lr, **adam)
         self.online_support = Support(args.online_steps, args.support_k, self.act_dim, r.device)
         self.behavior_loss, self.energy_loss = r.compiled(behavior_loss), r.compiled(energy_loss)
+        self.batch_behavior = r.compiled(self.behavior)  # for `score`, where the number of rows never changes
         self.guided = args.guidance_scale > 0
         self.beta = args.energy_beta  # over Q's unit: U11
         if self.guided and args.energy_units != "raw":
@@ -847,10 +848,10 @@ class Guide:
         """d of each row to references drawn at its state (B,); log_std (A,) or (B, A) of the policy.  [DARE Eq. 7]"""
         args = self.args
         if args.score == "elbo":
-            eps_fn = guided_eps(self.behavior, self.energy, batch.obs, args.guidance_scale)
+            eps_fn = guided_eps(self.batch_behavior, self.energy, batch.obs, args.guidance_scale)
             return elbo_score(eps_fn, batch.actions), {}
         obs = batch.obs.repeat(args.n_ref, 1)
-        eps_fn = guided_eps(self.behavior, self.energy, obs, args.guidance_scale)
+        eps_fn = guided_eps(self.batch_behavior, self.energy, obs, args.guidance_scale)
         noise = torch.randn(len(obs), self.act_dim, device=obs.device)
         refs = SAMPLERS[args.sampler](eps_fn, noise)
         logs = {"ref/clip_frac": (refs.abs() > 1).float().mean()}

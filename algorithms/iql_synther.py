@@ -355,7 +355,7 @@ class Generator:
         self.count = torch.zeros((), device=r.device)  # gradient steps since the restart
         self.bounds = torch.zeros(2, device=r.device)  # of rewards learned from
         self.totals = torch.zeros(4, device=r.device)  # rows, clipped actions, clipped rewards, rows dropped
-        self.loss = r.compiled(edm.loss)
+        self.loss, self.averaged = r.compiled(edm.loss), r.compiled(self.ema.module)
         self.draw = self.begin = None
 
     @staticmethod
@@ -390,7 +390,7 @@ class Generator:
     def denoiser(self, rows: int, *condition: torch.Tensor) -> edm.Denoiser:
         """D of the averaged network for a chunk of rows."""
         ones = torch.ones(rows, device=self.r.device)
-        return lambda x, sigma: edm.denoise(self.ema.module, x, sigma * ones, *condition)
+        return lambda x, sigma: edm.denoise(self.averaged, x, sigma * ones, *condition)
 
     def noise(self, rows: int) -> torch.Tensor:
         """x at the first noise level of the grid, (rows, D)."""
