@@ -41,11 +41,12 @@ import zipfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import count, pairwise
 from pathlib import Path
+from pickle import UnpicklingError
 
 import gymnasium as gym
 import h5py
@@ -232,6 +233,16 @@ def thin(data: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
     return {k: v[np.concatenate(kept)] for k, v in data.items()}
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[None]:
+    """What is read in here is a file of `--work`; UsageError if it is damaged."""
+    try:
+        yield
+    except (ValueError, RuntimeError, LookupError, EOFError, UnpicklingError, zipfile.BadZipFile) as e:
+        allowed = "whole files of unfinished work; remove this one to do its part again"
+        raise run.UsageError("--work", f"{path} damaged ({type(e).__name__})", allowed) from e
+
+
 def train_sac(args: Args, env: gym.Env, epoch: int) -> tuple[Policy, dict[str, np.ndarray]]:
     """SAC up to and including epoch `epoch` -> the policy and the replay so far, in time order.
 
@@ -247,7 +258,8 @@ def train_sac(args: Args, env: gym.Env, epoch: int) -> tuple[Policy, dict[str, n
     done = -1  # last finished epoch
     for path in (snapshot, latest):
         if path.exists():
-            state = torch.load(path, weights_only=False)
+            with whole_file(path):
+                state = torch.load(path, weights_only=False)
             if state["epoch"] <= epoch:
                 sac.load_state_dict(state["sac"])
                 replay, done = [state["replay"]], state["epoch"]
@@ -503,7 +515,7 @@ def roll(
     folder = args.work / args.env / f"{purpose}-{digest[:12]}"
     parts, fresh, finished, rows = [], [], 0, 0
     while rows < args.rows and (path := folder / f"{finished}.npz").exists():
-        with np.load(path) as f:
+        with whole_file(path), np.load(path) as f:
             parts.append({k: f[k] for k in f.files})
         finished += int((parts[-1]["terminals"] | parts[-1]["timeouts"]).sum())
         rows += len(parts[-1]["rewards"])

@@ -410,6 +410,31 @@ def test_what_is_kept_is_taken_up_by_the_same_recipe_only(tmp_path, monkeypatch)
     assert folders[0] == folders[2] and len(set(folders)) == 4
 
 
+@pytest.mark.parametrize("kind", ["cut off", "empty", "something else"])
+@pytest.mark.parametrize("what", ["roll-out", "training"])
+def test_damaged_work_is_named_and_refused_in_one_line(what, kind, tmp_path, monkeypatch):
+    """A kept file of a roll-out and a checkpoint of SAC, cut at half or replaced: nothing is written."""
+    monkeypatch.setattr(collect, "KEEP_EVERY", 50)
+    monkeypatch.setattr(collect.SAC, "update", lambda *_: None)
+    settings = {"quality": "random", "rows": 120} if what == "roll-out" else {"epoch": 1}
+    args = collect.Args(out=tmp_path / "x.hdf5", work=tmp_path / "work", **settings)
+    if what == "roll-out":
+        folder = collect.roll(args, collect.task_of("hopper"), "random")[1]
+    else:
+        collect.train_sac(args, collect.task_of("hopper").make(), 1)
+        folder = tmp_path / "work" / "hopper" / "seed0"
+    path = min(p for p in folder.iterdir() if p.is_file())
+    content = {
+        "cut off": path.read_bytes()[: path.stat().st_size // 2],
+        "empty": b"",
+        "something else": b"x" * 99,
+    }
+    path.write_bytes(content[kind])
+    with pytest.raises(UsageError, match=f"--work: got .*{path.name}") as e:
+        collect.main(args)
+    assert "\n" not in str(e.value) and not (tmp_path / "x.hdf5").exists()
+
+
 # ---- Minari ----
 
 
