@@ -1,10 +1,10 @@
-"""Every algorithm on one task of each domain, with the presets that `--env` alone selects and tiny sizes."""
+"""Every algorithm on one task of each domain, with the presets of `--env` alone and tiny sizes; some compiled."""
 
 import math
 
 import numpy as np
 import pytest
-from conftest import FILES, TINY, module
+from conftest import FILES, TINY, forget_cached, log_rows, module, tiny_args
 
 from common import collect, data, run
 
@@ -48,3 +48,19 @@ def test_every_file_trains_on_every_domain(stem, name, files, tmp_path):
     result = algorithm.train(args)
     assert all(math.isfinite(v) for v in result.values())
     assert (tmp_path / stem / f"{name}@{name}" / "seed0" / "final.json").exists()
+
+
+@pytest.mark.parametrize("stem", ["iql_dare", "calql_ad2s", "calql_dual"])
+def test_compiled_runs_go_through_every_phase(stem, dataset, tmp_path):
+    """--compile, which is the default on a GPU; random numbers drawn inside compiled losses are others than plain."""
+    results = {}
+    for on in (False, True):
+        args = tiny_args(stem, dataset=dataset, out_dir=tmp_path / str(on), compile=on)
+        results[on] = module(stem).train(args)
+        forget_cached(dataset)
+        last = [r for r in log_rows(tmp_path / str(on)) if r["phase"] == "online" and not r["eval/score"]][-1]
+        losses = [float(v) for k, v in last.items() if k.startswith("loss/") and v]
+        assert losses and all(map(math.isfinite, losses))
+    assert results[True].keys() == results[False].keys()
+    if stem != "calql_dual":  # its planner comes first
+        assert results[True]["offline_score"] == pytest.approx(results[False]["offline_score"], abs=0.05)
