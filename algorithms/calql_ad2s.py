@@ -208,9 +208,10 @@ class DeepTwinQ(nn.Module):
 
     def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         x = torch.cat([obs, actions], -1).expand(2, -1, -1)
-        for weight, bias in zip(self.weight[:-1], self.bias[:-1], strict=True):
-            x = F.relu(torch.baddbmm(bias, x, weight))
-        return torch.baddbmm(self.bias[-1], x, self.weight[-1]).squeeze(-1)
+        *hidden, (weight_out, bias_out) = zip(self.weight, self.bias, strict=True)
+        for weight, bias in hidden:
+            x = torch.baddbmm(bias, x, weight).relu_()
+        return torch.baddbmm(bias_out, x, weight_out).squeeze(-1)
 
 
 # --- end shared: calql.critics ---
@@ -231,9 +232,10 @@ class TanhGaussianActor(nn.Module):
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = obs
-        for weight, bias in zip(self.weight[:-1], self.bias[:-1], strict=True):
+        *hidden, (weight_out, bias_out) = zip(self.weight, self.bias, strict=True)
+        for weight, bias in hidden:
             x = F.relu(torch.addmm(bias[0], x, weight[0]))
-        mean, log_std = torch.addmm(self.bias[-1][0], x, self.weight[-1][0]).chunk(2, -1)
+        mean, log_std = torch.addmm(bias_out[0], x, weight_out[0]).chunk(2, -1)
         return mean, (self.log_std_scale * log_std + self.log_std_offset).clamp(-20.0, 2.0)
 
 
@@ -279,10 +281,17 @@ def make_calql_nets(obs_dim: int, act_dim: int, hidden: int, critic_layers: int)
 
 # --- shared: calql.losses ---
 def q_of_many(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """Q of M actions per state in one evaluation: obs (B, O), actions (B, M, A) -> (2, B, M)."""
+    """Q of M actions per state: obs (B, O), actions (B, M, A) -> (2, B, M).
+
+    One evaluation on a GPU; on a CPU some states at a time, so that what lies between the layers stays in its cache.
+    """
     rows, many, _ = actions.shape
-    q = qf(obs.repeat_interleave(many, 0), actions.flatten(0, 1))
-    return q.view(2, rows, many)
+    states = rows if actions.is_cuda else max(2_048 // many, 1)
+    parts = [
+        qf(o.repeat_interleave(many, 0), a.flatten(0, 1))
+        for o, a in zip(obs.split(states), actions.split(states), strict=True)
+    ]
+    return torch.cat(parts, 1).view(2, rows, many)
 
 
 def conservative_gap(
@@ -376,19 +385,20 @@ def losses(
     new_actions, log_pi = squash(
         mean, log_std, normal[:, 3 * n :]
     )  # (B, 1, A), (B, 1): the actor's own, with gradient
+    backups = n if args.max_target_backup else 1
+    both = lambda a, b: torch.cat([a.expand(-1, n, -1), b.expand(-1, n + backups, -1)], 1)  # noqa: E731
     with torch.no_grad():
-        now, now_log_prob = squash(mean, log_std, normal[:, :n])
-        later, later_log_prob = squash(next_mean, next_log_std, normal[:, n : 2 * n])
-        backups = n if args.max_target_backup else 1
-        next_actions, _ = squash(next_mean, next_log_std, normal[:, 2 * n : 2 * n + backups])
+        sampled, sampled_log_prob = squash(
+            both(mean, next_mean), both(log_std, next_log_std), normal[:, : 2 * n + backups]
+        )  # n of π(s), n of π(s'), the backup's of π(s')
         q_next = (
-            q_of_many(nets["q_target"], batch.next_obs, next_actions).amin(0).amax(-1)
+            q_of_many(nets["q_target"], batch.next_obs, sampled[:, 2 * n :]).amin(0).amax(-1)
         )  # no entropy term [CORL]
         target = batch.rewards + args.gamma * (1 - batch.terminations) * q_next
         log_uniform = torch.full((rows, n), -act_dim * math.log(2), device=target.device)
-        log_probs = torch.cat([log_uniform, now_log_prob, later_log_prob], 1)
+        log_probs = torch.cat([log_uniform, sampled_log_prob[:, : 2 * n]], 1)
     q = q_of_many(
-        nets["qf"], batch.obs, torch.cat([batch.actions[:, None], uniform, now, later], 1)
+        nets["qf"], batch.obs, torch.cat([batch.actions[:, None], uniform, sampled[:, : 2 * n]], 1)
     )  # (2, B, 1 + 3n)
     td_loss = (q[..., 0] - target).square().mean(1).sum()  # [DARE Eq. 1], D2
     gap, share = conservative_gap(q[..., 1:], q[..., 0], log_probs, bound, args.cql_clip_min)
@@ -505,7 +515,7 @@ class Generator:
         self.count = torch.zeros((), device=r.device)  # gradient steps since the restart
         self.bounds = torch.zeros(2, device=r.device)  # of rewards learned from
         self.totals = torch.zeros(4, device=r.device)  # rows, clipped actions, clipped rewards, rows dropped
-        self.loss, self.averaged = r.compiled(edm.loss), r.compiled(self.ema.module)
+        self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)
         self.draw = self.begin = None
 
     @staticmethod
@@ -519,7 +529,7 @@ class Generator:
         return {f"generator_{k}": getattr(self, k) for k in names}
 
     def train_step(self) -> dict[str, torch.Tensor]:
-        """One gradient step of the EDM: cosine learning rate, gradient norm at most 1, EMA.  [SynthER]"""
+        """One gradient step of the EDM: cosine learning rate, gradient norm at most 1.  [SynthER]"""
         args = self.args
         self.opt.param_groups[0]["lr"].copy_(
             0.5 * args.diffusion_lr * (1 + torch.cos(self.count * (math.pi / args.diffusion_steps)))
@@ -533,14 +543,12 @@ class Generator:
         loss.backward()
         nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         self.opt.step()
-        with torch.no_grad():
-            self.ema.update(self.net)
         return {"loss/diffusion": loss.detach()}
 
     def denoiser(self, rows: int, *condition: torch.Tensor) -> edm.Denoiser:
         """D of the averaged network for a chunk of rows."""
         ones = torch.ones(rows, device=self.r.device)
-        return lambda x, sigma: edm.denoise(self.averaged, x, sigma * ones, *condition)
+        return lambda x, sigma: self.denoise(self.ema.module, x, sigma * ones, *condition)
 
     def noise(self, rows: int) -> torch.Tensor:
         """x at the first noise level of the grid, (rows, D)."""
@@ -592,11 +600,13 @@ class Generator:
     def learn(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
         """The training half of `regenerate`."""
         r, args = self.r, self.args
-        step_fn = r.capture(self.train_step)
+        step_fn, average_fn = r.capture(self.train_step), r.capture(lambda: self.ema.update(self.net))
         for step in r.phase("generator", (k + 1) * args.diffusion_steps):
             if step == k * args.diffusion_steps:
                 self.restart(sources, weights)
             r.log(step, step_fn())
+            if (step - k * args.diffusion_steps) % edm.EMA.EVERY == 0:
+                average_fn()
 
     def refill(self, k: int) -> None:
         """The sampling half of `regenerate`."""

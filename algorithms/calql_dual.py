@@ -64,7 +64,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from common import data, run
 from common.buffer import Batch, ReplayBuffer, mix
@@ -191,9 +190,10 @@ class DeepTwinQ(nn.Module):
 
     def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         x = torch.cat([obs, actions], -1).expand(2, -1, -1)
-        for weight, bias in zip(self.weight[:-1], self.bias[:-1], strict=True):
-            x = F.relu(torch.baddbmm(bias, x, weight))
-        return torch.baddbmm(self.bias[-1], x, self.weight[-1]).squeeze(-1)
+        *hidden, (weight_out, bias_out) = zip(self.weight, self.bias, strict=True)
+        for weight, bias in hidden:
+            x = torch.baddbmm(bias, x, weight).relu_()
+        return torch.baddbmm(bias_out, x, weight_out).squeeze(-1)
 
 
 # --- end shared: calql.critics ---
@@ -792,10 +792,17 @@ def make_calql_dual_nets(net: PlannerNet, args: Args, obs_dim: int, act_dim: int
 
 # --- shared: calql.losses ---
 def q_of_many(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """Q of M actions per state in one evaluation: obs (B, O), actions (B, M, A) -> (2, B, M)."""
+    """Q of M actions per state: obs (B, O), actions (B, M, A) -> (2, B, M).
+
+    One evaluation on a GPU; on a CPU some states at a time, so that what lies between the layers stays in its cache.
+    """
     rows, many, _ = actions.shape
-    q = qf(obs.repeat_interleave(many, 0), actions.flatten(0, 1))
-    return q.view(2, rows, many)
+    states = rows if actions.is_cuda else max(2_048 // many, 1)
+    parts = [
+        qf(o.repeat_interleave(many, 0), a.flatten(0, 1))
+        for o, a in zip(obs.split(states), actions.split(states), strict=True)
+    ]
+    return torch.cat(parts, 1).view(2, rows, many)
 
 
 def conservative_gap(
@@ -905,19 +912,20 @@ def dual_losses(
     new_actions, log_pi = boxed(
         mean, log_std, normal[:, 3 * n :]
     )  # (B, 1, A), (B, 1): the actor's own, with gradient
+    backups = n if args.max_target_backup else 1
+    means = torch.cat([mean.expand(-1, n, -1), next_mean.expand(-1, n + backups, -1)], 1)
     with torch.no_grad():
-        now, now_log_prob = boxed(mean, log_std, normal[:, :n])
-        later, later_log_prob = boxed(next_mean, log_std, normal[:, n : 2 * n])
-        backups = n if args.max_target_backup else 1
-        next_actions, _ = boxed(next_mean, log_std, normal[:, 2 * n : 2 * n + backups])  # U65
+        sampled, sampled_log_prob = boxed(
+            means, log_std, normal[:, : 2 * n + backups]
+        )  # n of π(s), n of π(s'), the backup's of π(s'): U65
         q_next = (
-            q_of_many(nets["q_target"], batch.next_obs, next_actions).amin(0).amax(-1)
+            q_of_many(nets["q_target"], batch.next_obs, sampled[:, 2 * n :]).amin(0).amax(-1)
         )  # no entropy term [CORL]
         target = batch.rewards + args.gamma * (1 - batch.terminations) * q_next
         log_uniform = torch.full((rows, n), -act_dim * math.log(2), device=target.device)
-        log_probs = torch.cat([log_uniform, now_log_prob, later_log_prob], 1)
+        log_probs = torch.cat([log_uniform, sampled_log_prob[:, : 2 * n]], 1)
     q = q_of_many(
-        nets["qf"], batch.obs, torch.cat([batch.actions[:, None], uniform, now, later], 1)
+        nets["qf"], batch.obs, torch.cat([batch.actions[:, None], uniform, sampled[:, : 2 * n]], 1)
     )  # (2, B, 1 + 3n)
     td_loss = (q[..., 0] - target).square().mean(1).sum()  # [DARE Eq. 1], D2
     gap, share = conservative_gap(q[..., 1:], q[..., 0], log_probs, bound, args.cql_clip_min)

@@ -400,7 +400,7 @@ class Generator:
         self.count = torch.zeros((), device=r.device)  # gradient steps since the restart
         self.bounds = torch.zeros(2, device=r.device)  # of rewards learned from
         self.totals = torch.zeros(4, device=r.device)  # rows, clipped actions, clipped rewards, rows dropped
-        self.loss, self.averaged = r.compiled(edm.loss), r.compiled(self.ema.module)
+        self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)
         self.draw = self.begin = None
 
     @staticmethod
@@ -414,7 +414,7 @@ class Generator:
         return {f"generator_{k}": getattr(self, k) for k in names}
 
     def train_step(self) -> dict[str, torch.Tensor]:
-        """One gradient step of the EDM: cosine learning rate, gradient norm at most 1, EMA.  [SynthER]"""
+        """One gradient step of the EDM: cosine learning rate, gradient norm at most 1.  [SynthER]"""
         args = self.args
         self.opt.param_groups[0]["lr"].copy_(
             0.5 * args.diffusion_lr * (1 + torch.cos(self.count * (math.pi / args.diffusion_steps)))
@@ -428,14 +428,12 @@ class Generator:
         loss.backward()
         nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         self.opt.step()
-        with torch.no_grad():
-            self.ema.update(self.net)
         return {"loss/diffusion": loss.detach()}
 
     def denoiser(self, rows: int, *condition: torch.Tensor) -> edm.Denoiser:
         """D of the averaged network for a chunk of rows."""
         ones = torch.ones(rows, device=self.r.device)
-        return lambda x, sigma: edm.denoise(self.averaged, x, sigma * ones, *condition)
+        return lambda x, sigma: self.denoise(self.ema.module, x, sigma * ones, *condition)
 
     def noise(self, rows: int) -> torch.Tensor:
         """x at the first noise level of the grid, (rows, D)."""
@@ -487,11 +485,13 @@ class Generator:
     def learn(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
         """The training half of `regenerate`."""
         r, args = self.r, self.args
-        step_fn = r.capture(self.train_step)
+        step_fn, average_fn = r.capture(self.train_step), r.capture(lambda: self.ema.update(self.net))
         for step in r.phase("generator", (k + 1) * args.diffusion_steps):
             if step == k * args.diffusion_steps:
                 self.restart(sources, weights)
             r.log(step, step_fn())
+            if (step - k * args.diffusion_steps) % edm.EMA.EVERY == 0:
+                average_fn()
 
     def refill(self, k: int) -> None:
         """The sampling half of `regenerate`."""

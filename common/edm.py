@@ -112,38 +112,38 @@ class Moments:
 
 
 class EMA:
-    """Running average of a module's parameters, moved every 10th call: 0.995 with a ramp.  [ema-pytorch, SynthER]
+    """Running average of a module's parameters, moved every 10th gradient step.  [ema-pytorch, SynthER]
 
-    Call t = 0, 1, ...: acts if t % 10 == 0; copies while t <= 100; then decay = min(0.995, 1 - (t - 99)^(-2/3)).
+    After steps t = 0, 10, 20, ...: copies while t <= 100; then decay = min(0.995, 1 - (t - 99)^(-2/3)).
     """
+
+    EVERY = 10
 
     def __init__(self, module: nn.Module):
         self.module = deepcopy(module).requires_grad_(False)
-        self.calls = torch.zeros((), device=next(module.parameters()).device)
+        self.step = torch.zeros((), device=next(module.parameters()).device)  # t of the next update
 
     def restart(self) -> None:
         """The next update copies."""
-        self.calls.zero_()
+        self.step.zero_()
 
+    @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Count a gradient step; nothing in here waits for the device."""
-        decay = (1 - (self.calls - 99).clamp(min=1).pow(-2 / 3)).clamp(max=0.995)
-        decay = torch.where(self.calls <= 100, 0.0, decay)
-        share = torch.where(self.calls.remainder(10) == 0, 1 - decay, 0.0)
-        mine = [*self.module.parameters()]
-        gaps = torch._foreach_sub([p.detach() for p in module.parameters()], mine)
-        torch._foreach_mul_(gaps, share)
-        torch._foreach_add_(mine, gaps)
+        """After step t; nothing in here waits for the device."""
+        decay = (1 - (self.step - 99).clamp(min=1).pow(-2 / 3)).clamp(max=0.995)
+        share = torch.where(self.step <= 100, 1.0, 1 - decay)
+        for mine, other in zip(self.module.parameters(), module.parameters(), strict=True):
+            mine.lerp_(other, share)
         for a, b in zip(self.module.buffers(), module.buffers(), strict=True):
             a.copy_(b)
-        self.calls.add_(1)
+        self.step.add_(self.EVERY)
 
     def state_dict(self) -> dict:
-        return {"module": self.module.state_dict(), "calls": self.calls.clone()}
+        return {"module": self.module.state_dict(), "step": self.step.clone()}
 
     def load_state_dict(self, state: dict) -> None:
         self.module.load_state_dict(state["module"])
-        self.calls.copy_(state["calls"])
+        self.step.copy_(state["step"])
 
 
 def divergence(a: torch.Tensor, b: torch.Tensor, bins: int = 50) -> float:

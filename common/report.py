@@ -377,16 +377,21 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def insert(text: str, readme: Path) -> None:
-    """Put `text` between the markers of `readme`; UsageError if they are not there, once and in this order."""
+def around(readme: Path, markers: tuple[str, str]) -> tuple[str, str]:
+    """Text up to and with the first of `markers`, text from the second on; UsageError if they are not there once."""
+    begin, end = markers
     try:
         before = readme.read_text(encoding="utf-8")
     except (OSError, ValueError) as e:
         raise run.UsageError("--readme", readme, f"a text file ({type(e).__name__})") from e
-    begin, end = MARKERS
-    if [before.count(m) for m in MARKERS] != [1, 1] or before.index(begin) > before.index(end):
+    if [before.count(m) for m in markers] != [1, 1] or before.index(begin) > before.index(end):
         raise run.UsageError("--readme", readme, f"a file with one {begin} and, after it, one {end}")
-    head, tail = before[: before.index(begin) + len(begin)], before[before.index(end) :]
+    return before[: before.index(begin) + len(begin)], before[before.index(end) :]
+
+
+def insert(text: str, readme: Path, markers: tuple[str, str] = MARKERS) -> None:
+    """Put `text` between the markers of `readme`; UsageError if they are not there, once and in this order."""
+    head, tail = around(readme, markers)
     run.write_atomically(f"{head}\n\n{text}\n{tail}".encode(), readme)
 
 

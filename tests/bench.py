@@ -1,56 +1,117 @@
-"""Gradient steps per second at published sizes: ours, plain and (on a GPU) captured, beside a textbook loop.
+"""Speed at published sizes: ours beside the loops that most repositories have, and what whole runs will take.
 
-    python tests/bench.py [--device cpu|cuda] [--rounds 5] [--steps 200] [--files]
+    python tests/bench.py                              the table: gradient steps, samples and references per second
+    python tests/bench.py --only IQL EDM --rounds 3    only what has one of these words in its name
+    python tests/bench.py --csv tests/bench.csv --readme README.md   keep it too, and put it between README's markers
+    python tests/bench.py --from-csv --csv tests/bench.csv --readme README.md   measure nothing: what was kept
+    python tests/bench.py --files [iql dual ...]       files (without names: all) through their own `train`, a few steps
+                                                       of each phase: rates, memory, hours of a full run, of run_all.sh
 
-One run, interleaved rounds, medians: the ratios mean something even on a busy machine, the rates are this machine's.
-The textbook loop is IQL as most repositories have it: one module per network, an optimizer each, host-side numpy
-indices, fields gathered one by one, target update parameter by parameter, `.item()` for every loss at every step. That
-of Cal-QL also evaluates its two critics and its sampled actions one after another: each of the 30 by itself, or the ten
-of each kind together, as CORL does.
+The table is one run in interleaved rounds: rates are medians over rounds, on this machine; ratios are medians of the
+rounds' ratios and mean something even on a busy one. `plain` is a file's step as it is, `compiled` what --compile makes
+of it on a CPU, `captured` either as a CUDA graph (`compiled, captured`: a file's default on a GPU). Ours multiply as
+`Run` has them do, on a GPU with bf16 where the file has it; textbooks in float32 throughout.
+
+The textbooks follow public repositories, with the same networks, batches, numbers of evaluations and arithmetic:
+  IQL      one module per network, an optimizer each, host-side numpy indices, fields gathered one by one, target update
+           parameter by parameter, `.item()` of every loss at every step.
+  Cal-QL   the same; critics one after the other, the ten actions of a kind together [CORL].
+  EDM      training: batches put together on the host, `.item()` of the loss, clipping, a schedule object, EMA parameter
+           by parameter every 10th step. Sampling: three noise levels read back per step, noise drawn also where the
+           churn is 0, a vector of sigmas filled for each evaluation [SynthER].
+  CEP      behavior: batches put together on the host (CEP's own loader fetches row by row, far slower). References:
+           DPM-Solver on vectors of times, so that schedule and time embedding are computed for every row at every
+           evaluation, by networks that require gradients; like CEP's, it reads nothing back.
 """
 
 import contextlib
 import csv
-import shutil
+import importlib
+import io
+import math
+import multiprocessing
+import os
+import platform
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, pairwise
 from pathlib import Path
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
+import h5py
 import numpy as np
 import torch
 import torch.nn as nn
-import tyro
+import torch.nn.functional as F
 
-from algorithms import calql, calql_dare, calql_stratdiff, iql, iql_dare, iql_stratdiff, synther
-from common import data, run
+from algorithms import calql, iql, iql_dare, synther
+from common import data, edm, report, run
 from common.buffer import Batch, ReplayBuffer, mix
-from common.run import CapturedStep, pick_device
+from common.run import CapturedStep, UsageError, pick_device
 
-OBS, ACT, ROWS = 11, 3, 200_000  # hopper
-CHUNK = 50 if not torch.cuda.is_available() else 10_000  # generated rows at once
+ROOT = Path(__file__).parent.parent
+FILES = sorted(p.stem for p in (ROOT / "algorithms").glob("*.py"))
+TASK = "hopper-medium-v2"  # whose published settings are measured, and whose sizes:
+OBS, ACT, ROWS = 11, 3, 200_000
+CHUNK = {"cpu": 64, "cuda": 10_000}  # rows generated at once; a CPU's rate is the same from 64 rows on
+MARKERS = "<!-- speed -->", "<!-- end speed -->"
+COLUMNS = ["what", "variant", "per_second", "ratio_to_textbook", "peak_mib"]
+COLUMNS += ["device", "threads", "torch", "python"]
+Row = dict[str, str]
+Step = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Args:
+    """Speed of ours beside textbook loops; with --files, of whole files."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    rounds: int = 5
-    steps: int = 200  # gradient steps per round of each variant
     threads: int = 1  # on a CPU
-    files: bool = False  # instead: every file through its own `train`, that many steps of each phase
+    rounds: int = 5
+    seconds: float = 1.0  # of each variant in a round; one call if that takes longer
+    only: tuple[str, ...] = ()  # measure what has one of these words in its name
+    csv: Path | None = None  # keep the table here; what is not measured now, on this device, stays
+    from_csv: bool = False  # measure nothing, read --csv
+    readme: Path | None = None  # put the table between this file's markers
+    files: tuple[str, ...] | None = None  # instead of the table: these files, without a name all
+    steps: int | None = None  # of each phase of a file; default: 200 on a GPU, 20 without
 
 
-def textbook(table: Batch, device: torch.device):
-    """One IQL gradient step, written the usual way."""
+# ---- the textbooks ----
 
-    def mlp(i: int, o: int) -> nn.Sequential:
-        layers = nn.Linear(i, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, o)
-        return nn.Sequential(*layers).to(device)
 
-    q1, q2, v, mean = mlp(OBS + ACT, 1), mlp(OBS + ACT, 1), mlp(OBS, 1), mlp(OBS, ACT)
+def relu_mlp(inputs: int, layers: int, outputs: int, device: torch.device) -> nn.Sequential:
+    sizes = [inputs] + [256] * layers
+    hidden = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(256, outputs)).to(device)
+
+
+def learn(opt: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+
+
+def follow(target: nn.Module, q: nn.Module) -> None:
+    for tp, p in zip(target.parameters(), q.parameters(), strict=True):
+        tp.data.copy_(0.995 * tp.data + 0.005 * p.data)
+
+
+def iql_textbook(table: Batch, device: torch.device) -> Step:
+    """One gradient step of IQL."""
+    q1, q2 = (relu_mlp(OBS + ACT, 2, 1, device) for _ in range(2))
+    v, mean = relu_mlp(OBS, 2, 1, device), relu_mlp(OBS, 2, ACT, device)
     log_std = nn.Parameter(torch.zeros(ACT, device=device))
     target1, target2 = deepcopy(q1), deepcopy(q2)
     v_opt = torch.optim.Adam(v.parameters(), lr=3e-4)
@@ -62,38 +123,235 @@ def textbook(table: Batch, device: torch.device):
     def step() -> None:
         rows = torch.as_tensor(np.random.randint(0, ROWS, size=256), device=device)
         s, a, r, s2, d = (x[rows] for x in table)
+        sa = torch.cat([s, a], 1)
         with torch.no_grad():
-            sa = torch.cat([s, a], 1)
             target_q = torch.min(target1(sa), target2(sa)).squeeze(1)
             next_v = v(s2).squeeze(1)
         adv = target_q - v(s).squeeze(1)
         v_loss = torch.mean(torch.abs(0.7 - (adv < 0).float()) * adv**2)
         log["v"] = v_loss.item()
-        v_opt.zero_grad()
-        v_loss.backward()
-        v_opt.step()
+        learn(v_opt, v_loss)
         y = r + (1 - d) * 0.99 * next_v
-        q_loss = sum(nn.functional.mse_loss(q(sa).squeeze(1), y) for q in (q1, q2)) / 2
+        q_loss = sum(F.mse_loss(q(sa).squeeze(1), y) for q in (q1, q2)) / 2
         log["q"] = q_loss.item()
-        q_opt.zero_grad()
-        q_loss.backward()
-        q_opt.step()
-        for target, q in ((target1, q1), (target2, q2)):
-            for tp, p in zip(target.parameters(), q.parameters(), strict=True):
-                tp.data.copy_(0.995 * tp.data + 0.005 * p.data)
+        learn(q_opt, q_loss)
+        follow(target1, q1)
+        follow(target2, q2)
         policy = torch.distributions.Normal(torch.tanh(mean(s)), log_std.clamp(-5, 2).exp())
         weight = torch.exp(3.0 * adv.detach()).clamp(max=100.0)
         pi_loss = torch.mean(-weight * policy.log_prob(a).sum(-1))
         log["pi"] = pi_loss.item()
-        pi_opt.zero_grad()
-        pi_loss.backward()
-        pi_opt.step()
+        learn(pi_opt, pi_loss)
         schedule.step()
 
     return step
 
 
-def iql_step(offline: ReplayBuffer, device: torch.device, compiled: bool):
+def calql_textbook(table: Batch, device: torch.device) -> Step:
+    """One gradient step of Cal-QL."""
+    q1, q2 = (relu_mlp(OBS + ACT, 3, 1, device) for _ in range(2))
+    pi, (target1, target2) = relu_mlp(OBS, 3, 2 * ACT, device), (deepcopy(q1), deepcopy(q2))
+    log_alpha = torch.zeros(1, device=device, requires_grad=True)
+    q_opt = torch.optim.Adam([*q1.parameters(), *q2.parameters()], lr=3e-4)
+    pi_opt, alpha_opt = torch.optim.Adam(pi.parameters(), lr=1e-4), torch.optim.Adam([log_alpha], lr=1e-4)
+    returns, log = torch.randn(ROWS, device=device), {}
+
+    def sample(obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_std = pi(obs).chunk(2, -1)
+        normal = torch.distributions.Normal(mean, log_std.clamp(-20, 2).exp())
+        squash = torch.distributions.transforms.TanhTransform(cache_size=1)
+        policy = torch.distributions.TransformedDistribution(normal, squash)
+        action = policy.rsample()
+        return action, policy.log_prob(action).sum(-1)
+
+    def step() -> None:
+        index = torch.as_tensor(np.random.randint(0, ROWS, size=256), device=device)
+        s, a, r, s2, d = (x[index] for x in table)
+        g = returns[index]
+        new, log_pi = sample(s)
+        alpha_loss = -(log_alpha * (log_pi.detach() - ACT)).mean()
+        sn = torch.cat([s, new], 1)
+        pi_loss = (log_alpha.exp().detach() * log_pi - torch.min(q1(sn), q2(sn)).squeeze(1)).mean()
+        with torch.no_grad():
+            s2a2 = torch.cat([s2, sample(s2)[0]], 1)
+            y = r + 0.99 * (1 - d) * torch.min(target1(s2a2), target2(s2a2)).squeeze(1)
+        now, later = (x[:, None].repeat(1, 10, 1).view(-1, OBS) for x in (s, s2))
+        terms = {q1: [], q2: []}
+        for where in (None, now, later):
+            if where is None:
+                action = torch.rand(2_560, ACT, device=device) * 2 - 1
+                log_prob = torch.full((2_560,), -ACT * math.log(2), device=device)
+            else:
+                with torch.no_grad():
+                    action, log_prob = sample(where)
+            for q in (q1, q2):
+                value = q(torch.cat([now, action], 1)).view(256, 10)
+                value = value if where is None else torch.maximum(value, g[:, None])
+                terms[q].append(value - log_prob.view(256, 10))
+        q_loss = 0.0
+        for q in (q1, q2):
+            q_data = q(torch.cat([s, a], 1)).squeeze(1)
+            gap = torch.logsumexp(torch.cat(terms[q], 1), 1) - q_data
+            q_loss = q_loss + F.mse_loss(q_data, y) + 10.0 * gap.clamp(min=-200).mean()
+        log.update(alpha=alpha_loss.item(), pi=pi_loss.item(), q=q_loss.item())
+        for opt, loss in ((alpha_opt, alpha_loss), (pi_opt, pi_loss), (q_opt, q_loss)):
+            opt.zero_grad()
+            loss.backward(retain_graph=True)
+        for opt in (alpha_opt, pi_opt, q_opt):
+            opt.step()
+        follow(target1, q1)
+        follow(target2, q2)
+
+    return step
+
+
+def transition_net(device: torch.device) -> nn.Module:
+    """The textbooks' EDM network: ours, for the same arithmetic."""
+    a, features = synther.Args(), 2 * OBS + ACT + 2
+    net = synther.TransitionNet(features, a.diffusion_width, a.diffusion_depth, a.diffusion_time_dim)
+    return net.to(device)
+
+
+def precondition(net: nn.Module, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """D(x; σ), σ (B,), by its four coefficients.  [EDM Table 1]"""
+    s = sigma.view(-1, 1)
+    c_skip, c_out, c_in = 1 / (s**2 + 1), s * (s**2 + 1) ** -0.5, (s**2 + 1) ** -0.5
+    return c_skip * x + c_out * net(c_in * x, torch.log(sigma) * 0.25)
+
+
+def edm_textbook(table: Batch, device: torch.device) -> Step:
+    """One gradient step of the EDM of transitions."""
+    net, fields, log = transition_net(device), [x.cpu().numpy() for x in table], {"steps": 0}
+    average, opt = deepcopy(net), torch.optim.Adam(net.parameters(), lr=3e-4, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 50_000)
+    mean, std = torch.zeros(2 * OBS + ACT + 2, device=device), torch.ones(2 * OBS + ACT + 2, device=device)
+
+    def step() -> None:
+        index = np.random.randint(0, ROWS, size=256)
+        s, a, r, s2, d = (x[index] for x in fields)
+        rows = torch.from_numpy(np.concatenate([s, a, r[:, None], s2, d[:, None]], 1)).to(device)
+        x = (rows - mean) / std
+        sigma = (torch.randn(256, device=device) * 1.2 - 1.2).exp()
+        noised = x + sigma.view(-1, 1) * torch.randn_like(x)
+        errors = F.mse_loss(precondition(net, noised, sigma), x, reduction="none").mean(1)
+        loss = (errors * (sigma**2 + 1) / sigma**2).mean()
+        log["loss"] = loss.item()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad()
+        schedule.step()
+        log["steps"] += 1
+        if log["steps"] % 10 == 0:
+            for mine, p in zip(average.parameters(), net.parameters(), strict=True):
+                mine.data.lerp_(p.data, 0.005)
+
+    return step
+
+
+def sampling_textbook(device: torch.device, rows: int) -> Step:
+    """`rows` samples of the EDM: 128 levels, churn 80."""
+    net, width, n = transition_net(device), 2 * OBS + ACT + 2, synther.Args.sample_steps
+    mean, std = torch.zeros(width, device=device), torch.ones(width, device=device)
+
+    def slope(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        return (x - precondition(net, x, torch.full((rows,), sigma, device=device))) / sigma
+
+    @torch.no_grad()
+    def sample() -> torch.Tensor:
+        low, high = edm.SIGMA_MIN ** (1 / 7), edm.SIGMA_MAX ** (1 / 7)
+        sigmas = (high + torch.arange(n, device=device) / (n - 1) * (low - high)) ** 7
+        sigmas = torch.cat([sigmas, torch.zeros(1, device=device)])
+        churned = (sigmas >= edm.CHURN_MIN) & (sigmas <= edm.CHURN_MAX)
+        gammas = torch.where(churned, min(synther.Args.sample_churn / n, math.sqrt(2) - 1), 0.0)
+        x = sigmas[0] * torch.randn(rows, width, device=device)
+        for level in zip(sigmas[:-1], sigmas[1:], gammas[:-1], strict=True):
+            sigma, after, gamma = (v.item() for v in level)
+            hat = sigma * (1 + gamma)
+            x = x + math.sqrt(hat**2 - sigma**2) * edm.CHURN_NOISE * torch.randn(rows, width, device=device)
+            first = slope(x, hat)
+            end = x + (after - hat) * first
+            x = x + 0.5 * (after - hat) * (first + slope(end, after)) if after != 0 else end
+        return x * std + mean
+
+    return sample
+
+
+def vp_schedule(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """α and σ of times, in their shape."""
+    log_alpha = -0.25 * t**2 * (20.0 - 0.1) - 0.5 * t * 0.1
+    return torch.exp(log_alpha), torch.sqrt(1 - torch.exp(2 * log_alpha))
+
+
+def behavior_textbook(table: Batch, device: torch.device) -> Step:
+    """One gradient step of the behavior model, batch 4,096."""
+    obs, actions, a = table.obs.cpu(), table.actions.cpu(), iql_dare.Args()
+    net = iql_dare.BehaviorNet(OBS, ACT, a.behavior_width).to(device)
+    opt = torch.optim.Adam(net.parameters(), lr=1e-4)
+
+    def step() -> None:
+        index = torch.from_numpy(np.random.randint(0, ROWS, size=a.behavior_batch))
+        s, x = obs[index].to(device), actions[index].to(device)
+        t = torch.rand(len(s), device=device) * (1 - 1e-3) + 1e-3
+        alpha, std = vp_schedule(t)
+        z = torch.randn_like(x)
+        eps = net(x * alpha[:, None] + z * std[:, None], t, s)
+        learn(opt, torch.mean(torch.sum((eps - z) ** 2, dim=-1)))
+
+    return step
+
+
+def references_textbook(table: Batch, device: torch.device) -> Step:
+    """Guided actions of 256 states: DPM-Solver++ 2S, uniform in time, 15 evaluations."""
+    a = iql_dare.Args()
+    behavior = iql_dare.BehaviorNet(OBS, ACT, a.behavior_width).to(device)
+    energy = iql_dare.EnergyNet(OBS, ACT, a.energy_hidden).to(device)
+
+    def denoise(x: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        alpha, std = vp_schedule(t)
+        eps = behavior(x, t, s)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            guidance = a.guidance_scale * torch.autograd.grad(torch.sum(energy(s, x, t)), x)[0]
+        return (x.detach() - std[:, None] * (eps - guidance * std[:, None])) / alpha[:, None]
+
+    def half_log_snr(t: torch.Tensor) -> torch.Tensor:
+        alpha, std = vp_schedule(t)
+        return torch.log(alpha) - torch.log(std)
+
+    def move(x: torch.Tensor, denoised: torch.Tensor, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        (_, std_s), (alpha, std) = vp_schedule(s), vp_schedule(t)
+        shrink = torch.expm1(half_log_snr(s) - half_log_snr(t))
+        return (std / std_s)[:, None] * x - (alpha * shrink)[:, None] * denoised
+
+    @torch.no_grad()
+    def sample() -> torch.Tensor:
+        index = torch.as_tensor(np.random.randint(0, ROWS, size=a.batch_size), device=device)
+        obs, x = table.obs[index], torch.randn(a.batch_size, ACT, device=device)
+        times = [t.expand(a.batch_size) for t in torch.linspace(1.0, 1e-3, 16, device=device)]
+        for s, middle, t in zip(times[0:13:2], times[1:14:2], times[2:15:2], strict=True):
+            start, half, end = map(half_log_snr, (s, middle, t))
+            first = denoise(x, s, obs)
+            second = denoise(move(x, first, s, middle), middle, obs)
+            r = (half - start) / (end - start)
+            x = move(x, first + (0.5 / r)[:, None] * (second - first), s, t)
+        return move(x, denoise(x, times[14], obs), times[14], times[15])
+
+    return sample
+
+
+# ---- ours ----
+
+
+def begin_run(module: ModuleType, device: torch.device, compiled: bool, **settings: Any) -> run.Run:
+    """A run of that file, quietly; its directory is gone when it comes back."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        settings |= dict(out_dir=Path(folder), device=device.type, compile=compiled)
+        args = run.with_presets(module.Args, module.ENV_PRESETS, TASK, **settings)
+        return run.Run(args, module.__file__, "bench", module.ENV_PRESETS)
+
+
+def iql_step(offline: ReplayBuffer, device: torch.device, compiled: bool) -> Step:
     args, nets = iql.Args(), iql.make_nets(OBS, ACT, 256).to(device)
     opt, updates = iql.make_optimizer(nets, args.lr, device), torch.zeros((), device=device)
     losses = torch.compile(iql.losses) if compiled else iql.losses
@@ -107,76 +365,10 @@ def iql_step(offline: ReplayBuffer, device: torch.device, compiled: bool):
     return step
 
 
-def calql_textbook(table: Batch, device: torch.device, together: int):
-    """One Cal-QL gradient step, written the usual way; `together` sampled actions per evaluation of a critic."""
-
-    def mlp(i: int, o: int) -> nn.Sequential:
-        layers = [m for j in (i, 256, 256) for m in (nn.Linear(j, 256), nn.ReLU())]
-        return nn.Sequential(*layers, nn.Linear(256, o)).to(device)
-
-    q1, q2, pi = mlp(OBS + ACT, 1), mlp(OBS + ACT, 1), mlp(OBS, 2 * ACT)
-    target1, target2 = deepcopy(q1), deepcopy(q2)
-    log_alpha = torch.zeros(1, device=device, requires_grad=True)
-    q_opt = torch.optim.Adam([*q1.parameters(), *q2.parameters()], lr=3e-4)
-    pi_opt, alpha_opt = torch.optim.Adam(pi.parameters(), lr=1e-4), torch.optim.Adam([log_alpha], lr=1e-4)
-    returns, log = torch.randn(ROWS, device=device), {}
-
-    def sample(obs: torch.Tensor):
-        mean, log_std = pi(obs).chunk(2, -1)
-        normal = torch.distributions.Normal(mean, log_std.clamp(-20, 2).exp())
-        base = torch.distributions.TransformedDistribution(
-            normal, torch.distributions.transforms.TanhTransform(cache_size=1)
-        )
-        action = base.rsample()
-        return action, base.log_prob(action).sum(-1)
-
-    def step() -> None:
-        index = torch.as_tensor(np.random.randint(0, ROWS, size=256), device=device)
-        s, a, r, s2, d = (x[index] for x in table)
-        g = returns[index]
-        new, log_pi = sample(s)
-        alpha_loss = -(log_alpha * (log_pi.detach() - ACT)).mean()
-        sn = torch.cat([s, new], 1)
-        pi_loss = (log_alpha.exp().detach() * log_pi - torch.min(q1(sn), q2(sn)).squeeze(1)).mean()
-        with torch.no_grad():
-            s2a2 = torch.cat([s2, sample(s2)[0]], 1)
-            y = r + 0.99 * (1 - d) * torch.min(target1(s2a2), target2(s2a2)).squeeze(1)
-        q_loss = 0.0
-        many = s[:, None].repeat(1, together, 1).view(-1, OBS)
-        for q in (q1, q2):
-            q_data, terms = q(torch.cat([s, a], 1)).squeeze(1), []
-            for kind in ("uniform", "now", "later"):
-                for _ in range(0, 10, together):
-                    with torch.no_grad():
-                        if kind == "uniform":
-                            action = torch.rand(256 * together, ACT, device=device) * 2 - 1
-                            log_prob = torch.full((256 * together,), -ACT * float(np.log(2)), device=device)
-                        else:
-                            where = s if kind == "now" else s2
-                            action, log_prob = sample(where[:, None].repeat(1, together, 1).view(-1, OBS))
-                    value = q(torch.cat([many, action], 1)).view(256, together)
-                    if kind != "uniform":
-                        value = torch.maximum(value, g[:, None])
-                    terms.append(value - log_prob.view(256, together))
-            gap = torch.logsumexp(torch.cat(terms, 1), 1) - q_data
-            q_loss = q_loss + nn.functional.mse_loss(q_data, y) + 10.0 * gap.clamp(min=-200).mean()
-        log.update(alpha=alpha_loss.item(), pi=pi_loss.item(), q=q_loss.item())
-        for opt, loss in ((alpha_opt, alpha_loss), (pi_opt, pi_loss), (q_opt, q_loss)):
-            opt.zero_grad()
-            loss.backward(retain_graph=True)
-        for opt in (alpha_opt, pi_opt, q_opt):
-            opt.step()
-        for target, q in ((target1, q1), (target2, q2)):
-            for tp, p in zip(target.parameters(), q.parameters(), strict=True):
-                tp.data.copy_(0.995 * tp.data + 0.005 * p.data)
-
-    return step
-
-
-def calql_step(offline: ReplayBuffer, device: torch.device, compiled: bool):
+def calql_step(offline: ReplayBuffer, device: torch.device, compiled: bool) -> Step:
     args, nets = calql.Args(), calql.make_calql_nets(OBS, ACT, 256, 3).to(device)
     opt = calql.make_calql_optimizer(nets, args.policy_lr, args.critic_lr, device)
-    returns = torch.randn(ROWS, device=device)
+    returns = torch.randn(len(offline), device=device)
     losses = torch.compile(calql.losses) if compiled else calql.losses
 
     def step() -> dict:
@@ -189,141 +381,370 @@ def calql_step(offline: ReplayBuffer, device: torch.device, compiled: bool):
     return step
 
 
-def dare_steps(offline: ReplayBuffer, device: torch.device) -> dict:
-    """Behavior step (batch 4096) and the guided references of one batch (256 x 15 evaluations), published sizes."""
-    args = iql_dare.Args()
-    behavior = iql_dare.BehaviorNet(OBS, ACT, args.behavior_width).to(device)
-    energy = iql_dare.EnergyNet(OBS, ACT, args.energy_hidden).to(device)
-    fixed = deepcopy(behavior).requires_grad_(False)
-    opt = torch.optim.Adam(behavior.parameters(), lr=1e-4, fused=True, capturable=device.type == "cuda")
-
-    def behavior_step() -> dict:
-        batch = offline.sample(args.behavior_batch)
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
-            loss = iql_dare.behavior_loss(behavior, batch.obs, batch.actions)
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        opt.step()
-        return {"loss": loss.detach()}
-
-    @torch.no_grad()
-    def references(sampler: str) -> dict:
-        batch = mix(offline.sample(128), offline.sample(128))
-        eps_fn = iql_dare.guided_eps(fixed, energy, batch.obs, args.guidance_scale)
-        return {"refs": iql_dare.SAMPLERS[sampler](eps_fn, torch.randn(256, ACT, device=device))}
-
-    return {
-        "dare behavior step, batch 4096": behavior_step,
-        "dare references, cep": lambda: references("cep"),
-        "dare references, fast": lambda: references("fast"),
-    }
+def as_it_is(step: Step) -> Step:
+    return step
 
 
-def edm_steps(offline: ReplayBuffer, device: torch.device) -> dict:
-    """EDM training step (width 1024, depth 6, batch 256) and a chunk of CHUNK rows at 128 levels with churn."""
-    args = synther.Args(synthetic_rows=CHUNK, sample_batch=CHUNK, device=device.type)
+def generator(offline: ReplayBuffer, device: torch.device, compiled: bool) -> synther.Generator:
+    """SynthER's: `train_step`, and `sample_step` for a chunk of rows."""
+    rows, features = CHUNK[device.type], synther.Generator.features(offline)
+    r = begin_run(synther, device, compiled, synthetic_rows=rows, sample_batch=rows)
+    a = r.args
+    net = synther.TransitionNet(features, a.diffusion_width, a.diffusion_depth, a.diffusion_time_dim)
+    g = synther.Generator(r, a, net, offline, OBS, ACT)
+    g.draw = lambda: (synther.union_rows([offline], a.diffusion_batch)[0][:, :features],)
+    g.begin = lambda n: (g.denoiser(n), g.noise(n), 0)
+    return g
+
+
+def edm_step(
+    offline: ReplayBuffer, device: torch.device, compiled: bool, capture: Callable = as_it_is
+) -> Step:
+    """A training step, and at every 10th the average, captured apart as in `Generator.learn`."""
+    g, steps = generator(offline, device, compiled), count()
+    train, average = capture(g.train_step), capture(lambda: g.ema.update(g.net))
+
+    def step() -> None:
+        train()
+        if next(steps) % edm.EMA.EVERY == 0:
+            average()
+
+    return step
+
+
+def guide(offline: ReplayBuffer, device: torch.device, compiled: bool, **settings: Any) -> iql_dare.Guide:
+    """DARE's: `behavior_step`, and `score` of a batch."""
+    r, mini = begin_run(iql_dare, device, compiled, **settings), data.load("hopper-mini-v0")
+    q_target = iql.make_nets(OBS, ACT, 256).to(device)["q_target"]
+    return iql_dare.Guide(r, r.args, mini, offline, q_target, 1.0)
+
+
+def references_step(offline: ReplayBuffer, device: torch.device, compiled: bool, sampler: str) -> Step:
+    g, log_std = guide(offline, device, compiled, sampler=sampler), torch.zeros(ACT, device=device)
+    g.behavior.requires_grad_(False)  # as when online
+    half = g.args.batch_size // 2
+    return lambda: g.score(mix(offline.sample(half), offline.sample(half)), log_std)[1]
+
+
+# ---- the table ----
+
+
+def workloads(table: Batch, offline: ReplayBuffer, device: torch.device) -> dict[tuple[str, str], tuple]:
+    """(what, variant) -> what builds its step, and how many one call makes; ratios are to the variant `textbook`."""
+    at, on, chunk = (table, device), (offline, device), CHUNK[device.type]
+    both = [
+        ("IQL update", "", partial(iql_textbook, *at), lambda c, capture: capture(iql_step(*on, c))),
+        ("Cal-QL update", "", partial(calql_textbook, *at), lambda c, capture: capture(calql_step(*on, c))),
+        ("EDM training step", "", partial(edm_textbook, *at), lambda c, capture: edm_step(*on, c, capture)),
+        ("EDM sample", "", partial(sampling_textbook, device, chunk),
+         lambda c, capture: capture(generator(*on, c).sample_step)),
+        ("behavior step", "", partial(behavior_textbook, *at),
+         lambda c, capture: capture(guide(*on, c).behavior_step)),
+        ("guided references", " cep", partial(references_textbook, *at),
+         lambda c, capture: capture(references_step(*on, c, "cep"))),
+        ("guided references", " fast", None, lambda c, capture: capture(references_step(*on, c, "fast"))),
+    ]  # fmt: skip
+    modes = {"plain": (False, as_it_is), "compiled": (True, as_it_is)}
+    if device.type == "cuda":
+        modes |= {"plain, captured": (False, CapturedStep), "compiled, captured": (True, CapturedStep)}
+    found = {}
+    for what, label, textbook, ours in both:
+        builders = {"textbook": textbook} if textbook else {}
+        builders |= {name + label: partial(ours, *mode) for name, mode in modes.items()}
+        found |= {(what, k): (make, chunk if what == "EDM sample" else 1) for k, make in builders.items()}
+    return found
+
+
+def processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.+)", info.read_text() if info.exists() else "", re.M)
+    name = named[1].strip() if named else platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def waiter(device: torch.device) -> Callable[[], None]:
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
+def prepare(make: Callable[[], Step], cuda: bool, wait: Callable[[], None]) -> tuple[Step, float, float]:
+    """The step, compiled and captured; seconds of a call; on a GPU, MiB allocated for it at most."""
+    wait()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if cuda else 0
+    step = make()
+    for _ in range(60 if cuda else 1):  # the average of the EDM is captured at its fourth call, the 31st step
+        step()
+    wait()
+    memory = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else 0.0
+    start = time.perf_counter()
+    step()
+    wait()
+    return step, time.perf_counter() - start, memory
+
+
+def measure(args: Args, device: torch.device) -> list[Row]:
+    """The rows of the table."""
+    torch.manual_seed(0)
+    n, done = torch.randn, (torch.rand(ROWS) < 0.01).float()
+    table = Batch(n(ROWS, OBS), n(ROWS, ACT).clamp(-1, 1), n(ROWS), n(ROWS, OBS), done)
+    offline = ReplayBuffer(ROWS, OBS, ACT, device)
+    offline.extend(table)
+    known = workloads(Batch(*(x.to(device) for x in table)), offline, device)
+    words = [w.lower() for w in args.only] or [""]
+    chosen = {k: v for k, v in known.items() if any(w in k[0].lower() for w in words)}
+    if not chosen:
+        raise UsageError(
+            "--only", " ".join(args.only), "words of: " + ", ".join(dict.fromkeys(what for what, _ in known))
+        )
+    cuda, wait = device.type == "cuda", waiter(device)
+    own = "highest" if cuda else run.cpu_matmul()
+    ready, rates = {}, defaultdict(list)
+    for (what, name), (make, _) in chosen.items():
+        print(f"preparing: {what}, {name}", file=sys.stderr)
+        torch.set_float32_matmul_precision("highest" if "textbook" in name else own)
+        ready[what, name] = prepare(make, cuda, wait)
+    for _ in range(args.rounds):
+        for (what, name), (step, seconds, _) in ready.items():
+            torch.set_float32_matmul_precision("highest" if "textbook" in name else own)
+            calls = max(round(args.seconds / seconds), 1)
+            wait()
+            start = time.perf_counter()
+            for _ in range(calls):
+                step()
+            wait()
+            rates[what, name].append(calls * chosen[what, name][1] / (time.perf_counter() - start))
+    common = dict(device=processor(device), threads="" if cuda else str(args.threads))
+    common |= dict(torch=torch.__version__, python=platform.python_version())
+    rows = []
+    for (what, name), found in rates.items():
+        ratio = statistics.median(a / b for a, b in zip(found, rates[what, "textbook"], strict=True))
+        row = dict(what=what, variant=name, per_second=f"{statistics.median(found):.4g}")
+        row |= dict(ratio_to_textbook=f"{ratio:.2f}", peak_mib=f"{ready[what, name][2]:.0f}" if cuda else "")
+        rows.append(row | common)
+    return rows
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a kept table; UsageError if it is not one."""
+    try:
+        with open(path, newline="") as f:
+            rows = list(csv.DictReader(f))
+        if not rows or any(set(r) != set(COLUMNS) or None in r.values() for r in rows):
+            raise ValueError("other columns")
+    except (OSError, ValueError, csv.Error) as e:
+        raise UsageError("--csv", path, f"a table that this program wrote ({type(e).__name__})") from e
+    return rows
+
+
+def grouped(rows: list[Row]) -> dict[tuple[str, ...], list[Row]]:
+    """What was measured together: (device, threads, what) -> rows."""
+    groups = defaultdict(list)
+    for r in rows:
+        groups[r["device"], r["threads"], r["what"]].append(r)
+    return groups
+
+
+def write_rows(rows: list[Row], path: Path) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    run.write_atomically(text.getvalue().encode(), path)
+
+
+def markdown(rows: list[Row]) -> str:
+    """A table per device."""
+    machines, parts = defaultdict(list), []
+    for r in rows:
+        cpu = f", {r['threads']} thread{'s' * (r['threads'] != '1')}" if r["threads"] else ""
+        machines[f"{r['device']}{cpu}, torch {r['torch']}:\n"].append(r)
+    for machine, own in machines.items():
+        columns = [k for k in COLUMNS[:5] if any(r[k] for r in own)]
+        heads, lines = [k.replace("_", " ") for k in columns], [[r[k] for k in columns] for r in own]
+        parts += [machine, report.table(heads, lines)]
+    return "\n".join(parts)
+
+
+# ---- whole files ----
+
+
+def few(module: ModuleType, steps: int, cuda: bool) -> dict[str, Any]:
+    """Settings with sizes as published, phases of `steps`, and one regeneration, when the warm-up is over."""
+    phases = ("offline", "behavior", "energy", "planner", "halving", "diffusion", "warmup")
+    sizes = {f"{k}_steps": steps for k in phases} | dict(online_steps=2 * steps, regenerate_every=steps)
+    sizes |= dict(regenerations=2, energy_updates=steps, eval_every=10**9)
+    if cuda:
+        sizes |= dict(energy_pool=4 * CHUNK["cuda"])  # not all of it in a first call, with compilation
+    else:
+        sizes |= dict(
+            sample_batch=CHUNK["cpu"], synthetic_rows=2 * CHUNK["cpu"], energy_pool=2 * CHUNK["cpu"]
+        )
+    return {k: v for k, v in sizes.items() if k in module.Args.__dataclass_fields__}
+
+
+def measure_file(stem: str, args: Args) -> dict[str, float]:
+    """Rates of what `budget` names, and `peak_memory_gib`, of algorithms/<stem>.py; for a process of its own.
+
+    A phase is timed over its second half (online: of the steps with updates), when it is compiled and captured.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
+    torch.set_num_threads(args.threads)
+    module, device, rates = importlib.import_module(f"algorithms.{stem}"), pick_device(args.device), {}
+    cuda, wait, spent = device.type == "cuda", waiter(device), defaultdict(float)
+    steps = args.steps or (200 if cuda else 20)
+
+    def timed(original: Callable, name: str, units: Callable) -> Callable:
+        def call(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            result = original(*arguments)
+            wait()
+            spent[name] += time.perf_counter() - start
+            rates[name] = units(result, *arguments) / (time.perf_counter() - start)
+            return result
+
+        return call
+
+    def timed_phase(self: run.Run, name: str, until: int) -> Iterator[int]:
+        first = max(self.done.get(name, 0), steps if name == "online" else 0)
+        middle, start = (first + until) // 2, None
+        for step in phase(self, name, until):
+            if step == middle:
+                wait()
+                start = time.perf_counter() - spent["evaluation"]
+            yield step
+            if step == until - 1 and start is not None:  # the evaluation in the last step is not the phase's
+                wait()
+                rates[name] = (until - middle) / (time.perf_counter() - spent["evaluation"] - start)
+
+    phase, run.Run.phase = run.Run.phase, timed_phase
+    steps_of = lambda result, evaluator, *_: evaluator.episodes * result["eval/length"]  # noqa: E731
+    data.Evaluator.__call__ = timed(data.Evaluator.__call__, "evaluation", steps_of)
+    if hasattr(module, "dataset_support"):
+        module.dataset_support = timed(module.dataset_support, "support", lambda support, *_: support.rows)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        r = run.Run(replace(args, out_dir=Path(folder)), "synther.py", "bench", {})
-    net = synther.TransitionNet(synther.Generator.features(offline), 1_024, 6, 256)
-    generator = synther.Generator(r, args, net, offline, OBS, ACT)
-    generator.draw = lambda: (synther.union_rows([offline], args.diffusion_batch)[0],)
-    generator.begin = lambda n: (generator.denoiser(n), generator.noise(n), 0)
-    return {"edm training step": generator.train_step, f"edm chunk of {CHUNK} rows": generator.sample_step}
+        rows = Path(folder) / "rows.hdf5"
+        with h5py.File(data.get_task("hopper-mini-v0").path) as mini, h5py.File(rows, "w") as f:
+            for k in mini:  # again and again, or the first ones
+                f[k] = np.resize(mini[k][()], (1_000_000 if cuda else 600, *mini[k].shape[1:]))
+        settings = few(module, steps, cuda) | dict(dataset=rows, out_dir=Path(folder), device=args.device)
+        settings = run.with_presets(module.Args, module.ENV_PRESETS, TASK, **settings)
+        result = module.train(settings)
+    for name, limit in (("sampling", "synthetic_rows"), ("pool", "energy_pool")):
+        if name in rates:  # chunks -> rows
+            rates[name] *= min(settings.sample_batch, getattr(settings, limit))
+    return rates | {"peak_memory_gib": result["peak_memory_gib"]}
+
+
+def budget(stem: str, env: str) -> dict[str, float]:
+    """What a published run does: phase -> gradient steps; online and evaluation, environment steps; the rest, rows."""
+    module, task = importlib.import_module(f"algorithms.{stem}"), data.get_task(env)
+    a = run.with_presets(module.Args, module.ENV_PRESETS, env)
+    get, rows = lambda name: getattr(a, name, 0), task.rows or 1_000_000
+    # regenerations as in the files' loops: CFDG's at equal parts, the others' at multiples; EDIS and AD2S also have one
+    # when the warm-up is over
+    times = {k * a.online_steps // a.regenerations for k in range(1, get("regenerations"))}
+    if get("regenerate_every"):
+        times = {*range(a.regenerate_every, a.online_steps, a.regenerate_every)}
+        times |= set() if get("synther_data") else {a.warmup_steps}
+    n = sum(a.warmup_steps <= t < a.online_steps for t in times)
+    work = {k: get(f"{k}_steps") for k in ("offline", "online", "behavior", "energy", "planner")}
+    work |= {"generator": n * get("diffusion_steps"), "sampling": n * get("synthetic_rows")}
+    work |= {"pool": n * get("energy_pool"), "energies": n * get("energy_updates")}
+    work["distill"] = sum(updates for _, updates in module.halvings(a)) if get("halving_steps") else 0
+    work["support"] = rows + a.online_steps if get("support_k") else 0
+    for phase in ("offline", "online"):  # every episode to its limit
+        work[f"evaluation {phase}"] = math.ceil(work[phase] / a.eval_every) * a.eval_episodes * task.limit
+    return {k: v for k, v in work.items() if v}
+
+
+def hours(stem: str, env: str, rates: dict[str, float]) -> dict[str, float]:
+    """Of each phase of a published run; NaN where a rate is missing."""
+    return {k: v / rates.get(k.split()[0], math.nan) / 3600 for k, v in budget(stem, env).items()}
+
+
+def whole_list(rates: dict[str, dict[str, float]]) -> str:
+    """Hours of the jobs of run_all.sh whose files have `rates`, with what they share counted once.
+
+    That is the offline phase of a backbone, task and seed, and the behavior model of a task, seed and its settings.
+    """
+    command = ["bash", ROOT / "run_all.sh", "--list"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    jobs, once = [line.split()[-3:] for line in lines], {}
+    jobs = [job for job in jobs if job[0] in rates]
+    for stem, env, seed in jobs:
+        own = stem in ("iql", "calql") or stem.endswith("dual")  # as in run_all.sh: DUAL's actor is its own
+        backbone = stem if own else "iql" if stem.startswith("iql_") else "calql"
+        module = importlib.import_module(f"algorithms.{stem}")
+        a = run.with_presets(module.Args, module.ENV_PRESETS, env)
+        for phase, time_taken in hours(stem, env, rates[stem]).items():
+            owner = backbone if phase.endswith("offline") else stem
+            if phase == "behavior":
+                owner = str([getattr(a, k) for k in module.BEHAVIOR_SETTINGS])
+            once.setdefault((phase, owner, env, seed), time_taken)
+    total = sum(once.values())
+    return f"run_all.sh: {len(jobs)} of {len(lines)} jobs, one after the other: {total:.0f} hours"
 
 
 def whole_files(args: Args) -> None:
     """Each file through `train` at published sizes, a few steps of every phase; prints rates and projected hours."""
-    phases = {"offline": 1_000_000, "behavior": 600_000, "energy": 100_000, "online": 200_000}
-    modes = (False, True) if pick_device(args.device).type == "cuda" else (False,)
-    run.LOG_EVERY = max(args.steps // 4, 1)
-    for algorithm in (iql, calql, iql_stratdiff, iql_dare, calql_stratdiff, calql_dare):
-        name = Path(algorithm.__file__).stem
-        for compiled in modes:
-            with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-                rows = Path(shutil.copy(data.get_task("hopper-mini-v0").path, folder))
-                few = {f"{phase}_steps": args.steps for phase in phases} | {"online_steps": 2 * args.steps}
-                few |= dict(
-                    warmup_steps=args.steps,
-                    eval_every=10**9,
-                    eval_episodes=1,
-                    dataset=rows,
-                    out_dir=Path(folder),
-                )
-                few |= dict(device=args.device, compile=compiled)
-                known = algorithm.Args.__dataclass_fields__
-                few = {k: v for k, v in few.items() if k in known}
-                algorithm.train(
-                    run.with_presets(algorithm.Args, algorithm.ENV_PRESETS, "hopper-medium-v2", **few)
-                )
-                (log,) = Path(folder).glob("**/log.csv")
-                with open(log, newline="") as f:
-                    lines = list(csv.DictReader(f))
-            columns = {phase: f"time/{phase}_steps_per_s" for phase in phases}
-            last = {
-                p: [float(x[c]) for x in lines if x.get(c)][-1] for p, c in columns.items() if c in lines[0]
-            }
-            hours = sum(phases[p] / rate for p, rate in last.items()) / 3600
-            rates = ", ".join(f"{p} {rate:.1f}" for p, rate in last.items())
-            print(
-                f"{name:16s} {'compiled' if compiled else 'plain':9s} {rates} /s; 1M + 0.2M: {hours:.2f} hours"
-            )
-
-
-def main(args: Args) -> dict[str, float]:
-    """Print the table; return steps per second by name."""
-    device = pick_device(args.device)
-    if device.type == "cpu":
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    n = torch.randn
-    table = Batch(
-        n(ROWS, OBS), n(ROWS, ACT).clamp(-1, 1), n(ROWS), n(ROWS, OBS), (torch.rand(ROWS) < 0.01).float()
+    names = args.files or FILES
+    if wrong := [name for name in names if name not in FILES]:
+        raise UsageError("--files", " ".join(wrong), " ".join(FILES))
+    device, rates = pick_device(args.device), {}
+    print(
+        f"{processor(device)}, torch {torch.__version__}; settings of {TASK}; hours of one run by itself, with"
     )
-    offline = ReplayBuffer(ROWS, OBS, ACT, device)
-    offline.extend(table)
-    table = Batch(*(x.to(device) for x in table))
-    slow = 20 if device.type == "cpu" else 1  # divide the steps of what is slow on a CPU
-    variants = {
-        "iql textbook": (textbook(table, device), 1),
-        "iql plain": (iql_step(offline, device, False), 1),
-        "iql compiled": (iql_step(offline, device, True), 1),
-        "calql textbook, action by action": (calql_textbook(table, device, 1), slow),
-        "calql textbook, kind by kind": (calql_textbook(table, device, 10), slow),
-        "calql plain": (calql_step(offline, device, False), slow),
-        "calql compiled": (calql_step(offline, device, True), slow),
-    }
-    variants |= {k: (f, slow) for k, f in dare_steps(offline, device).items()}
-    variants |= {k: (f, 10 * slow) for k, f in edm_steps(offline, device).items()}
-    if device.type == "cuda":
-        variants["iql captured"] = CapturedStep(iql_step(offline, device, False)), 1
-        variants["iql compiled, captured"] = CapturedStep(iql_step(offline, device, True)), 1
-        variants["calql captured"] = CapturedStep(calql_step(offline, device, False)), 1
-        variants["calql compiled, captured"] = CapturedStep(calql_step(offline, device, True)), 1
-        variants |= {f"{k}, captured": (CapturedStep(f), 1) for k, f in dare_steps(offline, device).items()}
-        variants |= {f"{k}, captured": (CapturedStep(f), 10) for k, f in edm_steps(offline, device).items()}
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    rates = {name: [] for name in variants}
-    for i in range(args.rounds + 1):
-        for name, (step, divide) in variants.items():
-            count = max(args.steps // divide, 2)
-            wait()
-            start = time.perf_counter()
-            for _ in range(count):
-                step()
-            wait()
-            if i:  # the first round is warm-up
-                rates[name].append(count / (time.perf_counter() - start))
-    medians = {name: statistics.median(r) for name, r in rates.items()}
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {args.threads} thread(s)"
-    print(f"{where}, torch {torch.__version__}")
-    first = {"iql": "iql textbook", "calql": "calql textbook, action by action"}
-    for name, rate in medians.items():
-        peer = first.get(name.split()[0])
-        ratio = f"  x{rate / medians[peer]:.2f}" if peer else ""
-        print(f"{name:42s} {rate:9.1f} /s{ratio}")
-    return medians
+    print("evaluations of full length, without checkpoints and reports on generated rows")
+    if device.type == "cpu":
+        print(
+            f"600 dataset rows, {CHUNK['cpu']} rows generated at once: rates scale with them, memory does not"
+        )
+    for stem in names:
+        try:  # a process for each: peak memory is the file's own
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                found = pool.submit(measure_file, stem, args).result()
+        except Exception as e:
+            print(f"{stem}: NOT MEASURED: {type(e).__name__}: {' '.join(str(e).split())[:150]}")
+            continue
+        memory, rates[stem] = found.pop("peak_memory_gib"), found
+        needed = hours(stem, TASK, found)
+        print(f"{stem}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()) + f" /s; {memory:.2f} GiB")
+        parts = ", ".join(f"{k} {v:.2f}" for k, v in needed.items())
+        print(f"  {sum(needed.values()):.1f} hours: {parts}", flush=True)
+    print(whole_list(rates) + ", whatever their task at the rates above")
+    if missing := [name for name in names if name not in rates]:
+        print(f"not measured: {', '.join(missing)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def main(args: Args) -> None:
+    for name in ("threads", "rounds", "seconds"):
+        if not getattr(args, name) > 0:
+            raise UsageError(f"--{name}", getattr(args, name), "above 0")
+    if args.files is not None:
+        return whole_files(args)
+    if args.from_csv and args.csv is None:
+        raise UsageError("--from-csv", "no --csv", "with --csv, the file to read")
+    if args.csv and not args.csv.parent.is_dir():
+        raise UsageError("--csv", args.csv, "a file in a folder that exists")
+    if args.readme:
+        report.around(args.readme, MARKERS)  # refused before, not after, minutes of measuring
+    rows = read_rows(args.csv) if args.csv and (args.from_csv or args.csv.exists()) else []
+    if not args.from_csv:
+        device = pick_device(args.device)
+        if device.type == "cpu":
+            torch.set_num_threads(args.threads)
+        merged = grouped(rows) | grouped(measure(args, device))
+        rows = [r for group in merged.values() for r in group]
+    if args.csv and not args.from_csv:
+        write_rows(rows, args.csv)
+    if args.readme:
+        report.insert(markdown(rows), args.readme, MARKERS)
+    print(markdown(rows), end="")
 
 
 if __name__ == "__main__":
-    chosen = tyro.cli(Args)
-    whole_files(chosen) if chosen.files else main(chosen)
+    run.main(main, Args)

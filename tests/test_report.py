@@ -357,6 +357,18 @@ def test_results_csv_gives_the_same_report_and_readme(tmp_path, capsys):
     assert drawn == {"curves-d4rl.png", "curves-standin.png", "exchange-d4rl.png"}
 
 
+def test_readme_has_the_tables_of_the_kept_results(tmp_path):
+    """Byte for byte what the command in README writes; every file is in them, from a run that counts."""
+    copy, kept = tmp_path / "README.md", ROOT / "common" / "results.csv"
+    text = (ROOT / "README.md").read_bytes()
+    begin, end = (text.index(m.encode()) for m in report.MARKERS)
+    copy.write_bytes(text[: begin + len(report.MARKERS[0])] + text[end:])
+    report.main(report.Args(csv=kept, readme=copy))
+    assert copy.read_bytes() == text
+    rows = report.read_rows(kept)
+    assert {row["file"] for row in rows if not row["problem"]} == set(FILES)
+
+
 def test_bad_usage_is_one_line_and_exit_2(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run.signal, "signal", lambda *_: None)
     write_run(tmp_path / "runs", "iql", "hopper-medium-v2", 0)
