@@ -339,6 +339,16 @@ def test_what_is_not_measured_again_stays(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("| IQL update | textbook | 60 |") == 2
 
 
+def test_readme_has_the_table_of_the_kept_figures(tmp_path, capsys):
+    """Byte for byte what --from-csv writes, which is also what it prints."""
+    copy, text = tmp_path / "README.md", (bench.ROOT / "README.md").read_text()
+    begin, end = (text.index(m) for m in bench.MARKERS)
+    copy.write_text(text[: begin + len(bench.MARKERS[0])] + text[end:])
+    bench.main(bench.Args(csv=bench.ROOT / "tests" / "bench.csv", readme=copy, from_csv=True))
+    assert copy.read_text() == text
+    assert capsys.readouterr().out.strip() == text[begin + len(bench.MARKERS[0]) : end].strip()
+
+
 @pytest.mark.parametrize(
     "text", ["", "<!-- speed -->", "<!-- end speed --><!-- speed -->", 2 * "<!-- speed --><!-- end speed -->"]
 )
