@@ -67,15 +67,7 @@ backbone() { # of a method: whose offline phase it can start from; both dual.py 
 }
 refuse() { echo "error: $1: got $2; allowed: $3" >&2; exit 2; }
 among() { local p; for p in ${*:2}; do [[ $1 == $p ]] && return; done; return 1; } # NAME PATTERNS...
-stop() { # EXIT CODE
-  trap '' INT TERM HUP
-  kill -TERM $(jobs -p) 2> /dev/null
-  # to the jobs again: a signal just before bash starts to wait is kept until the wait is over. They ignore a second one.
-  while [[ ${mode:-} == run && $(jobs -pr) ]]; do sleep 0.5; kill -TERM $(jobs -pr) 2> /dev/null; done
-  wait
-  flock -u 9 2> /dev/null
-  exit "$1"
-}
+stop() { trap '' INT TERM HUP; kill -TERM $(jobs -p) 2> /dev/null; wait; flock -u 9 2> /dev/null; exit "$1"; }
 trap 'stop 130' INT
 trap 'stop 143' TERM HUP
 
@@ -172,10 +164,10 @@ echo "${#todo[@]} jobs, $JOBS at a time, in $OUT"
 (( minutes < 300 )) && left="$minutes minutes" || left="$((minutes / 60)) hours"
 [[ $gpu == True ]] || echo "no GPU: about $left on one CPU core for what is left"
 for words in "${todo[@]}"; do
-  while (( $(jobs -pr | wc -l) >= JOBS )); do sleep 0.2; done # not `wait -n`: a signal just before it would wait, too
+  (( $(jobs -pr | wc -l) < JOBS )) || wait -n
   bash "$self" --job $words < /dev/null &
 done
-while [[ $(jobs -pr) ]]; do sleep 0.2; done
+wait
 failed=()
 for words in "${todo[@]}"; do
   read -r method env seed <<< "$words"

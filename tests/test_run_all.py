@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,8 +55,10 @@ class Bench:
         environment = keep | {"PYTHON": str(self.program), "OUT": str(self.out)} | variables
         pipe = subprocess.PIPE
         command = ["bash", str(SCRIPT), *words]
+        # who runs the tests in the background has SIGINT ignored, which bash could not undo
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         return subprocess.Popen(
-            command, env=environment, cwd=self.folder, stdout=pipe, stderr=pipe, text=True
+            command, env=environment, cwd=self.folder, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed
         )
 
     def __call__(self, *words: str, **variables: str) -> tuple[int, list[str], str]:
