@@ -45,22 +45,22 @@ printf -v shifted '%s ' halfcheetah-{friction,medium-replay-gravity}-2.0 hopper-
 methods="" known="hopper-mini-v0 "
 declare -A cost tasks
 method() { methods+="$1 " known+="${*:3} " cost[$1]=$2 tasks[$1]=${*:3}; } # NAME HOURS TASKS...
-# Hours on one CPU core, without an imported offline phase, within a factor of two or so: rates in the docstrings of iql.py
-# and iql_dare.py, a few timed steps of calql.py and dual.py, and 10 GFLOP per step for the generators of transitions.
-method iql             2 $twelve $antmaze $human $cloned
-method calql           40 $twelve $maze2d $antmaze $cloned $shifted
-method iql_dare        65 $nine $small # DARE Table 1
-method calql_dare      70 $nine $small
-method iql_stratdiff   65 $nine $small # StratDiff Table 1
-method calql_stratdiff 70 $nine $small
-method iql_synther     75 $twelve # CFDG Figures 2, 3
-method synther         80 $twelve $maze2d # AD2S Table 1
-method iql_edis        70 $twelve $antmaze $human $cloned # DARE 1; CFDG Figure 3, Table 4; DUAL Tables 1, 3
-method edis            60 $twelve $maze2d $antmaze $cloned $shifted # DARE 1; AD2S 1, 5; DUAL 2, 3
-method iql_cfdg        75 $twelve $large $human # CFDG Tables 1, 4
-method calql_ad2s      80 $twelve $maze2d antmaze-umaze-diverse-v2 $large {pen,door}-cloned-v1 # AD2S Tables 1, 5
-method dual            40 $nine $antmaze $cloned hopper-friction-2.0 # DUAL Tables 1, 3, 4
-method calql_dual      100 $four $cloned $shifted # DUAL Tables 2, 3
+# Hours on one core of an AVX2 CPU, as `python tests/bench.py --files` projects them for hopper-medium-v2, without the offline
+# phase where it is imported; other machines and busy ones differ by a factor of two or so.
+method iql             4 $twelve $antmaze $human $cloned
+method calql           85 $twelve $maze2d $antmaze $cloned $shifted
+method iql_dare        155 $nine $small # DARE Table 1
+method calql_dare      171 $nine $small
+method iql_stratdiff   137 $nine $small # StratDiff Table 1
+method calql_stratdiff 154 $nine $small
+method iql_synther     76 $twelve # CFDG Figures 2, 3
+method synther         84 $twelve $maze2d # AD2S Table 1
+method iql_edis        77 $twelve $antmaze $human $cloned # DARE 1; CFDG Figure 3, Table 4; DUAL Tables 1, 3
+method edis            75 $twelve $maze2d $antmaze $cloned $shifted # DARE 1; AD2S 1, 5; DUAL 2, 3
+method iql_cfdg        79 $twelve $large $human # CFDG Tables 1, 4
+method calql_ad2s      101 $twelve $maze2d antmaze-umaze-diverse-v2 $large {pen,door}-cloned-v1 # AD2S Tables 1, 5
+method dual            80 $nine $antmaze $cloned hopper-friction-2.0 # DUAL Tables 1, 3, 4
+method calql_dual      254 $four $cloned $shifted # DUAL Tables 2, 3
 
 backbone() { # of a method: whose offline phase it can start from; both dual.py train an actor of their own
   case $1 in iql | calql | *dual) ;; iql_*) echo iql ;; *) echo calql ;; esac

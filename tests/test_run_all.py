@@ -251,7 +251,7 @@ def test_without_a_gpu_the_time_is_said_first(bench):
     bench.set(gpu="False")
     rc, out, _ = bench(METHODS="iql", ENVS="hopper-medium-v2", SEEDS="0 1 2")
     assert rc == 0 and out[2][:5] == "start"
-    assert out[1] == "no GPU: about 6 hours on one CPU core for what is left"
+    assert out[1] == "no GPU: about 12 hours on one CPU core for what is left"  # 3 times 4
     assert (
         bench("--quick", METHODS="iql *dare")[1][1]
         == "no GPU: about 12 minutes on one CPU core for what is left"
