@@ -362,7 +362,8 @@ class Run:
             state = load_state(path, self.device)
             self._restore(objects, state, path)
             self.done, self.passed = state["done"], state["passed"]
-            self.seconds, self.scores, self.memory = state["seconds"], state["scores"], state["memory"]
+            self.seconds, self.scores = state["seconds"], state["scores"]
+            self.memory = state.get("memory", 0.0)  # not in checkpoints of older versions
             torch.set_rng_state(state["rng"].cpu())
             if self.device.type == "cuda" and "cuda_rng" in state:
                 torch.cuda.set_rng_state(state["cuda_rng"].cpu())

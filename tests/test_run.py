@@ -396,6 +396,24 @@ def test_peak_memory_is_that_of_the_process_and_survives_a_resume(dataset, tmp_p
     assert module("iql").train(args)["peak_memory_gib"] == 123.46
 
 
+def test_a_checkpoint_without_peak_memory_is_taken_up(dataset, tmp_path, monkeypatch):
+    """As versions before that figure wrote them: the run goes on to the same scores."""
+    args = tiny_args("iql", dataset=dataset, out_dir=tmp_path / "a")
+    straight = module("iql").train(args)
+    args = tiny_args("iql", dataset=dataset, out_dir=tmp_path / "b")
+    with monkeypatch.context() as m:
+        m.setattr(run.Run, "finish", lambda _: sys.exit(0))
+        with pytest.raises(SystemExit):
+            module("iql").train(args)
+    path = run_dir(tmp_path / "b", "iql", dataset) / "state.pt"
+    state = torch.load(path, weights_only=False)
+    assert state.pop("memory") > 0
+    torch.save(state, path)
+    resumed = module("iql").train(args)
+    assert {k: resumed[k] for k in UNTIMED} == {k: straight[k] for k in UNTIMED}
+    assert resumed["peak_memory_gib"] > 0
+
+
 @pytest.mark.parametrize("capability", [None, "AVX2", "AVX512"])
 def test_cpu_matmul_stays_float32(capability, monkeypatch):
     """Whatever the machine, at the sizes of a critic and beyond; the global setting is left as it was."""
