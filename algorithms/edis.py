@@ -116,6 +116,9 @@ class Args:
     warmup_steps: int = 5_000  # environment steps without updates, counted in online_steps: D4
     utd: int = 1  # gradient steps per environment step
     # NEW: diffusion model, energies and synthetic rows
+    terminal_flag: Literal["classifier", "joint"] = (
+        "classifier"  # of generated rows: from s', or a feature as SynthER has it: D21
+    )
     synthetic_frac: float = 0.2  # share of a batch that is generated [code of EDIS]: D47
     regenerate_every: int = 10_000  # environment steps [code of EDIS]
     synthetic_rows: int = 100_000  # rows per regeneration [code of EDIS]
@@ -488,21 +491,59 @@ def union_rows(buffers: list[ReplayBuffer], n: int) -> tuple[torch.Tensor, torch
     return rows, index
 
 
+def grow_tree(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, depth: int) -> tuple | float:
+    """Decision tree of x (N, W) for y (N,) bool: a leaf is its share of y; a node (feature, cut, below, above).  D21
+
+    Splits have the least Gini impurity under `weight` (N,), cuts lie halfway between rows.
+    """
+    if depth == 0 or y.all() or not y.any():
+        return y.float().mean().item()
+    best = (math.inf, 0, 0.0)
+    for k in range(x.shape[1]):
+        values, order = x[:, k].sort()
+        yes, no = ((weight * part)[order].cumsum(0) for part in (y, ~y))
+        more_yes, more_no = yes[-1] - yes, no[-1] - no
+        impurity = yes * no / (yes + no) + more_yes * more_no / (more_yes + more_no).clamp(min=1e-30)
+        impurity[:-1][values[1:] == values[:-1]] = math.inf  # no cut between equal values
+        impurity[-1] = math.inf
+        i = int(impurity.argmin())
+        if impurity[i] < best[0]:
+            best = (impurity[i].item(), k, 0.5 * (values[i] + values[i + 1]).item())
+    if best[0] == math.inf:
+        return y.float().mean().item()
+    below = x[:, best[1]] <= best[2]
+    branches = (grow_tree(x[side], y[side], weight[side], depth - 1) for side in (below, ~below))
+    return best[1], best[2], *branches
+
+
+def leaf_shares(tree: tuple | float, x: torch.Tensor) -> torch.Tensor:
+    """Share of y in the leaf of each row: x (N, W) -> (N,)."""
+    if isinstance(tree, float):
+        return torch.full_like(x[:, 0], tree)
+    feature, cut, below, above = tree
+    return torch.where(x[:, feature] <= cut, leaf_shares(below, x), leaf_shares(above, x))
+
+
+def spread(rows: torch.Tensor, n: int) -> torch.Tensor:
+    """At most n of the rows (N, ...), evenly spaced."""
+    return rows[torch.linspace(0, len(rows) - 1, min(n, len(rows))).long()]
+
+
 class Generator:
-    """An EDM of transitions [s, a, r, s', terminal], and the buffer of what it generates.
+    """An EDM of transitions [s, a, r, s'], and the buffer of what it generates.
 
     The method sets `draw`, () -> rows (B, D) in training units and conditions for the network, and `begin`, n -> the
-    denoiser, x (n, D) at noise level `first` of the grid and that step.
+    denoiser, x (n, D) at noise level `first` of the grid and that step. `real` are the buffers of dataset and own rows.
     """
 
-    def __init__(
-        self, r: run.Run, args: Args, net: nn.Module, offline: ReplayBuffer, obs_dim: int, act_dim: int
-    ):
-        self.r, self.args, self.net = r, args, net.to(r.device)
-        self.obs_dim, self.act_dim = obs_dim, act_dim
-        self.synthetic = ReplayBuffer(args.synthetic_rows, obs_dim, act_dim, r.device)
-        self.features = Generator.features(offline)
-        flags = self.features - (2 * obs_dim + act_dim + 1)
+    TREE_DEPTH = 12  # at most: D21
+
+    def __init__(self, r: run.Run, args: Args, net: nn.Module, real: list[ReplayBuffer]):
+        self.r, self.args, self.net, self.real = r, args, net.to(r.device), real
+        self.obs_dim, self.act_dim = real[0].widths[:2]
+        self.synthetic = ReplayBuffer(args.synthetic_rows, self.obs_dim, self.act_dim, r.device)
+        self.features = Generator.features(args, real[0])
+        flags = self.features - (2 * self.obs_dim + self.act_dim + 1)
         self.moments = edm.Moments(self.features, flags, r.device)  # D20
         self.ema = edm.EMA(self.net)
         params, lr = [*self.net.parameters()], torch.tensor(args.diffusion_lr, device=r.device)
@@ -512,12 +553,13 @@ class Generator:
         self.bounds = torch.zeros(2, device=r.device)  # of rewards learned from
         self.totals = torch.zeros(4, device=r.device)  # rows, clipped actions, clipped rewards, rows dropped
         self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)
+        self.tree: tuple | float = 0.0  # p(terminal | s')
         self.draw = self.begin = None
 
     @staticmethod
-    def features(offline: ReplayBuffer) -> int:
-        """Length of a modelled row: with the terminal flag where the dataset has a terminal: D21."""
-        return offline.table.shape[1] - int(not offline.table[: offline.rows, -1].any())
+    def features(args: Args, buffer: ReplayBuffer) -> int:
+        """Length of a modelled row: s, a, r, s', and the flag of termination if it is a feature: D21."""
+        return buffer.table.shape[1] - int(args.terminal_flag == "classifier")
 
     def state(self) -> dict:
         """What a checkpoint holds, by name."""
@@ -566,8 +608,10 @@ class Generator:
         finite = rows.isfinite().all(1)
         rows = rows[finite]
         actions, rewards = slice(self.obs_dim, self.obs_dim + self.act_dim), self.obs_dim + self.act_dim
-        flags = rows[:, 2 * self.obs_dim + self.act_dim + 1 :]  # one column or none
-        terminated = (flags > 0.5).float() if flags.shape[1] else torch.zeros_like(rows[:, :1])
+        terminated = (rows[:, -1:] > 0.5).float()
+        if self.args.terminal_flag == "classifier":
+            share = leaf_shares(self.tree, rows[:, rewards + 1 :])
+            terminated = (torch.rand_like(share) < share).float()[:, None]
         clipped = rows[:, actions].abs() > 1
         outside = (rows[:, rewards] < self.bounds[0]) | (rows[:, rewards] > self.bounds[1])
         self.totals[1:] += torch.stack([clipped.float().mean(1).sum(), outside.sum(), (~finite).sum()])
@@ -595,7 +639,7 @@ class Generator:
 
     def learn(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
         """The training half of `regenerate`."""
-        r, args = self.r, self.args
+        r, args, self.sources = self.r, self.args, sources
         step_fn, average_fn = r.capture(self.train_step), r.capture(lambda: self.ema.update(self.net))
         for step in r.phase("generator", (k + 1) * args.diffusion_steps):
             if step == k * args.diffusion_steps:
@@ -607,6 +651,16 @@ class Generator:
     def refill(self, k: int) -> None:
         """The sampling half of `regenerate`."""
         r, args = self.r, self.args
+        if (
+            args.terminal_flag == "classifier"
+        ):  # of all real rows, whatever the model learned from; a resumed run agrees
+            ends = torch.cat([b.table[: b.rows, -1] for b in self.real]) > 0.5
+            if ends.any():
+                next_obs = torch.cat([b.table[: b.rows, -1 - self.obs_dim : -1] for b in self.real])
+                weight = torch.where(
+                    ends, 0.5 / ends.sum(), 0.5 / (~ends).sum()
+                ).double()  # classes weigh the same
+                self.tree = grow_tree(next_obs, ends, weight, self.TREE_DEPTH)
         chunks, sample_fn = -(-args.synthetic_rows // args.sample_batch), r.capture(self.sample_step)
         for chunk in r.phase("sampling", (k + 1) * chunks):
             if chunk == k * chunks:
@@ -623,30 +677,43 @@ class Generator:
         """What the k-th synthetic rows are like; 2,000 of them, of the dataset and of own rows go to synthetic-<k>.npz.
 
         Simulator: rms over features of (s' - simulated s') / std, median over 200 rows, beside the same rows with s'
-        shuffled; reward error in raw units. `env` has the states' normalisation, if any; rewards are scale · r + bias.
+        shuffled; reward error in raw units; flags of up to 20,000 rows beside the environment's own rule, where it has
+        one. `env` has the states' normalisation, if any; rewards are scale · r + bias.
         """
         o, a = self.obs_dim, self.act_dim
-        pick = lambda b, n: b.table[torch.linspace(0, b.rows - 1, min(n, b.rows)).long()]  # noqa: E731
-        parts = {"synthetic": self.synthetic, "offline": offline, "online": online}
-        parts = {k: pick(b, 2_000) for k, b in parts.items() if b.rows}
-        source = pick(online, 20_000) if online.rows else pick(offline, 20_000)
-        logs = edm.describe(parts["synthetic"], parts.get("online", source), source, self.moments, o, a)
+        tables = {"synthetic": self.synthetic, "offline": offline, "online": online}
+        tables = {k: b.table[: b.rows] for k, b in tables.items() if b.rows}
+        parts, source = (
+            {k: spread(t, 2_000) for k, t in tables.items()},
+            [b.table[: b.rows] for b in self.sources],
+        )
+        logs = edm.describe(
+            parts["synthetic"], parts.get("online", parts["offline"]), source, self.moments, o, a
+        )
         rows, clipped, outside, dropped = self.totals.tolist()
         logs |= {"syn/clipped_actions": clipped / rows, "syn/clipped_rewards": outside / rows}
-        logs |= {"syn/nonfinite": dropped / rows, "syn/terminal": self.synthetic.table[:, -1].mean().item()}
-        few = pick(self.synthetic, 200).cpu().numpy()
+        logs |= {"syn/nonfinite": dropped / rows, "syn/terminal": tables["synthetic"][:, -1].mean().item()}
+        logs["syn/real_terminal"] = torch.cat([b.table[: b.rows, -1] for b in self.real]).mean().item()
         mean, std = (env.mean, env.std) if isinstance(env, data.Normalize) else (0.0, 1.0)
+        many = spread(tables["synthetic"], 20_000).cpu().numpy()
+        over = envs.terminal(env, many[:, o + a + 1 : 2 * o + a + 1] * std + mean)
+        if over is not None:
+            told, right = many[:, -1] > 0.5, over & (many[:, -1] > 0.5)
+            logs |= {"syn/fallen": over.mean(), "syn/flag_share": told.sum() / max(over.sum(), 1)}
+            logs |= {"syn/flag_precision": right.sum() / max(told.sum(), 1)}
+            logs["syn/flag_recall"] = right.sum() / max(over.sum(), 1)
+        few = spread(tables["synthetic"], 200).cpu().numpy()
         if truth := envs.simulate(env, few[:, :o] * std + mean, few[:, o : o + a]):
-            spread = self.moments.std[o + a + 1 : 2 * o + a + 1].cpu().numpy()
+            scales = self.moments.std[o + a + 1 : 2 * o + a + 1].cpu().numpy()
             theirs, true = few[:, o + a + 1 : 2 * o + a + 1], (truth[0] - mean) / std
             for name, next_obs in (("", theirs), ("_shuffled", np.roll(theirs, len(few) // 2, 0))):
-                gap = ((next_obs - true) / spread) ** 2
+                gap = ((next_obs - true) / scales) ** 2
                 logs[f"syn/sim_error{name}"] = float(np.median(np.sqrt(gap.mean(1))))
             logs["syn/reward_error"] = float(np.abs((few[:, o + a] - bias) / scale - truth[1]).mean())
         file = io.BytesIO()
         np.savez_compressed(file, **{k: x.cpu().numpy() for k, x in parts.items()})
         run.write_atomically(file.getvalue(), self.r.dir / f"synthetic-{k}.npz")
-        return logs
+        return {k: float(v) for k, v in logs.items()}
 
 
 # --- end shared: synther.generator ---
@@ -936,9 +1003,9 @@ def train(args: Args) -> dict[str, float]:
     )
     evaluate = data.Evaluator(task, args.eval_episodes, args.seed, moments)
     # NEW: the model, with no condition, and the energies
-    features = Generator.features(offline)
+    features = Generator.features(args, offline)
     net = TransitionNet(features, args.diffusion_width, args.diffusion_depth, args.diffusion_time_dim)
-    generator = Generator(r, args, net, offline, task.obs_dim, task.act_dim)
+    generator = Generator(r, args, net, [offline, online])
     synthetic = generator.synthetic
     energies = Energies(r, args, generator, offline, online)
     generator.draw = lambda: (union_rows([offline, online], args.diffusion_batch)[0][:, :features],)

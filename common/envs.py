@@ -410,3 +410,24 @@ def simulate(
         body.set_state(np.concatenate([np.zeros(hidden), o[:joints]]), o[joints:])
         next_obs[i], rewards[i], *_ = body.step(np.clip(a, -1, 1))
     return next_obs, rewards
+
+
+def terminal(env: gym.Env, obs: np.ndarray) -> np.ndarray | None:
+    """Does an episode end, by the environment's own rule, where it gets to raw obs (N, O)? (N,) bool.
+
+    Locomotion: the observation is qpos without x, then qvel. Maze2D and HalfCheetah never end. None where the
+    observation does not tell (AntMaze's goal and Adroit's objects are not in it).
+    """
+    body = env.unwrapped
+    if isinstance(body, Maze):
+        return None if body.ends else np.zeros(len(obs), bool)
+    if not hasattr(body, "model") or body.model.nq - 1 + body.model.nv != obs.shape[1]:
+        return None
+    joints, over = body.model.nq - 1, np.zeros(len(obs), bool)
+    if not hasattr(body, "is_healthy"):
+        return over
+    env.reset(seed=0)
+    for i, o in enumerate(obs.astype(np.float64)):
+        body.data.qpos[1:], body.data.qvel[:] = o[:joints], o[joints:]
+        over[i] = not body.is_healthy
+    return over
