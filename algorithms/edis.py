@@ -13,11 +13,13 @@ Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py.
          Of generated rows, in every file that has them:
          D20 every feature but the terminal flag is normalised; SynthER (DMC) and EDIS leave rewards raw, against
             the EDM's unit variance.
-         D21 terminals are modelled where the dataset has any, and thresholded at 0.5; EDIS has none, which
-            bootstraps through falls, SynthER (Gym) never thresholds.
+         D21 a generated row ends an episode with the probability that a tree of real rows gives its s'. Papers: a
+            feature of the rows (--terminal-flag joint, cut at 0.5: 1-10 % of the falls) or no terminals (EDIS).
          D22 actions are clipped to the box, rewards to the range learned from, rows that are not finite dropped
             (an error above 1 %); no repository does.
+         D24 rows without a known s' (terminal ones of files without next_observations) are not learned from.
          U31 each regeneration starts from scratch and replaces all rows [code of SynthER, EDIS].
+         U35 the model trains and samples in bfloat16 on a GPU, in float32 on a CPU.
          Of EDIS. Its code trains other energies than it describes; we train those described, and have no mode
          that reproduces the code's:
          D40 noise levels: code trains E_s on σ = 80 alone and the others on two levels of a 32-step grid, and asks
@@ -47,10 +49,7 @@ Metrics  those of calql.py; loss/diffusion (< 1); loss/{state,policy,dynamics}_e
          energy/*_found share of groups whose positive has the lowest energy (chance 1/11, 1/2, 1/11); and per
          regeneration, of unguided and guided rows: energy/*_js_states from own states, *_policy_gap between the
          action and one of the policy's, *_sim_error; energy/clipped share of guidance clipped (about 0);
-         syn/clipped_actions, clipped_rewards, nonfinite, terminal shares; syn/sim_error of (s, a, s') against the
-         simulator, sim_error_shuffled the same rows with other s', reward_error raw; syn/mean_gap largest,
-         syn/std_ratio mean over features; syn/nearest distance to real rows (0: memorised), syn/online_l2;
-         syn/js_states, js_actions, js_rows from own rows. synthetic-<k>.npz has 2,000 rows of each kind.
+         syn/*, of each regeneration: common/judge.py; synthetic-<k>.npz has 2,000 rows of each kind.
 Run      python algorithms/edis.py --env hopper-medium-v2 --seed 0
          without an energy --state-energy 0 | --policy-energy 0 | --dynamics-energy 0 | EDIS as DARE ran it
          --diffusion-steps 50000 | four times cheaper sampling --sample-steps 32 --sample-churn 0
@@ -58,7 +57,6 @@ Run      python algorithms/edis.py --env hopper-medium-v2 --seed 0
 Cost     hopper-mini-v0: 238 CPU seconds beside other jobs; published sizes want a GPU (not measured there).
 """
 
-import io
 import math
 from dataclasses import dataclass
 from itertools import pairwise
@@ -71,7 +69,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import data, edm, envs, run
+from common import data, edm, envs, judge, run
 from common.buffer import Batch, ReplayBuffer, mix
 
 
@@ -116,9 +114,7 @@ class Args:
     warmup_steps: int = 5_000  # environment steps without updates, counted in online_steps: D4
     utd: int = 1  # gradient steps per environment step
     # NEW: diffusion model, energies and synthetic rows
-    terminal_flag: Literal["classifier", "joint"] = (
-        "classifier"  # of generated rows: from s', or a feature as SynthER has it: D21
-    )
+    terminal_flag: Literal["classifier", "joint"] = "classifier"  # from s', or as a feature of the rows: D21
     synthetic_frac: float = 0.2  # share of a batch that is generated [code of EDIS]: D47
     regenerate_every: int = 10_000  # environment steps [code of EDIS]
     synthetic_rows: int = 100_000  # rows per regeneration [code of EDIS]
@@ -492,28 +488,23 @@ def union_rows(buffers: list[ReplayBuffer], n: int) -> tuple[torch.Tensor, torch
 
 
 def grow_tree(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, depth: int) -> tuple | float:
-    """Decision tree of x (N, W) for y (N,) bool: a leaf is its share of y; a node (feature, cut, below, above).  D21
+    """A classification tree: x (N, W), y (N,) bool -> share of y (a leaf), or (feature, cut, below, above).  D21
 
-    Splits have the least Gini impurity under `weight` (N,), cuts lie halfway between rows.
+    Each split has the least Gini impurity under `weight` (N,); its cut lies halfway between two rows.
     """
-    if depth == 0 or y.all() or not y.any():
-        return y.float().mean().item()
-    best = (math.inf, 0, 0.0)
-    for k in range(x.shape[1]):
+    best = (math.inf, 0, 0.0)  # impurity, feature, cut
+    for k in range(x.shape[1] if depth > 0 and y.any() and not y.all() else 0):
         values, order = x[:, k].sort()
-        yes, no = ((weight * part)[order].cumsum(0) for part in (y, ~y))
-        more_yes, more_no = yes[-1] - yes, no[-1] - no
-        impurity = yes * no / (yes + no) + more_yes * more_no / (more_yes + more_no).clamp(min=1e-30)
-        impurity[:-1][values[1:] == values[:-1]] = math.inf  # no cut between equal values
-        impurity[-1] = math.inf
-        i = int(impurity.argmin())
-        if impurity[i] < best[0]:
+        yes, no = ((weight * side)[order].cumsum(0) for side in (y, ~y))
+        yes_above, no_above = yes[-1] - yes, no[-1] - no
+        impurity = yes * no / (yes + no) + yes_above * no_above / (yes_above + no_above).clamp(min=1e-30)
+        i = int(torch.where(values[1:] > values[:-1], impurity[:-1], math.inf).argmin())
+        if values[i + 1] > values[i] and impurity[i] < best[0]:
             best = (impurity[i].item(), k, 0.5 * (values[i] + values[i + 1]).item())
-    if best[0] == math.inf:
-        return y.float().mean().item()
     below = x[:, best[1]] <= best[2]
-    branches = (grow_tree(x[side], y[side], weight[side], depth - 1) for side in (below, ~below))
-    return best[1], best[2], *branches
+    if best[0] == math.inf or below.all():  # no cut, or none between neighbouring floats
+        return y.float().mean().item()
+    return *best[1:], *(grow_tree(x[side], y[side], weight[side], depth - 1) for side in (below, ~below))
 
 
 def leaf_shares(tree: tuple | float, x: torch.Tensor) -> torch.Tensor:
@@ -524,11 +515,6 @@ def leaf_shares(tree: tuple | float, x: torch.Tensor) -> torch.Tensor:
     return torch.where(x[:, feature] <= cut, leaf_shares(below, x), leaf_shares(above, x))
 
 
-def spread(rows: torch.Tensor, n: int) -> torch.Tensor:
-    """At most n of the rows (N, ...), evenly spaced."""
-    return rows[torch.linspace(0, len(rows) - 1, min(n, len(rows))).long()]
-
-
 class Generator:
     """An EDM of transitions [s, a, r, s'], and the buffer of what it generates.
 
@@ -536,15 +522,15 @@ class Generator:
     denoiser, x (n, D) at noise level `first` of the grid and that step. `real` are the buffers of dataset and own rows.
     """
 
-    TREE_DEPTH = 12  # at most: D21
+    TREE_DEPTH = 12  # at most; the robots' rules need 2 or 3 cuts, a goal's disc more: D21
 
     def __init__(self, r: run.Run, args: Args, net: nn.Module, real: list[ReplayBuffer]):
         self.r, self.args, self.net, self.real = r, args, net.to(r.device), real
+        self.sources = real  # of the last training
         self.obs_dim, self.act_dim = real[0].widths[:2]
         self.synthetic = ReplayBuffer(args.synthetic_rows, self.obs_dim, self.act_dim, r.device)
         self.features = Generator.features(args, real[0])
-        flags = self.features - (2 * self.obs_dim + self.act_dim + 1)
-        self.moments = edm.Moments(self.features, flags, r.device)  # D20
+        self.moments = edm.Moments(self.features, int(args.terminal_flag == "joint"), r.device)  # D20
         self.ema = edm.EMA(self.net)
         params, lr = [*self.net.parameters()], torch.tensor(args.diffusion_lr, device=r.device)
         adam = dict(betas=(0.9, 0.99), fused=True, capturable=r.device.type == "cuda")
@@ -575,6 +561,7 @@ class Generator:
         self.count.add_(1)
         rows, *condition = self.draw()
         x, sigma = self.moments.normalize(rows), edm.draw_sigma(len(rows), rows.device)
+        # on a GPU in bfloat16, here and in sample_step; the learner's losses stay in float32: U35
         with torch.autocast("cuda", torch.bfloat16, enabled=rows.is_cuda, cache_enabled=False):
             loss = self.loss(self.net, x, sigma, *condition)
         self.opt.zero_grad(set_to_none=True)
@@ -608,16 +595,17 @@ class Generator:
         finite = rows.isfinite().all(1)
         rows = rows[finite]
         actions, rewards = slice(self.obs_dim, self.obs_dim + self.act_dim), self.obs_dim + self.act_dim
-        terminated = (rows[:, -1:] > 0.5).float()
+        next_obs = slice(rewards + 1, rewards + 1 + self.obs_dim)
+        terminated = rows[:, -1] > 0.5
         if self.args.terminal_flag == "classifier":
-            share = leaf_shares(self.tree, rows[:, rewards + 1 :])
-            terminated = (torch.rand_like(share) < share).float()[:, None]
+            share = leaf_shares(self.tree, rows[:, next_obs])
+            terminated = torch.rand_like(share) < share
         clipped = rows[:, actions].abs() > 1
         outside = (rows[:, rewards] < self.bounds[0]) | (rows[:, rewards] > self.bounds[1])
         self.totals[1:] += torch.stack([clipped.float().mean(1).sum(), outside.sum(), (~finite).sum()])
         rows[:, actions] = rows[:, actions].clamp(-1, 1)
         rows[:, rewards] = rows[:, rewards].clamp(*self.bounds)
-        self.synthetic.append(torch.cat([rows[:, : 2 * self.obs_dim + self.act_dim + 1], terminated], 1))
+        self.synthetic.append(torch.cat([rows[:, : next_obs.stop], terminated[:, None].float()], 1))
 
     def restart(self, sources: list[ReplayBuffer], weights: list[float] | None) -> None:
         """Before a training: fresh networks and optimizer in place, moments of the sources: U31."""
@@ -648,19 +636,18 @@ class Generator:
             if (step - k * args.diffusion_steps) % edm.EMA.EVERY == 0:
                 average_fn()
 
+    def terminal_tree(self) -> tuple | float:
+        """p(terminal | s') of all real rows, whatever the model learned from; both classes weigh the same: D21."""
+        rows = torch.cat([b.table[: b.rows] for b in self.real])
+        next_obs, ends = rows[:, -1 - self.obs_dim : -1], rows[:, -1] > 0.5
+        weight = torch.where(ends, 1 / ends.sum(), 1 / (~ends).sum()).double()
+        return grow_tree(next_obs, ends, weight, self.TREE_DEPTH)
+
     def refill(self, k: int) -> None:
         """The sampling half of `regenerate`."""
         r, args = self.r, self.args
-        if (
-            args.terminal_flag == "classifier"
-        ):  # of all real rows, whatever the model learned from; a resumed run agrees
-            ends = torch.cat([b.table[: b.rows, -1] for b in self.real]) > 0.5
-            if ends.any():
-                next_obs = torch.cat([b.table[: b.rows, -1 - self.obs_dim : -1] for b in self.real])
-                weight = torch.where(
-                    ends, 0.5 / ends.sum(), 0.5 / (~ends).sum()
-                ).double()  # classes weigh the same
-                self.tree = grow_tree(next_obs, ends, weight, self.TREE_DEPTH)
+        if args.terminal_flag == "classifier":
+            self.tree = self.terminal_tree()
         chunks, sample_fn = -(-args.synthetic_rows // args.sample_batch), r.capture(self.sample_step)
         for chunk in r.phase("sampling", (k + 1) * chunks):
             if chunk == k * chunks:
@@ -670,50 +657,6 @@ class Generator:
         rows, _, _, dropped = self.totals.tolist()
         if dropped > 0.01 * rows:
             raise FloatingPointError(f"{dropped:.0f} of {rows:.0f} generated rows are not finite")
-
-    def report(
-        self, k: int, env: gym.Env, scale: float, bias: float, offline: ReplayBuffer, online: ReplayBuffer
-    ) -> dict:
-        """What the k-th synthetic rows are like; 2,000 of them, of the dataset and of own rows go to synthetic-<k>.npz.
-
-        Simulator: rms over features of (s' - simulated s') / std, median over 200 rows, beside the same rows with s'
-        shuffled; reward error in raw units; flags of up to 20,000 rows beside the environment's own rule, where it has
-        one. `env` has the states' normalisation, if any; rewards are scale · r + bias.
-        """
-        o, a = self.obs_dim, self.act_dim
-        tables = {"synthetic": self.synthetic, "offline": offline, "online": online}
-        tables = {k: b.table[: b.rows] for k, b in tables.items() if b.rows}
-        parts, source = (
-            {k: spread(t, 2_000) for k, t in tables.items()},
-            [b.table[: b.rows] for b in self.sources],
-        )
-        logs = edm.describe(
-            parts["synthetic"], parts.get("online", parts["offline"]), source, self.moments, o, a
-        )
-        rows, clipped, outside, dropped = self.totals.tolist()
-        logs |= {"syn/clipped_actions": clipped / rows, "syn/clipped_rewards": outside / rows}
-        logs |= {"syn/nonfinite": dropped / rows, "syn/terminal": tables["synthetic"][:, -1].mean().item()}
-        logs["syn/real_terminal"] = torch.cat([b.table[: b.rows, -1] for b in self.real]).mean().item()
-        mean, std = (env.mean, env.std) if isinstance(env, data.Normalize) else (0.0, 1.0)
-        many = spread(tables["synthetic"], 20_000).cpu().numpy()
-        over = envs.terminal(env, many[:, o + a + 1 : 2 * o + a + 1] * std + mean)
-        if over is not None:
-            told, right = many[:, -1] > 0.5, over & (many[:, -1] > 0.5)
-            logs |= {"syn/fallen": over.mean(), "syn/flag_share": told.sum() / max(over.sum(), 1)}
-            logs |= {"syn/flag_precision": right.sum() / max(told.sum(), 1)}
-            logs["syn/flag_recall"] = right.sum() / max(over.sum(), 1)
-        few = spread(tables["synthetic"], 200).cpu().numpy()
-        if truth := envs.simulate(env, few[:, :o] * std + mean, few[:, o : o + a]):
-            scales = self.moments.std[o + a + 1 : 2 * o + a + 1].cpu().numpy()
-            theirs, true = few[:, o + a + 1 : 2 * o + a + 1], (truth[0] - mean) / std
-            for name, next_obs in (("", theirs), ("_shuffled", np.roll(theirs, len(few) // 2, 0))):
-                gap = ((next_obs - true) / scales) ** 2
-                logs[f"syn/sim_error{name}"] = float(np.median(np.sqrt(gap.mean(1))))
-            logs["syn/reward_error"] = float(np.abs((few[:, o + a] - bias) / scale - truth[1]).mean())
-        file = io.BytesIO()
-        np.savez_compressed(file, **{k: x.cpu().numpy() for k, x in parts.items()})
-        run.write_atomically(file.getvalue(), self.r.dir / f"synthetic-{k}.npz")
-        return {k: float(v) for k, v in logs.items()}
 
 
 # --- end shared: synther.generator ---
@@ -955,7 +898,7 @@ class Energies:
                 error = few[:, o + a + 1 : 2 * o + a + 1] - (truth[0] - mean) / std
                 error = error / g.moments.std[o + a + 1 : 2 * o + a + 1].cpu().numpy()
                 logs[f"energy/{name}_sim_error"] = float(np.median(np.sqrt((error**2).mean(1))))
-            logs[f"energy/{name}_js_states"] = edm.divergence(x[:, :o], own)
+            logs[f"energy/{name}_js_states"] = judge.divergence(x[:, :o], own)
             logs[f"energy/{name}_policy_gap"] = gap.square().mean().sqrt().item()
         return logs
 
@@ -989,6 +932,7 @@ def train(args: Args) -> dict[str, float]:
     rows = dataset.batch(args.reward_scale, args.reward_bias, moments)
     offline.extend(rows)
     online = ReplayBuffer(args.online_steps, task.obs_dim, task.act_dim, r.device)
+    known = offline.subset(dataset.known)  # NEW: D24
     failure = args.reward_bias if args.sparse_reward else None  # training reward of a raw 0
     to_returns = lambda x, d, ends: mc_returns(x, d, ends, args.gamma, failure, args.mc_tail)  # noqa: E731
     offline_mc = torch.from_numpy(to_returns(rows.rewards.numpy(), dataset.terminations, dataset.ends)).to(
@@ -1005,11 +949,11 @@ def train(args: Args) -> dict[str, float]:
     # NEW: the model, with no condition, and the energies
     features = Generator.features(args, offline)
     net = TransitionNet(features, args.diffusion_width, args.diffusion_depth, args.diffusion_time_dim)
-    generator = Generator(r, args, net, [offline, online])
+    generator = Generator(r, args, net, [known, online])
     synthetic = generator.synthetic
-    energies = Energies(r, args, generator, offline, online)
-    generator.draw = lambda: (union_rows([offline, online], args.diffusion_batch)[0][:, :features],)
-    report_env = data.make_env(task, moments)
+    energies = Energies(r, args, generator, known, online)
+    generator.draw = lambda: (union_rows([known, online], args.diffusion_batch)[0][:, :features],)
+    report_env, rewards = data.make_env(task, moments), (args.reward_scale, args.reward_bias)
     r.register(
         nets=nets,
         opt=opt,
@@ -1092,7 +1036,7 @@ def train(args: Args) -> dict[str, float]:
         if until < args.online_steps:
             energies.regenerate(k)
             if r.once(f"report {k}"):
-                logs = generator.report(k, report_env, args.reward_scale, args.reward_bias, offline, online)
+                logs = judge.generated_rows(generator, k, report_env, rewards, offline, online)
                 r.record(until, logs | energies.compare(report_env))
     return r.finish()
 

@@ -13,11 +13,13 @@ Notes    D1, D2, D3, D4, D5, U1 as in iql.py.
          Of generated rows, in every file that has them:
          D20 every feature but the terminal flag is normalised; SynthER (DMC) and EDIS leave rewards raw, against
             the EDM's unit variance.
-         D21 terminals are modelled where the dataset has any, and thresholded at 0.5; EDIS has none, which
-            bootstraps through falls, SynthER (Gym) never thresholds.
+         D21 a generated row ends an episode with the probability that a tree of real rows gives its s'. Papers: a
+            feature of the rows (--terminal-flag joint, cut at 0.5: 1-10 % of the falls) or no terminals (EDIS).
          D22 actions are clipped to the box, rewards to the range learned from, rows that are not finite dropped
             (an error above 1 %); no repository does.
+         D24 rows without a known s' (terminal ones of files without next_observations) are not learned from.
          U31 each regeneration starts from scratch and replaces all rows [code of SynthER, EDIS].
+         U35 the model trains and samples in bfloat16 on a GPU, in float32 on a CPU.
          Of CFDG:
          D40 budget: 1M + 1M steps [§4.1]; the other files have 200,000 online, as DARE's tables. For a table with
             them: --online-steps 200000.
@@ -41,15 +43,9 @@ Notes    D1, D2, D3, D4, D5, U1 as in iql.py.
          U46 Table 3's "w/o guidance" is not explained: --guidance-w 0 keeps the labels, --no-labels is one
             unlabelled model of the same rows. SynthER on the union by rows: iql_synther.py --synther-data both
             --synthetic-frac 0.333.
-Metrics  those of iql.py; loss/diffusion (< 1); of each regeneration, at the environment step it belongs to:
-         syn/clipped_actions, clipped_rewards, nonfinite, terminal shares of all generated rows; syn/sim_error of
-         (s, a, s') against the simulator, sim_error_shuffled the same rows with other s', reward_error raw. Of
-         online-label rows: syn/mean_gap largest, syn/std_ratio mean over features of own rows; syn/nearest distance
-         to own rows (0: memorised), syn/online_l2; syn/js_states, js_actions, js_rows from own rows [Table 2];
-         below syn/dataset_js_*, the dataset's [Table 2, "Offline"], if generation helps. Of offline-label rows the
-         same against the dataset: syn/offline_mean_gap, offline_std_ratio, offline_nearest, offline_js_*.
-         syn/online_rows, offline_rows of each label kept; syn/batch_share of a batch. synthetic-<k>.npz has 2,000
-         rows of each kind, generated ones with the online label first.
+Metrics  those of iql.py; loss/diffusion (< 1); syn/* of each regeneration: common/judge.py,
+         where syn/js_* is Table 2's, below syn/dataset_js_*, its "Offline", if generation helps.
+         synthetic-<k>.npz has 2,000 rows of each kind, generated ones with the online label first.
 Run      python algorithms/iql_cfdg.py --env hopper-medium-v2 --seed 0
          Table 3: no guidance --guidance-w 0 | nor labels --no-labels | no offline augmentation --online-label-frac 1
          strength --guidance-w 2 | --label-dropout 0.1 | 1 : 1 labels --online-label-frac 0.5 | more generated
@@ -59,7 +55,6 @@ Run      python algorithms/iql_cfdg.py --env hopper-medium-v2 --seed 0
 Cost     hopper-mini-v0: 184 CPU seconds beside other jobs; published sizes want a GPU (not measured there).
 """
 
-import io
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -67,13 +62,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-import gymnasium as gym
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import data, edm, envs, run
+from common import data, edm, judge, run
 from common.buffer import Batch, ReplayBuffer, mix
 
 
@@ -113,9 +106,7 @@ class Args:
     guidance_w: float = 0.5  # w of Eq. 7; 0 = no guidance: U40, D43
     label_dropout: float = 0.25  # p_uncond, share of training rows with the null label: U40
     online_label_frac: float = 0.8  # share of generated rows with the online label; 1 = no others [§4.1]
-    terminal_flag: Literal["classifier", "joint"] = (
-        "classifier"  # of generated rows: from s', or a feature as SynthER has it: D21
-    )
+    terminal_flag: Literal["classifier", "joint"] = "classifier"  # from s', or as a feature of the rows: D21
     synthetic_frac: float = 1 / 3  # share of a batch that is generated [§4.1]: U44
     regenerations: int = 10  # parts of the online phase, a new model after all but the last [Table 5]: U45
     synthetic_rows: int = 125_000  # rows per regeneration [EDIS]: U43, D42
@@ -358,28 +349,23 @@ def union_rows(buffers: list[ReplayBuffer], n: int) -> tuple[torch.Tensor, torch
 
 
 def grow_tree(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, depth: int) -> tuple | float:
-    """Decision tree of x (N, W) for y (N,) bool: a leaf is its share of y; a node (feature, cut, below, above).  D21
+    """A classification tree: x (N, W), y (N,) bool -> share of y (a leaf), or (feature, cut, below, above).  D21
 
-    Splits have the least Gini impurity under `weight` (N,), cuts lie halfway between rows.
+    Each split has the least Gini impurity under `weight` (N,); its cut lies halfway between two rows.
     """
-    if depth == 0 or y.all() or not y.any():
-        return y.float().mean().item()
-    best = (math.inf, 0, 0.0)
-    for k in range(x.shape[1]):
+    best = (math.inf, 0, 0.0)  # impurity, feature, cut
+    for k in range(x.shape[1] if depth > 0 and y.any() and not y.all() else 0):
         values, order = x[:, k].sort()
-        yes, no = ((weight * part)[order].cumsum(0) for part in (y, ~y))
-        more_yes, more_no = yes[-1] - yes, no[-1] - no
-        impurity = yes * no / (yes + no) + more_yes * more_no / (more_yes + more_no).clamp(min=1e-30)
-        impurity[:-1][values[1:] == values[:-1]] = math.inf  # no cut between equal values
-        impurity[-1] = math.inf
-        i = int(impurity.argmin())
-        if impurity[i] < best[0]:
+        yes, no = ((weight * side)[order].cumsum(0) for side in (y, ~y))
+        yes_above, no_above = yes[-1] - yes, no[-1] - no
+        impurity = yes * no / (yes + no) + yes_above * no_above / (yes_above + no_above).clamp(min=1e-30)
+        i = int(torch.where(values[1:] > values[:-1], impurity[:-1], math.inf).argmin())
+        if values[i + 1] > values[i] and impurity[i] < best[0]:
             best = (impurity[i].item(), k, 0.5 * (values[i] + values[i + 1]).item())
-    if best[0] == math.inf:
-        return y.float().mean().item()
     below = x[:, best[1]] <= best[2]
-    branches = (grow_tree(x[side], y[side], weight[side], depth - 1) for side in (below, ~below))
-    return best[1], best[2], *branches
+    if best[0] == math.inf or below.all():  # no cut, or none between neighbouring floats
+        return y.float().mean().item()
+    return *best[1:], *(grow_tree(x[side], y[side], weight[side], depth - 1) for side in (below, ~below))
 
 
 def leaf_shares(tree: tuple | float, x: torch.Tensor) -> torch.Tensor:
@@ -390,11 +376,6 @@ def leaf_shares(tree: tuple | float, x: torch.Tensor) -> torch.Tensor:
     return torch.where(x[:, feature] <= cut, leaf_shares(below, x), leaf_shares(above, x))
 
 
-def spread(rows: torch.Tensor, n: int) -> torch.Tensor:
-    """At most n of the rows (N, ...), evenly spaced."""
-    return rows[torch.linspace(0, len(rows) - 1, min(n, len(rows))).long()]
-
-
 class Generator:
     """An EDM of transitions [s, a, r, s'], and the buffer of what it generates.
 
@@ -402,15 +383,15 @@ class Generator:
     denoiser, x (n, D) at noise level `first` of the grid and that step. `real` are the buffers of dataset and own rows.
     """
 
-    TREE_DEPTH = 12  # at most: D21
+    TREE_DEPTH = 12  # at most; the robots' rules need 2 or 3 cuts, a goal's disc more: D21
 
     def __init__(self, r: run.Run, args: Args, net: nn.Module, real: list[ReplayBuffer]):
         self.r, self.args, self.net, self.real = r, args, net.to(r.device), real
+        self.sources = real  # of the last training
         self.obs_dim, self.act_dim = real[0].widths[:2]
         self.synthetic = ReplayBuffer(args.synthetic_rows, self.obs_dim, self.act_dim, r.device)
         self.features = Generator.features(args, real[0])
-        flags = self.features - (2 * self.obs_dim + self.act_dim + 1)
-        self.moments = edm.Moments(self.features, flags, r.device)  # D20
+        self.moments = edm.Moments(self.features, int(args.terminal_flag == "joint"), r.device)  # D20
         self.ema = edm.EMA(self.net)
         params, lr = [*self.net.parameters()], torch.tensor(args.diffusion_lr, device=r.device)
         adam = dict(betas=(0.9, 0.99), fused=True, capturable=r.device.type == "cuda")
@@ -441,6 +422,7 @@ class Generator:
         self.count.add_(1)
         rows, *condition = self.draw()
         x, sigma = self.moments.normalize(rows), edm.draw_sigma(len(rows), rows.device)
+        # on a GPU in bfloat16, here and in sample_step; the learner's losses stay in float32: U35
         with torch.autocast("cuda", torch.bfloat16, enabled=rows.is_cuda, cache_enabled=False):
             loss = self.loss(self.net, x, sigma, *condition)
         self.opt.zero_grad(set_to_none=True)
@@ -474,16 +456,17 @@ class Generator:
         finite = rows.isfinite().all(1)
         rows = rows[finite]
         actions, rewards = slice(self.obs_dim, self.obs_dim + self.act_dim), self.obs_dim + self.act_dim
-        terminated = (rows[:, -1:] > 0.5).float()
+        next_obs = slice(rewards + 1, rewards + 1 + self.obs_dim)
+        terminated = rows[:, -1] > 0.5
         if self.args.terminal_flag == "classifier":
-            share = leaf_shares(self.tree, rows[:, rewards + 1 :])
-            terminated = (torch.rand_like(share) < share).float()[:, None]
+            share = leaf_shares(self.tree, rows[:, next_obs])
+            terminated = torch.rand_like(share) < share
         clipped = rows[:, actions].abs() > 1
         outside = (rows[:, rewards] < self.bounds[0]) | (rows[:, rewards] > self.bounds[1])
         self.totals[1:] += torch.stack([clipped.float().mean(1).sum(), outside.sum(), (~finite).sum()])
         rows[:, actions] = rows[:, actions].clamp(-1, 1)
         rows[:, rewards] = rows[:, rewards].clamp(*self.bounds)
-        self.synthetic.append(torch.cat([rows[:, : 2 * self.obs_dim + self.act_dim + 1], terminated], 1))
+        self.synthetic.append(torch.cat([rows[:, : next_obs.stop], terminated[:, None].float()], 1))
 
     def restart(self, sources: list[ReplayBuffer], weights: list[float] | None) -> None:
         """Before a training: fresh networks and optimizer in place, moments of the sources: U31."""
@@ -514,19 +497,18 @@ class Generator:
             if (step - k * args.diffusion_steps) % edm.EMA.EVERY == 0:
                 average_fn()
 
+    def terminal_tree(self) -> tuple | float:
+        """p(terminal | s') of all real rows, whatever the model learned from; both classes weigh the same: D21."""
+        rows = torch.cat([b.table[: b.rows] for b in self.real])
+        next_obs, ends = rows[:, -1 - self.obs_dim : -1], rows[:, -1] > 0.5
+        weight = torch.where(ends, 1 / ends.sum(), 1 / (~ends).sum()).double()
+        return grow_tree(next_obs, ends, weight, self.TREE_DEPTH)
+
     def refill(self, k: int) -> None:
         """The sampling half of `regenerate`."""
         r, args = self.r, self.args
-        if (
-            args.terminal_flag == "classifier"
-        ):  # of all real rows, whatever the model learned from; a resumed run agrees
-            ends = torch.cat([b.table[: b.rows, -1] for b in self.real]) > 0.5
-            if ends.any():
-                next_obs = torch.cat([b.table[: b.rows, -1 - self.obs_dim : -1] for b in self.real])
-                weight = torch.where(
-                    ends, 0.5 / ends.sum(), 0.5 / (~ends).sum()
-                ).double()  # classes weigh the same
-                self.tree = grow_tree(next_obs, ends, weight, self.TREE_DEPTH)
+        if args.terminal_flag == "classifier":
+            self.tree = self.terminal_tree()
         chunks, sample_fn = -(-args.synthetic_rows // args.sample_batch), r.capture(self.sample_step)
         for chunk in r.phase("sampling", (k + 1) * chunks):
             if chunk == k * chunks:
@@ -536,50 +518,6 @@ class Generator:
         rows, _, _, dropped = self.totals.tolist()
         if dropped > 0.01 * rows:
             raise FloatingPointError(f"{dropped:.0f} of {rows:.0f} generated rows are not finite")
-
-    def report(
-        self, k: int, env: gym.Env, scale: float, bias: float, offline: ReplayBuffer, online: ReplayBuffer
-    ) -> dict:
-        """What the k-th synthetic rows are like; 2,000 of them, of the dataset and of own rows go to synthetic-<k>.npz.
-
-        Simulator: rms over features of (s' - simulated s') / std, median over 200 rows, beside the same rows with s'
-        shuffled; reward error in raw units; flags of up to 20,000 rows beside the environment's own rule, where it has
-        one. `env` has the states' normalisation, if any; rewards are scale · r + bias.
-        """
-        o, a = self.obs_dim, self.act_dim
-        tables = {"synthetic": self.synthetic, "offline": offline, "online": online}
-        tables = {k: b.table[: b.rows] for k, b in tables.items() if b.rows}
-        parts, source = (
-            {k: spread(t, 2_000) for k, t in tables.items()},
-            [b.table[: b.rows] for b in self.sources],
-        )
-        logs = edm.describe(
-            parts["synthetic"], parts.get("online", parts["offline"]), source, self.moments, o, a
-        )
-        rows, clipped, outside, dropped = self.totals.tolist()
-        logs |= {"syn/clipped_actions": clipped / rows, "syn/clipped_rewards": outside / rows}
-        logs |= {"syn/nonfinite": dropped / rows, "syn/terminal": tables["synthetic"][:, -1].mean().item()}
-        logs["syn/real_terminal"] = torch.cat([b.table[: b.rows, -1] for b in self.real]).mean().item()
-        mean, std = (env.mean, env.std) if isinstance(env, data.Normalize) else (0.0, 1.0)
-        many = spread(tables["synthetic"], 20_000).cpu().numpy()
-        over = envs.terminal(env, many[:, o + a + 1 : 2 * o + a + 1] * std + mean)
-        if over is not None:
-            told, right = many[:, -1] > 0.5, over & (many[:, -1] > 0.5)
-            logs |= {"syn/fallen": over.mean(), "syn/flag_share": told.sum() / max(over.sum(), 1)}
-            logs |= {"syn/flag_precision": right.sum() / max(told.sum(), 1)}
-            logs["syn/flag_recall"] = right.sum() / max(over.sum(), 1)
-        few = spread(tables["synthetic"], 200).cpu().numpy()
-        if truth := envs.simulate(env, few[:, :o] * std + mean, few[:, o : o + a]):
-            scales = self.moments.std[o + a + 1 : 2 * o + a + 1].cpu().numpy()
-            theirs, true = few[:, o + a + 1 : 2 * o + a + 1], (truth[0] - mean) / std
-            for name, next_obs in (("", theirs), ("_shuffled", np.roll(theirs, len(few) // 2, 0))):
-                gap = ((next_obs - true) / scales) ** 2
-                logs[f"syn/sim_error{name}"] = float(np.median(np.sqrt(gap.mean(1))))
-            logs["syn/reward_error"] = float(np.abs((few[:, o + a] - bias) / scale - truth[1]).mean())
-        file = io.BytesIO()
-        np.savez_compressed(file, **{k: x.cpu().numpy() for k, x in parts.items()})
-        run.write_atomically(file.getvalue(), self.r.dir / f"synthetic-{k}.npz")
-        return {k: float(v) for k, v in logs.items()}
 
 
 # --- end shared: synther.generator ---
@@ -646,6 +584,12 @@ class LabelledGenerator(Generator):
         self.boundary.mul_(self.totals[0] > 0).add_(stay.sum())
         super().keep(rows)
 
+    def refill(self, k: int) -> None:
+        super().refill(k)
+        end, rows = int(self.boundary), self.synthetic.rows
+        if not end or (rows == end and batch_counts(self.args)[3]):
+            raise FloatingPointError("no generated row of one label is finite")
+
     def sample(self, n_online: int, n_offline: int) -> Batch:
         """Kept rows: n_online of the online label, then n_offline of the other, uniform with replacement."""
         index = self.synthetic.draw(n_online, self.boundary)
@@ -653,27 +597,6 @@ class LabelledGenerator(Generator):
             others = self.synthetic.draw(n_offline, self.synthetic.size - self.boundary)
             index = torch.cat([index, self.boundary + others])
         return self.synthetic.take(index)
-
-    def report(
-        self, k: int, env: gym.Env, scale: float, bias: float, offline: ReplayBuffer, online: ReplayBuffer
-    ) -> dict:
-        """As every Generator's, but each label's rows beside their own source, and the dataset beside own rows."""
-        logs = super().report(k, env, scale, bias, offline, online)
-        end, few = int(self.boundary), 2_000
-        kept = self.synthetic.table[: self.synthetic.rows]
-        if not end or (len(kept) == end and batch_counts(self.args)[3]):
-            raise FloatingPointError("no generated row of one label is finite")
-        first, others = kept[:end], kept[end:]
-        own, dataset = online.table[: online.rows], offline.table[: offline.rows]
-        describe = partial(edm.describe, moments=self.moments, obs_dim=self.obs_dim, act_dim=self.act_dim)
-        logs |= describe(spread(first, few), spread(own, few), [own])  # [Table 2], CFDG
-        of_dataset = describe(spread(dataset, few), spread(own, few), [own])  # [Table 2], offline
-        logs |= {k.replace("/", "/dataset_"): v for k, v in of_dataset.items() if "/js_" in k}
-        if len(others):
-            of_others = describe(spread(others, few), spread(dataset, few), [dataset])
-            logs |= {k.replace("/", "/offline_"): v for k, v in of_others.items() if k != "syn/online_l2"}
-        share = sum(batch_counts(self.args)[2:]) / self.args.batch_size
-        return logs | {"syn/online_rows": end, "syn/offline_rows": len(others), "syn/batch_share": share}
 
 
 def online_label_share(args: Args) -> float:
@@ -713,6 +636,7 @@ def train(args: Args) -> dict[str, float]:
     offline = ReplayBuffer(len(dataset.rewards), task.obs_dim, task.act_dim, r.device)
     offline.extend(dataset.batch(reward_scale, args.reward_bias, moments))
     online = ReplayBuffer(args.online_steps, task.obs_dim, task.act_dim, r.device)
+    known = offline.subset(dataset.known)  # NEW: D24
     nets = make_nets(task.obs_dim, task.act_dim, args.hidden, args.dropout).to(r.device)
     opt = make_optimizer(nets, args.lr, r.device)
     updates = torch.zeros((), device=r.device)  # of the offline phase
@@ -721,10 +645,10 @@ def train(args: Args) -> dict[str, float]:
     )
     evaluate = data.Evaluator(task, args.eval_episodes, args.seed, moments)
     # NEW: the model
-    generator = LabelledGenerator(r, args, offline, online)
+    generator = LabelledGenerator(r, args, known, online)
     if counts[3] and not 0 < generator.online_rows < args.synthetic_rows:
         raise run.UsageError("--synthetic-rows", args.synthetic_rows, "enough for rows of both labels")
-    report_env = data.make_env(task, moments)
+    report_env, rewards = data.make_env(task, moments), (reward_scale, args.reward_bias)
     r.register(
         nets=nets, opt=opt, updates=updates, online=online, interaction=interaction, **generator.state()
     )
@@ -787,11 +711,10 @@ def train(args: Args) -> dict[str, float]:
             if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
                 r.record(step + 1, evaluate(act, r.device))
         if until < args.online_steps:
-            generator.regenerate(k, [offline, online], weights=[1, 1])  # U42
+            generator.regenerate(k, [known, online], weights=[1, 1])  # U42
             if r.once(f"report {k}"):
-                r.record(
-                    until, generator.report(k, report_env, reward_scale, args.reward_bias, offline, online)
-                )
+                of_all = judge.generated_rows(generator, k, report_env, rewards, offline, online)
+                r.record(until, of_all | judge.labelled_rows(generator, offline, online))
     return r.finish()
 
 

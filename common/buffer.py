@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 
@@ -53,6 +54,15 @@ class ReplayBuffer:
         """Append rows of the table's layout, (N, width), as `add` does one by one."""
         self.table[self.rows : self.rows + len(rows)] = rows
         self._resize(self.rows + len(rows))
+
+    def subset(self, mask: np.ndarray) -> "ReplayBuffer":
+        """Its dataset rows at `mask` (rows,) bool; itself if that is all of them."""
+        if mask.all():
+            return self
+        other = ReplayBuffer(int(mask.sum()), self.widths[0], self.widths[1], self.table.device)
+        other.append(self.table[: self.rows][torch.from_numpy(mask).to(self.table.device)])
+        other.fixed = other.rows
+        return other
 
     def clear(self) -> None:
         """Forget the rows that are not the dataset's."""

@@ -366,6 +366,7 @@ class Dataset(NamedTuple):
     next_obs: np.ndarray  # (N, O), the true successor
     terminations: np.ndarray  # (N,), 0 or 1
     ends: np.ndarray  # (N,) bool: termination or truncation
+    known: np.ndarray  # (N,) bool: next_obs is the successor; terminal rows of some files do not have it
     sha256: str
     path: Path
 
@@ -434,8 +435,9 @@ def read_d4rl(path: Path, task: Task, sha256: str) -> Dataset:
     Rows are kept with their true successor. A file with `next_observations` keeps all its rows; a timeout ends an
     episode and keeps its bootstrap. A file without takes the next row's observation as successor, except:
     the last row of an episode that timed out and the last row of the file are dropped (their successor is unknown),
-    and a terminal row gets its own observation (D4RL's rule would give it the next episode's first; the TD target
-    masks it, a generative model would learn it). A file without `timeouts` is cut at the task's step limit.
+    and a terminal row gets its own observation and is not `known` (D4RL's rule would give it the next episode's first;
+    the TD target masks it, a generative model would learn it), unless it is AntMaze's, whose ant walks on from a goal:
+    there the next row within 1 m is the successor. A file without `timeouts` is cut at the task's step limit.
     """
 
     def refuse(got: str, allowed: str) -> UsageError:
@@ -488,18 +490,23 @@ def read_d4rl(path: Path, task: Task, sha256: str) -> Dataset:
             timeouts[i] = age == task.limit
             age = 0 if terminal or timeouts[i] else age
     ends = terminals | timeouts
-    obs, keep = raw["observations"], np.ones(len(ends), bool)
+    obs, keep, known = raw["observations"], np.ones(len(ends), bool), np.ones(len(ends), bool)
     if "next_observations" in raw:
         next_obs = raw["next_observations"]
     else:
         next_obs = np.concatenate([obs[1:], obs[-1:]])
-        next_obs[terminals] = obs[terminals]
+        known = ~terminals
+        if task.name.startswith("antmaze"):
+            known |= ~timeouts & (np.linalg.norm(next_obs[:, :2] - obs[:, :2], axis=1) < 1)
+        known[-1] = False
+        next_obs[~known] = obs[~known]
         keep = ~(timeouts & ~terminals)
         keep[-1] &= terminals[-1]
         ends = ends | np.concatenate(
             [ends[1:] & ~keep[1:], [False]]
         )  # an episode ends on its last row that is kept
-    columns = (obs, raw["actions"].clip(-1, 1), raw["rewards"], next_obs, terminals.astype(np.float32), ends)
+    flags = terminals.astype(np.float32), ends, known
+    columns = (obs, raw["actions"].clip(-1, 1), raw["rewards"], next_obs, *flags)
     if not keep.all():
         columns = tuple(x[keep] for x in columns)
     if len(columns[0]) < 2:
@@ -531,7 +538,7 @@ def read_minari(task: Task) -> Dataset:
         if not np.isfinite(x).all():
             raise UsageError("--env", f"{task.name} with NaN or infinite {name}", "finite numbers")
     columns[1] = columns[1].clip(-1, 1)
-    return Dataset(*columns, sha256_of(task.path), task.path)
+    return Dataset(*columns, np.ones(len(columns[5]), bool), sha256_of(task.path), task.path)
 
 
 # ---- environments ----

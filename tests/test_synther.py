@@ -10,7 +10,7 @@ import torch
 from conftest import log_rows, module, tiny_args
 
 from algorithms import iql_synther, synther
-from common import collect, edm, envs, run
+from common import edm, run
 from common.buffer import Batch, ReplayBuffer
 
 CPU = torch.device("cpu")
@@ -87,12 +87,14 @@ def test_union_is_uniform_over_rows():
 
 def generator(tmp_path, terminals: bool = True, offline: ReplayBuffer | None = None, **changes):
     """A generator of tiny size whose sources are the rows of `offline`; begin and draw as SynthER's."""
-    args = tiny_args("iql_synther", out_dir=tmp_path, **dict(synthetic_rows=6) | changes)
+    args = tiny_args(
+        "iql_synther", out_dir=tmp_path, **dict(synthetic_rows=6, terminal_flag="joint") | changes
+    )
     r = run.Run(args, "iql_synther.py", "x", {})
     offline = filled(8, 1.0, terminals) if offline is None else offline
-    d = iql_synther.Generator.features(offline)
+    d = iql_synther.Generator.features(args, offline)
     sizes = args.diffusion_width, args.diffusion_depth, args.diffusion_time_dim
-    g = iql_synther.Generator(r, args, iql_synther.TransitionNet(d, *sizes), offline, OBS, ACT)
+    g = iql_synther.Generator(r, args, iql_synther.TransitionNet(d, *sizes), [offline])
     r.register(**g.state())
     g.draw = lambda: (iql_synther.union_rows([offline], args.diffusion_batch)[0][:, :d],)
     g.begin = lambda n: (g.denoiser(n), g.noise(n), 0)
@@ -118,13 +120,86 @@ def test_kept_rows_are_clipped_thresholded_and_finite(tmp_path):
     assert g.totals.tolist() == pytest.approx([6, 2 / 3, 2, 1])
 
 
-def test_without_terminals_the_flag_is_not_modelled(tmp_path):
-    g, offline = generator(tmp_path, terminals=False)
-    assert g.features == 2 * OBS + ACT + 1
-    g.restart([offline], None)
+def test_a_tree_finds_the_rule_of_a_box_and_costs_nothing_without_terminals():
+    """Ends outside two intervals of four features; cuts halfway between the nearest rows; other rows judged right."""
+    torch.manual_seed(0)
+    x, new = torch.randn(20_000, 4), torch.randn(20_000, 4)
+    rule = lambda t: (t[:, 1] < -2) | (t[:, 3].abs() > 2.2)  # noqa: E731
+    y = rule(x)
+    weight = torch.where(y, 1 / y.sum(), 1 / (~y).sum()).double()
+    tree = synther.grow_tree(x, y, weight, 12)
+    share = synther.leaf_shares(tree, new)
+    assert ((share > 0.5) == rule(new)).float().mean() > 0.999
+    assert torch.equal(synther.leaf_shares(tree, x) > 0.5, y)
+    one = torch.tensor([[0.0], [1.0], [1.0], [4.0]])
+    flags = torch.tensor([False, False, False, True])
+    assert synther.grow_tree(one, flags, torch.ones(4).double(), 12) == (0, 2.5, 0.0, 1.0)
+    assert synther.grow_tree(one, ~flags, torch.ones(4).double(), 0) == 0.75  # no depth: the share
+    assert synther.grow_tree(one, flags & False, torch.ones(4).double(), 12) == 0.0
+    same = torch.zeros(4, 2)
+    assert synther.grow_tree(same, flags, torch.ones(4).double(), 12) == 0.25  # nothing to cut
+    close = torch.tensor([[1 + 2**-23], [1 + 2**-22], [1 + 2**-22]])  # no number between them
+    assert synther.grow_tree(close, flags[1:], torch.ones(3).double(), 12) == pytest.approx(1 / 3)
+
+
+def test_splits_have_the_least_impurity():
+    """Against all cuts of all features by brute force, with weights."""
+    torch.manual_seed(1)
+    x, y = torch.randn(60, 3), torch.rand(60) < 0.3
+    weight = torch.rand(60).double()
+
+    def gini(side: torch.Tensor) -> float:
+        yes, no = weight[side & y].sum(), weight[side & ~y].sum()
+        return float(2 * yes * no / (yes + no)) if yes + no else 0.0
+
+    cuts = [(k, c) for k in range(3) for c in x[:, k].sort().values[:-1]]
+    best = min(cuts, key=lambda kc: gini(x[:, kc[0]] <= kc[1]) + gini(x[:, kc[0]] > kc[1]))
+    feature, cut, *_ = synther.grow_tree(x, y, weight, 1)
+    above = x[:, feature][x[:, feature] > best[1]].min()
+    assert feature == best[0] and cut == pytest.approx(float(0.5 * (best[1] + above)))
+
+
+def test_flags_of_kept_rows_come_from_real_ones(tmp_path):
+    """Terminal where s'_0 > 1, in three of four real rows beyond it; a generated row alike, with that probability."""
+    torch.manual_seed(0)
+    table = torch.zeros(8_000, 2 * OBS + ACT + 2)
+    table[:, OBS + ACT + 1] = torch.where(torch.arange(8_000) < 400, 1.5, 0.5)
+    table[:, -1] = (torch.arange(8_000) < 300).float()
+    real = ReplayBuffer(8_000, OBS, ACT, CPU)
+    real.append(table)
+    g, _ = generator(tmp_path, offline=real, terminal_flag="classifier", synthetic_rows=4_000)
+    assert g.features == 2 * OBS + ACT + 1  # no flag among them
     g.bounds.copy_(torch.tensor([-1.0, 1.0]))
-    g.keep(torch.ones(6, g.features))
-    assert g.synthetic.take(torch.arange(6)).terminations.sum() == 0
+    g.tree = g.terminal_tree()
+    rows = torch.zeros(4_000, g.features)
+    rows[:2_000, OBS + ACT + 1] = 2.0
+    g.keep(rows)
+    flags = g.synthetic.table[:, -1]
+    assert flags[:2_000].mean().item() == pytest.approx(0.75, abs=0.03) and not flags[2_000:].any()
+
+
+def test_rows_without_a_known_successor_are_not_learned_from(tmp_path, monkeypatch, random_rows):
+    """A file without next_observations: G, the tree and the report see no terminal row of it; the learner does."""
+    path = tmp_path / "plain.hdf5"
+    with h5py.File(random_rows) as old, h5py.File(path, "w") as new:
+        for k in old:
+            if k != "next_observations":
+                new[k] = old[k][()]
+        terminal = int(old["terminals"][()].sum())
+    seen, rows = [], []
+    monkeypatch.setattr(
+        synther.Generator, "terminal_tree", lambda g: seen.append(g.real[0].table[:, -1].sum().item()) or 0.0
+    )
+    original, union = synther.losses, synther.union_rows
+    monkeypatch.setattr(
+        synther, "losses", lambda n, b, *a: rows.append(b.terminations.sum().item()) or original(n, b, *a)
+    )
+    monkeypatch.setattr(
+        synther, "union_rows", lambda b, n: seen.append(b[0].table[:, -1].sum().item()) or union(b, n)
+    )
+    settings = dict(dataset=path, out_dir=tmp_path, synther_data="both", batch_size=64)
+    synther.train(tiny_args("synther", **settings))
+    assert terminal > 20 and set(seen) == {0.0} and sum(rows) > 0
 
 
 def test_many_rows_that_are_not_finite_are_an_error(tmp_path, monkeypatch):
@@ -179,21 +254,6 @@ def test_training_fits_a_known_law(tmp_path):
     assert x[:, -1].mean().item() == pytest.approx(0.5, abs=0.1)
     second = torch.sign(x[:, 0] * table[1, 0]) > 0
     assert (second == (x[:, -1] > 0.5)).float().mean() > 0.9
-
-
-# ---- simulator ----
-
-
-@pytest.mark.parametrize("name", ["Hopper-v4", "HalfCheetah-v4", "Walker2d-v4"])
-def test_simulator_repeats_real_transitions(name):
-    """Set to each observation of a roll-out, it gives the stored successor and reward."""
-    env, rng = envs.locomotion(name), np.random.default_rng(0)
-    rows = collect.rollout(env, lambda _: rng.uniform(-1, 1, env.action_space.shape[0]), 0)
-    few = (np.abs(rows["observations"]) < 9.99).all(1)  # Hopper and Walker2d clip velocities at 10
-    assert few.sum() > 8
-    next_obs, rewards = envs.simulate(envs.locomotion(name), rows["observations"][few], rows["actions"][few])
-    assert np.allclose(next_obs, rows["next_observations"][few], atol=2e-3)
-    assert np.allclose(rewards, rows["rewards"][few], atol=2e-3)
 
 
 # ---- the whole program ----
@@ -265,44 +325,6 @@ def test_bad_settings_are_refused(dataset, tmp_path):
     ]:
         with pytest.raises(run.UsageError, match=words):
             module(stem).train(tiny_args(stem, dataset=dataset, out_dir=tmp_path, **changes))
-
-
-@pytest.mark.parametrize("stem", FILES)
-def test_report_is_logged_and_kept(stem, dataset, tmp_path):
-    """The docstring's columns, at the steps of the regenerations; the rows beside."""
-    algorithm = module(stem)
-    algorithm.train(tiny_args(stem, dataset=dataset, out_dir=tmp_path))
-    rows = [r for r in log_rows(tmp_path) if r.get("syn/sim_error")]
-    assert [r["step"] for r in rows] == ["11", "22"]
-    names = "clipped_actions clipped_rewards nonfinite terminal sim_error sim_error_shuffled reward_error"
-    names += " mean_gap std_ratio nearest online_l2 js_states js_actions js_rows"
-    assert {k for k, v in rows[0].items() if k[:4] == "syn/" and v} == {f"syn/{n}" for n in names.split()}
-    assert all(n in algorithm.__doc__ for n in names.split())
-    assert all(math.isfinite(float(r[f"syn/{n}"])) for r in rows for n in names.split())
-    for k, own in ((0, 11), (1, 22)):
-        (path,) = tmp_path.glob(f"**/synthetic-{k}.npz")
-        with np.load(path) as f:
-            assert {n: x.shape for n, x in f.items()} == {
-                "synthetic": (40, 27), "offline": (600, 27), "online": (own, 27)
-            }  # fmt: skip
-
-
-def test_report_of_real_rows_is_that_of_real_rows(dataset, tmp_path, monkeypatch):
-    """Real rows handed out as generated ones: no simulator error beyond rounding, nearest real row at 0."""
-    original = iql_synther.Generator.report
-
-    def report(self, k, env, scale, bias, offline, online):
-        self.synthetic.clear()
-        self.synthetic.append(online.table[:11])
-        return original(self, k, env, scale, bias, offline, online)
-
-    monkeypatch.setattr(iql_synther.Generator, "report", report)
-    changes = dict(normalize_obs=True, normalize_reward=True)
-    iql_synther.train(tiny_args("iql_synther", dataset=dataset, out_dir=tmp_path, **changes))
-    (row, *_) = [r for r in log_rows(tmp_path) if r.get("syn/sim_error")]
-    assert float(row["syn/sim_error"]) < 2e-2 < 0.3 < float(row["syn/sim_error_shuffled"])
-    assert float(row["syn/reward_error"]) < 1e-2 and float(row["syn/nearest"]) < 1e-2
-    assert float(row["syn/std_ratio"]) == pytest.approx(1.0, abs=0.1)
 
 
 def test_a_cleared_buffer_keeps_its_dataset():

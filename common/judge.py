@@ -1,0 +1,169 @@
+"""What generated rows are worth: beside real ones, and beside the simulator. Evaluation only: nothing learns from it.
+
+Rows are [s, a, r, s', terminated] in training units, as in a ReplayBuffer's table. Logged of each regeneration, at the
+environment step it belongs to:
+  syn/clipped_actions, clipped_rewards, nonfinite    shares of what was generated
+  syn/terminal, source_terminal                      share of rows that end an episode, generated and learned from
+  syn/fallen, flag_share, flag_precision, flag_recall  of flags beside the simulator's rule at s', where s' tells
+  syn/sim_error, sim_error_shuffled, reward_error    of (s, a, s') and r against the simulator
+  syn/mean_gap (largest), std_ratio (mean)           over features, beside all rows learned from
+  syn/nearest, online_l2                             distance to the nearest such row (0: a copy); to the own rows' mean
+  syn/js_states, js_actions, js_rows                 Jensen-Shannon divergence from own rows
+"""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from common import data, envs, run
+from common.buffer import ReplayBuffer
+from common.edm import Moments
+
+
+def spread(rows: torch.Tensor, n: int) -> torch.Tensor:
+    """At most n of the rows (N, ...), evenly spaced."""
+    return rows[torch.linspace(0, len(rows) - 1, min(n, len(rows))).long()]
+
+
+def divergence(a: torch.Tensor, b: torch.Tensor, bins: int = 50) -> float:
+    """Jensen-Shannon divergence in nats between histograms of two samples (N, D), mean over features.  [CFDG §5.2]"""
+    both = torch.cat([a, b])
+    total = 0.0
+    for k in range(a.shape[1]):
+        low, high = both[:, k].min().item(), both[:, k].max().item()
+        if high <= low:
+            continue
+        p, q = (torch.histc(x[:, k].float(), bins, low, high) / len(x) for x in (a, b))
+        m = (0.5 * (p + q)).clamp(min=1e-30)
+        total += 0.5 * sum(torch.where(x > 0, x * (x / m).log(), 0).sum().item() for x in (p, q))
+    return total / a.shape[1]
+
+
+def nearest(x: torch.Tensor, tables: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Distance of each row of x (M, D) to the nearest row of all `tables` (N_i, D) -> (M,)."""
+    chunks = [chunk for t in tables for chunk in t.split(20_000)]
+    # by differences: the products of the usual shortcut leave an exact copy at 1e-3
+    distances = (torch.cdist(x, c, compute_mode="donot_use_mm_for_euclid_dist") for c in chunks)
+    return torch.stack([d.amin(1) for d in distances]).amin(0)
+
+
+def describe(
+    rows: torch.Tensor, own: torch.Tensor, sources: Sequence[torch.Tensor], moments: Moments, widths: Sequence
+) -> dict[str, float]:
+    """What generated rows (N, D) are like, beside own rows and all those learned from (`sources`).
+
+    Moments against the sources, L2 distance to the mean of the own rows [AD2S Fig. 3], median distance of 200 rows to
+    the nearest source row (0: copies), both in units of `moments`, Jensen-Shannon divergences from the own rows
+    [CFDG Table 2].
+    """
+    (obs_dim, act_dim, *_), width = widths, len(moments.mean)
+    x, own, *real = (moments.normalize(t[:, :width]) for t in (rows, own, *sources))
+    total = Moments(width, 0, x.device)
+    total.fit(real)
+    moving = total.std > 1e-2  # not the constant features
+    parts = {"states": slice(obs_dim), "actions": slice(obs_dim, obs_dim + act_dim), "rows": slice(width)}
+    logs = {f"syn/js_{k}": divergence(x[:, c], own[:, c]) for k, c in parts.items()}
+    logs["syn/mean_gap"] = (x.mean(0) - total.mean).abs().max().item()
+    logs["syn/std_ratio"] = (x.std(0, correction=0) / total.std)[moving].mean().item()
+    logs["syn/online_l2"] = (x - own.mean(0)).norm(dim=1).mean().item()
+    logs["syn/nearest"] = nearest(spread(x, 200), real).median().item()
+    return logs
+
+
+def raw_columns(rows: torch.Tensor, env: gym.Env, widths: Sequence[int]) -> tuple[np.ndarray, ...]:
+    """s, a, r, s', terminated of rows (N, D) as arrays, states in raw units: `env` has their normalisation, if any."""
+    obs, actions, rewards, next_obs, flags = (x.cpu().numpy() for x in rows.split(widths, 1))
+    mean, std = (env.mean, env.std) if isinstance(env, data.Normalize) else (0.0, 1.0)
+    return obs * std + mean, actions, rewards[:, 0], next_obs * std + mean, flags[:, 0] > 0.5
+
+
+def simulator_error(
+    rows: torch.Tensor,
+    env: gym.Env,
+    widths: Sequence[int],
+    std: torch.Tensor,
+    rewards: tuple[float, float] = (1.0, 0.0),
+) -> dict[str, float]:
+    """Of (s, a, s') against the simulator: rms over features of (s' - simulated s') / std, median over rows (N, D).
+
+    std (O,) of s' in training units. sim_error_shuffled: the same rows, each with another's s'. reward_error: mean, in
+    raw units; `rewards` are scale and bias of training. Empty where s does not tell the simulator's state.
+    """
+    obs, actions, theirs, next_obs, _ = raw_columns(rows, env, widths)
+    truth, logs = envs.simulate(env, obs, actions), {}
+    if truth is None:
+        return logs
+    unit = std.cpu().numpy() * (env.std if isinstance(env, data.Normalize) else 1.0)
+    for name, x in (("", next_obs), ("_shuffled", np.roll(next_obs, len(next_obs) // 2, 0))):
+        gap = ((x - truth[0]) / unit) ** 2
+        logs[f"sim_error{name}"] = float(np.median(np.sqrt(gap.mean(1))))
+    scale, bias = rewards
+    return logs | {"reward_error": float(np.abs((theirs - bias) / scale - truth[1]).mean())}
+
+
+def flags_of(rows: torch.Tensor, env: gym.Env, widths: Sequence[int]) -> dict[str, float]:
+    """Flags of termination of rows (N, D) beside the environment's own rule at s'; empty where it needs more than s'.
+
+    `fallen`: share of rows that end by the rule; `flag_share`: flagged rows per such row; precision and recall.
+    """
+    *_, next_obs, told = raw_columns(rows, env, widths)
+    over = envs.terminal(env, next_obs)
+    if over is None:
+        return {}
+    right, ends = float((over & told).sum()), float(over.sum())
+    logs = {"fallen": float(over.mean()), "flag_share": told.sum() / max(ends, 1.0)}
+    logs |= {"flag_precision": right / max(told.sum(), 1), "flag_recall": right / max(ends, 1.0)}
+    return {k: float(v) for k, v in logs.items()}
+
+
+def generated_rows(
+    generator: Any,
+    k: int,
+    env: gym.Env,
+    rewards: tuple[float, float],
+    offline: ReplayBuffer,
+    online: ReplayBuffer,
+) -> dict[str, float]:
+    """All of the above of a Generator's k-th rows; 2,000 of each kind go to synthetic-<k>.npz.
+
+    Read of the generator: `synthetic`, the buffers `sources` that it learned from, `moments`, `totals`, the run `r`.
+    """
+    tables = {"synthetic": generator.synthetic, "offline": offline, "online": online}
+    tables = {k: b.table[: b.rows] for k, b in tables.items() if b.rows}
+    few = {k: spread(t, 2_000) for k, t in tables.items()}
+    synthetic, widths, moments = tables["synthetic"], offline.widths, generator.moments
+    sources = [b.table[: b.rows] for b in generator.sources]
+    logs = describe(few["synthetic"], few.get("online", few["offline"]), sources, moments, widths)
+    rows, clipped, outside, dropped = generator.totals.tolist()
+    logs |= {"syn/clipped_actions": clipped / rows, "syn/clipped_rewards": outside / rows}
+    logs |= {"syn/nonfinite": dropped / rows, "syn/terminal": synthetic[:, -1].mean().item()}
+    logs["syn/source_terminal"] = torch.cat([t[:, -1] for t in sources]).mean().item()
+    std = moments.std[sum(widths[:3]) : sum(widths[:4])]
+    judged = simulator_error(spread(synthetic, 200), env, widths, std, rewards)
+    judged |= flags_of(spread(synthetic, 20_000), env, widths)
+    file = io.BytesIO()
+    np.savez_compressed(file, **{k: x.cpu().numpy() for k, x in few.items()})
+    run.write_atomically(file.getvalue(), generator.r.dir / f"synthetic-{k}.npz")
+    return logs | {f"syn/{k}": v for k, v in judged.items()}
+
+
+def labelled_rows(generator: Any, offline: ReplayBuffer, online: ReplayBuffer) -> dict[str, float]:
+    """Of a LabelledGenerator: each label's rows beside their source, the dataset beside own rows.  [CFDG Table 2]
+
+    Generated rows of the online label replace `describe`'s of all; those of the other are syn/offline_*, beside the
+    dataset; syn/dataset_js_* is the dataset's divergence from own rows.
+    """
+    end, moments, widths = int(generator.boundary), generator.moments, offline.widths
+    kept, own, dataset = (b.table[: b.rows] for b in (generator.synthetic, online, offline))
+    some_own, logs = spread(own, 2_000), {"syn/online_rows": end, "syn/offline_rows": len(kept) - end}
+    logs |= describe(spread(kept[:end], 2_000), some_own, [own], moments, widths)
+    of_dataset = describe(spread(dataset, 2_000), some_own, [own], moments, widths)
+    logs |= {k.replace("/", "/dataset_"): v for k, v in of_dataset.items() if "/js_" in k}
+    if len(kept) > end:
+        of_others = describe(spread(kept[end:], 2_000), spread(dataset, 2_000), [dataset], moments, widths)
+        logs |= {k.replace("/", "/offline_"): v for k, v in of_others.items() if k != "syn/online_l2"}
+    return logs
