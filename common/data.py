@@ -205,11 +205,11 @@ def _mazes() -> dict[str, Task]:
 def _shifted(task: Task, kind: str, level: str, name: str, **changes) -> Task:
     """`task` with its own data and, online and in evaluation, shifted dynamics (envs.shift), under `name`."""
     if kind in ("friction", "gravity"):
-        value = float(level) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", level) else 0.0
+        value = float(level) if re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,6})?", level) else 0.0
     else:  # 2.0 is DUAL's; ODRL has no number here, and its medium divides the range by 2
         value = {"easy": "easy", "medium": "medium", "2.0": "medium", "hard": "hard"}.get(level)
-    if not value:
-        after = "a positive number after friction, gravity; easy, medium (or 2.0), hard after kinematic, morphology"
+    if not value or (kind in ("friction", "gravity") and value > 100):
+        after = "a factor up to 100 after friction, gravity; easy, medium (or 2.0), hard after kinematic, morphology"
         raise UsageError("--env", name, after)
     return replace(task, name=name, make=partial(envs.shifted, task.make, kind, value), **changes)
 

@@ -14,9 +14,11 @@ AntMaze are built here: the packaged ones have other coordinates, starts, goals,
 import contextlib
 import io
 import math
+import sys
 import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import gymnasium as gym
@@ -24,10 +26,16 @@ import mujoco
 import numpy as np
 
 
+@cache
+def note(text: str) -> None:
+    """A warning of MuJoCo on stderr, once; left to itself it writes MUJOCO_LOG.TXT where the user stands."""
+    print(f"note: MuJoCo: {text}", file=sys.stderr)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings, of Python or MuJoCo (which would write MUJOCO_LOG.TXT where the user stands)."""
-    previous = mujoco.get_mju_user_warning()
+    """No warnings, of Python or MuJoCo; afterwards MuJoCo's go to `note`."""
+    previous = mujoco.get_mju_user_warning() or (lambda text: note(text.split(" Time =")[0]))
     mujoco.set_mju_user_warning(lambda _: None)
     try:
         with warnings.catch_warnings():
@@ -256,8 +264,7 @@ class Flat(gym.Wrapper):
 
 def flat(make: Callable[..., gym.Env], **kwargs) -> gym.Env:
     """`make(**kwargs)` as vectors; silent about versions."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         return Flat(make(**kwargs))
 
 
@@ -369,7 +376,8 @@ class AntMaze(Maze):
 
 def maze(kind: type[Maze], size: str, limit: int) -> gym.Env:
     """Maze2D or AntMaze, "umaze", "medium" or "large", with D4RL's time limit in steps."""
-    return gym.wrappers.TimeLimit(kind(size), limit)
+    with quiet():
+        return gym.wrappers.TimeLimit(kind(size), limit)
 
 
 def episode_seed(seed: int, purpose: str, episode: int) -> int:

@@ -121,17 +121,39 @@ def check_limits(args: Any) -> None:
         above = value > low if limits[0] == "(" else value >= low
         below = value < high if limits[-1] == ")" else value <= high
         if not (above and below):
-            raise UsageError("--" + f.name.replace("_", "-"), value, limits)
+            raise UsageError(flag(f.name), value, limits)
+
+
+def given(args: Any, presets: dict[str, dict] | None) -> dict[str, Any]:
+    """The settings that neither the class nor the task's preset has: what flags changed."""
+    usual = with_presets(type(args), presets or {}, args.env)
+    return {f.name: v for f in fields(args) if (v := getattr(args, f.name)) != getattr(usual, f.name)}
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def suspects(args: Any, presets: dict[str, dict] | None) -> str:
+    """What to change after a divergence: the numbers given by flag, or the learning rates."""
+    numbers = {k: v for k, v in given(args, presets).items() if type(v) is float}
+    rates = {f.name: getattr(args, f.name) for f in fields(args) if f.name.endswith("lr")}
+    return "likely: " + ", ".join(f"{flag(k)} {v:g}" for k, v in (numbers or rates).items())
 
 
 def main(program: Callable, args_type: type, presets: dict[str, dict] | None = None) -> None:
     """What stands behind `if __name__ == "__main__"`: parse, run, and the exit codes 0, 1, 2, 130, 143."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    args = None
     try:
-        program(parse_args(args_type, presets))
+        args = parse_args(args_type, presets)
+        program(args)
     except UsageError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except FloatingPointError as e:
+        print(f"error: {e}; {suspects(args, presets)}; the last checkpoint is kept", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -265,6 +287,9 @@ class Run:
         which settings come from where.
         """
         check_limits(args)
+        if 0 < args.online_steps <= args.warmup_steps:
+            allowed = f"less than the {args.online_steps} online steps, or nothing is learned from them"
+            raise UsageError("--warmup-steps", args.warmup_steps, allowed)
         self.args = args
         self.device = pick_device(args.device)
         self.compile = args.compile if args.compile is not None else self.device.type == "cuda"
@@ -319,12 +344,8 @@ class Run:
                 raise UsageError(f"settings of {self.dir}", ", ".join(changed), allowed)
             return
         defaults = {f.name: f.default for f in fields(self.args)}
-        preset = asdict(with_presets(type(self.args), presets, self.args.env))
-        origin = {}
-        for k, v in asdict(self.args).items():
-            origin[k] = (
-                "flag" if v != preset[k] or k == "env" else "default" if v == defaults[k] else "preset"
-            )
+        origin = {k: "default" if v == defaults[k] else "preset" for k, v in asdict(self.args).items()}
+        origin |= dict.fromkeys({"env", *given(self.args, presets)}, "flag")
         told = [f"{k}={settings[k]} ({o})" for k, o in origin.items() if o != "default"]
         print(f"{self.dir}: {self.device}, compile {self.compile}; not default: {', '.join(told)}")
         self.info = {
@@ -381,8 +402,16 @@ class Run:
             raise UsageError("checkpoint", path, f"one that this version of the file wrote ({reason})") from e
 
     def checkpoint(self) -> None:
-        """Write state.pt: the registered objects, counters, random states."""
+        """Write state.pt: the registered objects, counters, random states.
+
+        Raises FloatingPointError, and keeps the last one, if a network is not finite.
+        """
         self._tick()
+        for name, obj in self.objects.items():
+            if isinstance(obj, torch.nn.Module) and not all(p.isfinite().all() for p in obj.parameters()):
+                raise FloatingPointError(
+                    f"{name} not finite at {self.current} step {self.done[self.current]}"
+                )
         state = {
             "objects": {
                 k: v if isinstance(v, torch.Tensor) else v.state_dict() for k, v in self.objects.items()

@@ -273,6 +273,31 @@ def test_a_terminal_on_the_last_allowed_step_stays_one_and_restarts_the_count(tm
     assert d.ends.tolist() == [False, True, False, True, False]
 
 
+def test_successors_that_are_not_known_are_marked(tmp_path):
+    """Terminal rows of files without successors; all of them are known where the file has them."""
+    assert read_tiny(tmp_path, 8, [2], [5], True).known.all()
+    assert read_tiny(tmp_path, 8, [2, 7], [5], False).known.tolist() == [
+        True,
+        True,
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
+
+
+def test_an_ant_walks_on_from_its_goal(tmp_path):
+    """The next row within 1 m is the successor of a terminal one; after a jump, a timeout or at the end it is not."""
+    arrays = tiny(8, [1, 3, 5, 7], [5], False)
+    place = np.array([0.0, 0.2, 0.9, 1.5, 9.0, 9.1, 9.2, 9.3], np.float32)
+    arrays["observations"] = np.stack([place, 0 * place], 1)
+    ant = replace(TINY, name="antmaze-umaze-v2", obs_dim=2)
+    d = data.read_d4rl(write(tmp_path / "ant.hdf5", arrays), ant, "")
+    assert d.known.tolist() == [True, True, True, False, True, False, True, False]
+    assert d.next_obs[:, 0].tolist() == place[[1, 2, 3, 3, 5, 5, 7, 7]].tolist()
+
+
 @pytest.mark.parametrize("flags", ["<f4", "f8", "i1", "u8", "i8", "column"])
 def test_other_number_types_and_columns_are_read_as_float32(flags, tmp_path):
     """float64 observations, flags as numbers, (N, 1) rewards and flags, big-endian actions."""
@@ -333,7 +358,7 @@ def test_moments_do_not_lose_digits_on_long_files():
     n = 400_000
     x = np.where(np.arange(n) % 2, 1_000.5, 999.5).astype(np.float32)[:, None].repeat(3, 1)
     empty = np.zeros(n, np.float32)
-    mean, std = data.Dataset(x, x, empty, x, empty, empty > 0, "", Path()).moments()
+    mean, std = data.Dataset(x, x, empty, x, empty, empty > 0, empty < 1, "", Path()).moments()
     assert mean == pytest.approx(1_000, abs=1e-3) and std == pytest.approx(0.501, abs=1e-6)
 
 
