@@ -57,7 +57,7 @@ def test_sort_of_tied_scores_keeps_sizes_and_prefers_dataset_rows():
         assert logs["split/exchanged"] == sum(i >= 3 for i in ranked[:3])
 
 
-# ---- Cal-QL: Eq. 14 = StratDiff Eq. 11 ----
+# ---- Cal-QL: Eq. 14; StratDiff Eq. 11 has half of its TD loss ----
 
 
 def cal_case(**settings) -> tuple:
