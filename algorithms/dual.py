@@ -28,7 +28,7 @@ Notes    D1, D2, D3, D5, U1 as in iql.py, but the actor's learning rate is const
          D53 caps: epistemic variance 0.25, λ d 1, per dimension of the action.
          D54 --shift-floor subtracts the offline mean of d, which is not 0 where dynamics are noisy.
          D55 Eq. 5's weight is Q, which may be negative; on IQL it is the bounded exponential advantage.
-         D56 learner in CORL's flavour, as the paper's: states normalised, one buffer, 1M online steps; iql.py's is PEX's.
+         D56 learner in CORL's flavour, as the paper: states normalised, one buffer, 1M online steps; iql.py's is PEX's.
             One setting for locomotion: what CORL's hopper files have of their own is left from another actor.
          U50 planner network: residual MLP on the flattened window, actions in [-1, 1] as they are, one Linear last.
          U51 horizon 4, AntMaze 32, stride 1; windows start at every row, past an episode's end stand the last next
