@@ -19,7 +19,7 @@ Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py (D5: no tanh here
          D52 ŝ' is asked for with the executed action; --shift-from-plan is the cheap reading.
          D53 caps: epistemic variance 0.25, λ d 1, per dimension of the action.
          D54 --shift-floor subtracts the offline mean of d.
-         D56 1M online steps [CORL], calql.py's are 200,000.
+         D59 1M online steps [CORL], calql.py's are 200,000.
          U50 planner network: residual MLP on the flattened window, one Linear last.
          U51 horizon 4, AntMaze 32, stride 1; padding past an episode's end has no loss.
          U52 32 -> 1 denoising steps, learning rates, average, steps per halving, shrunk noise.
@@ -76,7 +76,7 @@ class Args:
     dataset: Path | None = None  # HDF5 file in D4RL layout instead of the task's own
     seed: int = 0  # networks, batches, exploration and evaluation all derive from it
     offline_steps: int = 1_000_000  # gradient steps [CORL]
-    online_steps: int = 1_000_000  # environment steps [CORL]: D56
+    online_steps: int = 1_000_000  # environment steps [CORL]: D59
     from_offline: Path | None = None  # run directory (or its offline.pt) to take the offline phase from
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it works
     compile: bool | None = None  # compile and capture the gradient step; default: on for cuda, off for cpu

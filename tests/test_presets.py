@@ -348,10 +348,10 @@ DIFFERENCES = {
     ("dual calql_dual", "all", "laplace_prior"): (1.0, "D51"),
     ("dual calql_dual", "all", "shift_from_plan"): (False, "D52: the plan's action is not the executed one"),
     ("dual", "adroit", "dropout"): (0.0, "U55: the actor has none"),
-    ("dual", "hopper-medium-expert", "expectile"): (0.7, "D56: one setting for locomotion"),
-    ("dual", "hopper-medium-expert", "inv_temp"): (3.0, "D56"),
-    ("dual", "locomotion", "polyak"): (0.005, "D56"),
-    ("dual", "locomotion", "normalize_reward"): (False, "D56"),
+    ("dual", "hopper-medium-expert", "expectile"): (0.7, "D59: one setting for locomotion"),
+    ("dual", "hopper-medium-expert", "inv_temp"): (3.0, "D59"),
+    ("dual", "locomotion", "polyak"): (0.005, "D59"),
+    ("dual", "locomotion", "normalize_reward"): (False, "D59"),
 }  # fmt: skip
 
 # (files, tasks, setting of the backbone) -> (the method's value, the note that says why); the first that fits holds
@@ -364,9 +364,9 @@ FROM_BACKBONE = {
     ("dual", MINI, "online_steps"): (6_000, "U1"),
     ("dual calql_dual", MINI, "eval_every"): (2_000, "U1"),
     ("iql_cfdg", "all", "online_steps"): (1_000_000, "D40: the paper's budget"),
-    ("dual calql_dual", "all", "online_steps"): (1_000_000, "D56: the paper's budget"),
-    ("dual", "all", "append_online"): (True, "D56: CORL's flavour"),
-    ("dual", "locomotion antmaze", "normalize_obs"): (True, "D56"),
+    ("dual calql_dual", "all", "online_steps"): (1_000_000, "D59: the paper's budget"),
+    ("dual", "all", "append_online"): (True, "D59: CORL's flavour"),
+    ("dual", "locomotion antmaze", "normalize_obs"): (True, "D59"),
     ("dual", "adroit", "dropout"): (0.0, "U55: the actor has none"),
     ("edis iql_edis", "all", "offline_frac"): (0.0, "D47: batches of own and generated rows"),
     ("calql_ad2s", "all", "offline_frac"): (0.0, "U40: batches of own and generated rows"),

@@ -193,6 +193,9 @@ def test_a_dataset_without_a_return_range_is_refused_with_advice_that_helps(stem
     for unit in re.findall(r"reward|raw", str(refused.value)):
         result = module(stem).train(tiny_args(stem, out_dir=tmp_path / unit, energy_units=unit, **args))
         assert math.isfinite(result["final_score"])
+    if stem.startswith("iql"):  # which divides rewards by the range
+        with pytest.raises(run.UsageError, match=r"dataset: got 1 episode\(s\)"):
+            module(stem).train(tiny_args(stem, out_dir=tmp_path / "scaled", normalize_reward=True, **args))
 
 
 @pytest.mark.parametrize(
