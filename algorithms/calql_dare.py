@@ -13,7 +13,7 @@ Idea     Each row of an online batch is scored by its action's distance to a ref
          behavior model; a threshold between the scores of dataset rows and own rows exchanges those on its
          wrong sides, at most n pairs; rows that end up offline-like keep Cal-QL's regulariser, the others
          have the TD loss alone. What the exchange does and does not (Theorem 1): iql_dare.py.
-Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py (D2: twice Eq. 14's TD loss, so its α counts half).
+Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py (D2: Eq. 14, unlike Eq. 1, has no half either).
          Of the guided behavior model, in every file that has it (D10: Eq. 7; D11: Eqs. 34, 6):
          D10 Eq. 7: KL between two points is 0 or infinite; `gauss` is the KL of equal-variance Gaussians
             around them, half the squared distance (scale does not matter to the rule); `gauss_std`,
@@ -30,7 +30,7 @@ Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py (D2: twice Eq. 14
          U13 K, β, sampler, behavior schedule are CEP's.
          U14 support for online rows comes every support_every steps; rows still without are left out of
             f_φ's loss.
-         U15 guidance scale of datasets without one: 3.
+         U15 tasks without a row in the tables: guidance scale 3, the rest as in locomotion (large mazes: AntMaze).
          U16 kde bandwidth 0.2; elbo at four fixed times, without references.
          U17 which pairs are the "top" M: largest d offline against smallest d online.
          Of DARE:
@@ -113,7 +113,7 @@ class Args:
     calibrate: bool = True  # off: CQL
     calibrate_online: bool = False  # D3
     lagrange: bool = False  # α' learned so that the gap meets target_gap [DARE Table 4]
-    target_gap: float = 0.8  # of the Lagrange variant [DARE Table 4, AntMaze]
+    target_gap: float = -1.0  # of the Lagrange variant; -1 where there is none [DARE Table 4]
     max_target_backup: bool = False  # TD target from the best of cql_n_actions next actions [DARE Table 4]
     normalize_obs: bool = True  # (obs - mean) / (std + 1e-3) of the dataset [DARE Table 4]
     reward_scale: float = 1.0  # rewards in training: scale · r + bias [DARE Table 4]
@@ -151,13 +151,15 @@ class Args:
 ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
     "antmaze-": dict(  # [DARE Table 4; episodes: CORL]
         critic_layers=5, cql_weight=5.0, cql_weight_online=5.0, lagrange=True, max_target_backup=True,
-        normalize_obs=False, reward_scale=10.0, reward_bias=-5.0, sparse_reward=True,
+        normalize_obs=False, reward_scale=10.0, reward_bias=-5.0, sparse_reward=True, target_gap=0.8,
         eval_every=10_000, eval_episodes=100, guidance_scale=3.0, support_k=32, energy_units="reward",
     ),
     **{k: dict(cql_weight=1.0, cql_weight_online=1.0, max_target_backup=True, normalize_obs=False,
                guidance_scale=3.0)
-       for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL, fine-tuning]
-    "maze2d-": dict(policy_lr=3e-5, lagrange=True, target_gap=5.0, guidance_scale=3.0),  # [CORL, offline CQL]
+       for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL, fine-tuning]; U15
+    "maze2d-": dict(  # [CORL, offline CQL]; U15
+        policy_lr=3e-5, lagrange=True, target_gap=5.0, eval_episodes=100, guidance_scale=3.0,
+    ),
     "hopper-": dict(guidance_scale=3.0),  # U15
     "halfcheetah-": dict(guidance_scale=3.0),  # U15
     "walker2d-": dict(guidance_scale=3.0),  # U15
@@ -771,6 +773,8 @@ class Guide:
         self.guided = args.guidance_scale > 0
         self.beta = args.energy_beta  # over Q's unit: U11
         if self.guided and args.energy_units != "raw":
+            if args.energy_units == "qgpo" and len(set(dataset.episode_returns())) == 1:
+                raise run.UsageError("--energy-units", "qgpo", "reward or raw: all returns are the same")
             unit = dataset.return_range() / 1_000 if args.energy_units == "qgpo" else 1.0
             self.beta /= reward_scale * unit
         parts = (
@@ -930,7 +934,7 @@ def squashed_log_std(mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
 
 
 def released_weight(off_like: torch.Tensor, args: Args) -> torch.Tensor:
-    """α_cql of each row: as in Cal-QL where off_like (B,) bool, 0 elsewhere; (B,).  [DARE Eq. 14 = StratDiff Eq. 11]
+    """α_cql of each row: as in Cal-QL where off_like (B,) bool, 0 elsewhere; (B,).  [DARE Eq. 14, StratDiff Eq. 11]
 
     The losses average over all rows of the batch; "subset" over the offline-like ones, whose number is fixed: U22.
     """

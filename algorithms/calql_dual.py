@@ -19,6 +19,7 @@ Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py (D5: no tanh here
          D52 ŝ' is asked for with the executed action; --shift-from-plan is the cheap reading.
          D53 caps: epistemic variance 0.25, λ d 1, per dimension of the action.
          D54 --shift-floor subtracts the offline mean of d.
+         D59 1M online steps [CORL], calql.py's are 200,000.
          U50 planner network: residual MLP on the flattened window, one Linear last.
          U51 horizon 4, AntMaze 32, stride 1; padding past an episode's end has no loss.
          U52 32 -> 1 denoising steps, learning rates, average, steps per halving, shrunk noise.
@@ -75,7 +76,7 @@ class Args:
     dataset: Path | None = None  # HDF5 file in D4RL layout instead of the task's own
     seed: int = 0  # networks, batches, exploration and evaluation all derive from it
     offline_steps: int = 1_000_000  # gradient steps [CORL]
-    online_steps: int = 1_000_000  # environment steps [CORL]
+    online_steps: int = 1_000_000  # environment steps [CORL]: D59
     from_offline: Path | None = None  # run directory (or its offline.pt) to take the offline phase from
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it works
     compile: bool | None = None  # compile and capture the gradient step; default: on for cuda, off for cpu
@@ -99,7 +100,7 @@ class Args:
     calibrate: bool = True  # off: CQL
     calibrate_online: bool = False  # D3
     lagrange: bool = False  # α' learned so that the gap meets target_gap [DARE Table 4]
-    target_gap: float = 0.8  # of the Lagrange variant [DARE Table 4, AntMaze]
+    target_gap: float = -1.0  # of the Lagrange variant; -1 where there is none [DARE Table 4]
     max_target_backup: bool = False  # TD target from the best of cql_n_actions next actions [DARE Table 4]
     normalize_obs: bool = True  # (obs - mean) / (std + 1e-3) of the dataset [DARE Table 4]
     reward_scale: float = 1.0  # rewards in training: scale · r + bias [DARE Table 4]
@@ -143,12 +144,12 @@ class Args:
 ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
     "antmaze-": dict(  # [DARE Table 4; episodes: CORL; horizon: U51]
         critic_layers=5, cql_weight=5.0, cql_weight_online=5.0, lagrange=True, max_target_backup=True,
-        normalize_obs=False, reward_scale=10.0, reward_bias=-5.0, sparse_reward=True,
+        normalize_obs=False, reward_scale=10.0, reward_bias=-5.0, sparse_reward=True, target_gap=0.8,
         eval_every=10_000, eval_episodes=100, horizon=32,
     ),
     **{k: dict(cql_weight=1.0, cql_weight_online=1.0, max_target_backup=True, normalize_obs=False)
        for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL, fine-tuning]
-    "maze2d-": dict(policy_lr=3e-5, lagrange=True, target_gap=5.0),  # [CORL, offline CQL]
+    "maze2d-": dict(policy_lr=3e-5, lagrange=True, target_gap=5.0, eval_episodes=100),  # [CORL, offline CQL]
     "hopper-mini": dict(  # U1
         offline_steps=8_000, online_steps=6_000, warmup_steps=2_000, hidden=64, batch_size=128,
         policy_lr=3e-4, critic_lr=1e-3, polyak=0.02, cql_n_actions=4, cql_weight=5.0, cql_weight_online=5.0,

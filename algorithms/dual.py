@@ -28,6 +28,8 @@ Notes    D1, D2, D3, D5, U1 as in iql.py, but the actor's learning rate is const
          D53 caps: epistemic variance 0.25, λ d 1, per dimension of the action.
          D54 --shift-floor subtracts the offline mean of d, which is not 0 where dynamics are noisy.
          D55 Eq. 5's weight is Q, which may be negative; on IQL it is the bounded exponential advantage.
+         D59 learner in CORL's flavour, as the paper: states normalised, one buffer, 1M online steps; iql.py's is PEX's.
+            One setting for locomotion: what CORL's hopper files have of their own is left from another actor.
          U50 planner network: residual MLP on the flattened window, actions in [-1, 1] as they are, one Linear last.
          U51 horizon 4, AntMaze 32, stride 1; windows start at every row, past an episode's end stand the last next
             state and zero actions without loss.
@@ -92,7 +94,7 @@ class Args:
     dataset: Path | None = None  # HDF5 file in D4RL layout instead of the task's own
     seed: int = 0  # networks, batches, exploration and evaluation all derive from it
     offline_steps: int = 1_000_000  # gradient steps [CORL]
-    online_steps: int = 1_000_000  # environment steps [CORL]
+    online_steps: int = 1_000_000  # environment steps [CORL]: D59
     from_offline: Path | None = None  # run directory (or its offline.pt) to take the offline phase from
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it works
     compile: bool | None = None  # compile and capture the gradient step; default: on for cuda, off for cpu
@@ -110,14 +112,14 @@ class Args:
     lr: float = 3e-4  # Adam, all networks [CORL]
     hidden: int = 256  # width of the hidden layers [CORL]; the actor's is planner_width
     normalize_reward: bool = False  # r · 1000 / (largest - smallest episode return): D2
-    normalize_obs: bool = True  # (obs - mean) / (std + 1e-3) of the dataset [CORL]
+    normalize_obs: bool = True  # (obs - mean) / (std + 1e-3) of the dataset [CORL]: D59
     reward_scale: float = 1.0  # rewards in training: scale · r + bias, on top of normalize_reward: U62
     reward_bias: float = 0.0  # added to rewards in training, after scaling [CORL: AntMaze]
     # online
     warmup_steps: int = 5_000  # environment steps without updates, counted in online_steps: U60
     utd: int = 1  # gradient steps per environment step
     offline_frac: float = 0.5  # share of a batch from the dataset; 0 = own rows only
-    append_online: bool = True  # one buffer, batches from all of it [CORL]
+    append_online: bool = True  # one buffer, batches from all of it [CORL]: D59
     # NEW: planner and actor
     from_planner: Path | None = None  # run directory (or its planner.pt) to take the planner from
     horizon: int = 4  # H, steps of a window; 1 = no planner: U51

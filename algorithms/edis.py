@@ -34,8 +34,9 @@ Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py.
             is that of log p(s'|s, a) / q(s'|s, a): E_T tells real rows from the pool's, and only its gradient in
             s' is used. --dynamics-negatives replacement is the other way.
          D44 the code's negatives are of another state's group for half of each group; ours never are.
-         D45 learner: EDIS's own has Lagrange gap 10, critics of two layers and normalised rewards in locomotion,
-            10,000 model steps, α online per dataset; ours is calql.py's with that α, one for all methods.
+         D45 learner: calql.py's with its presets, so that a difference to it is the method's. EDIS's own: α per
+            dataset; locomotion: Lagrange gap 10, critics of two layers, rewards normalised, no clip; AntMaze: r - 1,
+            states normalised; Adroit: Lagrange; 10 episodes everywhere.
          D46 first regeneration after the warm-up, no update before; the code's comes with one own transition.
          D47 batches: generated and own rows, none of the dataset [code].
          U40 1,000 updates of each energy per regeneration; the code's 20 cannot fit. Energies and their Adam
@@ -45,6 +46,10 @@ Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py.
          U42 the clip at 10 √D [code] is on the term added to the slope, σ Σ λ ∇E, all energies together.
          U43 real rows of E_T come from both buffers, as the model's do: dynamics are the same in both.
          U44 generated rows have no return: calibration, where it is on, does not bound them.
+         D48 no entropy in the TD target, as in calql.py; the code has it (`backup_entropy`).
+         D49 1M offline steps, as in calql.py; the code takes 300,000.
+         D50 E_s: groups of 1 + 10; the code's is one softmax over 256 positives and their 2,560 negatives.
+         U45 share of tasks that the code has no file for (Maze2D, Adroit-cloned, shifted): 0.2.
 Metrics  those of calql.py; loss/diffusion (< 1); loss/{state,policy,dynamics}_energy (at most 2.40, 0.69, 2.40);
          energy/*_found share of groups whose positive has the lowest energy (chance 1/11, 1/2, 1/11); and per
          regeneration, of unguided and guided rows: energy/*_js_states from own states, *_policy_gap between the
@@ -78,7 +83,7 @@ class Args:
     env: str = "hopper-medium-v2"  # task; every default below is the papers' value for locomotion
     dataset: Path | None = None  # HDF5 file in D4RL layout instead of the task's own
     seed: int = 0  # networks, batches, exploration and evaluation all derive from it
-    offline_steps: int = 1_000_000  # gradient steps [DARE §7.1]
+    offline_steps: int = 1_000_000  # gradient steps [DARE §7.1]: D49
     online_steps: int = 200_000  # environment steps [DARE §7.1]
     from_offline: Path | None = None  # run directory (or its offline.pt) to take the offline phase from
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it works
@@ -92,7 +97,7 @@ class Args:
     batch_size: int = 256  # transitions [DARE Table 4]
     gamma: float = 0.99  # discount [DARE Table 4]
     polyak: float = 0.005  # share of qf copied into q_target at every gradient step [DARE Table 4]
-    policy_lr: float = 1e-4  # Adam, actor and entropy weight [DARE Table 4]
+    policy_lr: float = 1e-4  # Adam, actor and entropy weight [DARE Table 4]: D48
     critic_lr: float = 3e-4  # Adam, critics and Lagrange multiplier [DARE Table 4]
     hidden: int = 256  # width of the hidden layers [DARE Table 4]
     critic_layers: int = 3  # hidden layers of each critic [DARE Table 4]
@@ -103,7 +108,7 @@ class Args:
     calibrate: bool = True  # off: CQL
     calibrate_online: bool = False  # D3
     lagrange: bool = False  # α' learned so that the gap meets target_gap [DARE Table 4]
-    target_gap: float = 0.8  # of the Lagrange variant [DARE Table 4, AntMaze]
+    target_gap: float = -1.0  # of the Lagrange variant; -1 where there is none [DARE Table 4]
     max_target_backup: bool = False  # TD target from the best of cql_n_actions next actions [DARE Table 4]
     normalize_obs: bool = True  # (obs - mean) / (std + 1e-3) of the dataset [DARE Table 4]
     reward_scale: float = 1.0  # rewards in training: scale · r + bias [DARE Table 4]
@@ -115,7 +120,7 @@ class Args:
     utd: int = 1  # gradient steps per environment step
     # NEW: diffusion model, energies and synthetic rows
     terminal_flag: Literal["classifier", "joint"] = "classifier"  # from s', or as a feature of the rows: D21
-    synthetic_frac: float = 0.2  # share of a batch that is generated [code of EDIS]: D47
+    synthetic_frac: float = 0.2  # share of a batch that is generated [code of EDIS]: D47, U45
     regenerate_every: int = 10_000  # environment steps [code of EDIS]
     synthetic_rows: int = 100_000  # rows per regeneration [code of EDIS]
     diffusion_steps: int = 10_000  # gradient steps per regeneration [code of EDIS]
@@ -131,7 +136,7 @@ class Args:
     policy_energy: float = 1.0  # λ of E_π; 0 = without: D41
     dynamics_energy: float = 1.0  # λ of E_T; 0 = without: D41
     energy_updates: int = 1_000  # gradient steps of each energy per regeneration: U40
-    energy_groups: int = 256  # positives per gradient step [code of EDIS]
+    energy_groups: int = 256  # positives per gradient step [code of EDIS]: D50
     energy_lr: float = 1e-3  # Adam [code of EDIS]
     energy_width: int = 256  # of the three hidden layers [code of EDIS]
     energy_pool: int = 10_000  # unguided rows per regeneration, the negatives: U43
@@ -143,29 +148,29 @@ class Args:
 ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
     "antmaze-": dict(  # [DARE Table 4; episodes: CORL]
         critic_layers=5, cql_weight=5.0, cql_weight_online=5.0, lagrange=True, max_target_backup=True,
-        normalize_obs=False, reward_scale=10.0, reward_bias=-5.0, sparse_reward=True,
+        normalize_obs=False, reward_scale=10.0, reward_bias=-5.0, sparse_reward=True, target_gap=0.8,
         eval_every=10_000, eval_episodes=100,
         synthetic_frac=0.5,  # [code of EDIS]
     ),
     **{k: dict(cql_weight=1.0, cql_weight_online=1.0, max_target_backup=True, normalize_obs=False)
        for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL, fine-tuning]
-    "maze2d-": dict(policy_lr=3e-5, lagrange=True, target_gap=5.0),  # [CORL, offline CQL]
+    "maze2d-": dict(policy_lr=3e-5, lagrange=True, target_gap=5.0, eval_episodes=100),  # [CORL, offline CQL]
     "antmaze-medium-": dict(synthetic_frac=0.3),  # this and the rest: [code of EDIS]
-    "door-human": dict(synthetic_frac=0.5, cql_weight_online=1.0),
-    "pen-human": dict(synthetic_frac=0.3, cql_weight_online=5.0),
-    "relocate-human": dict(synthetic_frac=0.2, cql_weight_online=2.5),
-    "halfcheetah-random-v2": dict(synthetic_frac=0.2, cql_weight_online=10.0),
-    "halfcheetah-medium-replay-v2": dict(synthetic_frac=0.2, cql_weight_online=10.0),
-    "halfcheetah-medium-v2": dict(synthetic_frac=0.2, cql_weight_online=10.0),
-    "halfcheetah-medium-expert-v2": dict(synthetic_frac=0.5, cql_weight_online=10.0),
-    "hopper-random-v2": dict(synthetic_frac=0.2, cql_weight_online=1.0),
-    "hopper-medium-replay-v2": dict(synthetic_frac=0.5, cql_weight_online=10.0),
-    "hopper-medium-v2": dict(synthetic_frac=0.2, cql_weight_online=0.1),
-    "hopper-medium-expert-v2": dict(synthetic_frac=0.5, cql_weight_online=10.0),
-    "walker2d-random-v2": dict(synthetic_frac=0.1, cql_weight_online=0.0),
-    "walker2d-medium-replay-v2": dict(synthetic_frac=0.2, cql_weight_online=10.0),
-    "walker2d-medium-v2": dict(synthetic_frac=0.2, cql_weight_online=0.0),
-    "walker2d-medium-expert-v2": dict(synthetic_frac=0.2, cql_weight_online=10.0),
+    "door-human": dict(synthetic_frac=0.5),
+    "pen-human": dict(synthetic_frac=0.3),
+    "relocate-human": dict(synthetic_frac=0.2),
+    "halfcheetah-random-v2": dict(synthetic_frac=0.2),
+    "halfcheetah-medium-replay-v2": dict(synthetic_frac=0.2),
+    "halfcheetah-medium-v2": dict(synthetic_frac=0.2),
+    "halfcheetah-medium-expert-v2": dict(synthetic_frac=0.5),
+    "hopper-random-v2": dict(synthetic_frac=0.2),
+    "hopper-medium-replay-v2": dict(synthetic_frac=0.5),
+    "hopper-medium-v2": dict(synthetic_frac=0.2),
+    "hopper-medium-expert-v2": dict(synthetic_frac=0.5),
+    "walker2d-random-v2": dict(synthetic_frac=0.1),
+    "walker2d-medium-replay-v2": dict(synthetic_frac=0.2),
+    "walker2d-medium-v2": dict(synthetic_frac=0.2),
+    "walker2d-medium-expert-v2": dict(synthetic_frac=0.2),
     "hopper-mini": dict(  # U1
         offline_steps=8_000, online_steps=6_000, warmup_steps=2_000, hidden=64, batch_size=128,
         policy_lr=3e-4, critic_lr=1e-3, polyak=0.02, cql_n_actions=4, cql_weight=5.0, cql_weight_online=5.0,

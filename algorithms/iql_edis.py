@@ -34,7 +34,8 @@ Notes    D1, D2, D3, D4, D5, U1 as in iql.py.
             is that of log p(s'|s, a) / q(s'|s, a): E_T tells real rows from the pool's, and only its gradient in
             s' is used. --dynamics-negatives replacement is the other way.
          D44 the code's negatives are of another state's group for half of each group; ours never are.
-         D45 learner: EDIS's own has β 10, normalised states and τ per dataset; ours is iql.py's, one for all methods.
+         D45 learner: iql.py's with its presets, so that a difference to it is the method's. EDIS's own: β 10, τ per
+            dataset, states normalised, no dropout, 100 episodes. Its guidance scales are one set, 2 / 0.1 / 0.1.
          D46 generated rows are in every online batch; the code uses them in the 20 updates it makes at each
             regeneration, 400 of 200,000, and its guidance is off by default.
          D47 first regeneration after the warm-up, no update before; batches: generated and own rows, none of the
@@ -45,6 +46,8 @@ Notes    D1, D2, D3, D4, D5, U1 as in iql.py.
             optimum is -log π / p without conditional samples.
          U42 the clip at 10 √D [code] is on the term added to the slope, σ Σ λ ∇E, all energies together.
          U43 real rows of E_T come from both buffers, as the model's do: dynamics are the same in both.
+         D48 E_s: groups of 1 + 10; the code's is one softmax over 256 positives and their 2,560 negatives.
+         U45 tasks that the code has no file for (Adroit-cloned): share 0.2, 30,000 model steps.
 Metrics  those of iql.py; loss/diffusion (< 1); loss/{state,policy,dynamics}_energy (at most 2.40, 0.69, 2.40);
          energy/*_found share of groups whose positive has the lowest energy (chance 1/11, 1/2, 1/11); and per
          regeneration, of unguided and guided rows: energy/*_js_states from own states, *_policy_gap between the
@@ -105,7 +108,7 @@ class Args:
     utd: int = 1  # gradient steps per environment step
     # NEW: diffusion model, energies and synthetic rows
     terminal_flag: Literal["classifier", "joint"] = "classifier"  # from s', or as a feature of the rows: D21
-    synthetic_frac: float = 0.2  # share of a batch that is generated [code of EDIS]: D46
+    synthetic_frac: float = 0.2  # share of a batch that is generated [code of EDIS]: D46, U45
     regenerate_every: int = 10_000  # environment steps [code of EDIS]
     synthetic_rows: int = 100_000  # rows per regeneration [code of EDIS]
     diffusion_steps: int = 30_000  # gradient steps per regeneration [code of EDIS]
@@ -121,7 +124,7 @@ class Args:
     policy_energy: float = 1.0  # λ of E_π; 0 = without: D41
     dynamics_energy: float = 1.0  # λ of E_T; 0 = without: D41
     energy_updates: int = 1_000  # gradient steps of each energy per regeneration: U40
-    energy_groups: int = 256  # positives per gradient step [code of EDIS]
+    energy_groups: int = 256  # positives per gradient step [code of EDIS]: D48
     energy_lr: float = 1e-3  # Adam [code of EDIS]
     energy_width: int = 256  # of the three hidden layers [code of EDIS]
     energy_pool: int = 10_000  # unguided rows per regeneration, the negatives: U43

@@ -28,7 +28,7 @@ Notes    D1, D2, D3, D4, D5, U1 as in iql.py (D2: D4RL-raw rewards are what the 
          U13 sampler and schedule of the behavior model are CEP's.
          U14 support for online rows comes every support_every steps; rows still without are left out of
             f_φ's loss.
-         U15 guidance scale of datasets without one: 3.
+         U15 tasks without a row in the tables: guidance scale 3, the rest as in locomotion (large mazes: AntMaze).
          U16 kde bandwidth 0.2; elbo at four fixed times, without references.
          U17 which pairs are the "top" M: largest d offline against smallest d online.
          Of StratDiff:
@@ -141,10 +141,11 @@ class Args:
 ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
     "antmaze-": dict(  # [IQL App. B; episodes: CORL]
         expectile=0.9, inv_temp=10.0, reward_bias=-1.0, eval_every=10_000, eval_episodes=100,
+        guidance_scale=3.0, support_k=32, energy_units="reward",
     ),
-    **{k: dict(expectile=0.8, dropout=0.1, normalize_obs=True)
-       for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL]
-    "maze2d-": dict(normalize_obs=True, eval_episodes=100),  # [CORL, offline IQL]
+    **{k: dict(expectile=0.8, dropout=0.1, normalize_obs=True, guidance_scale=3.0)
+       for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL]; U15
+    "maze2d-": dict(normalize_obs=True, eval_episodes=100, guidance_scale=3.0),  # [CORL, offline IQL]; U15
     "hopper-": dict(guidance_scale=3.0),  # U15
     "halfcheetah-": dict(guidance_scale=3.0),  # U15
     "walker2d-": dict(guidance_scale=3.0),  # U15
@@ -157,6 +158,8 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     "walker2d-medium-v2": dict(guidance_scale=10.0),
     "walker2d-medium-replay-v2": dict(guidance_scale=5.0),
     "walker2d-medium-expert-v2": dict(guidance_scale=5.0),
+    "antmaze-umaze-diverse-v2": dict(guidance_scale=1.0),
+    "antmaze-medium-play-v2": dict(guidance_scale=4.0),
     "hopper-mini": dict(  # U1
         offline_steps=15_000, online_steps=5_000, warmup_steps=2_000, lr=5e-4, polyak=0.01, hidden=64,
         normalize_obs=True, normalize_reward=True,
@@ -656,6 +659,8 @@ class Guide:
         self.guided = args.guidance_scale > 0
         self.beta = args.energy_beta  # over Q's unit: U11
         if self.guided and args.energy_units != "raw":
+            if args.energy_units == "qgpo" and len(set(dataset.episode_returns())) == 1:
+                raise run.UsageError("--energy-units", "qgpo", "reward or raw: all returns are the same")
             unit = dataset.return_range() / 1_000 if args.energy_units == "qgpo" else 1.0
             self.beta /= reward_scale * unit
         parts = (

@@ -82,7 +82,7 @@ class Args:
     calibrate: bool = True  # off: CQL
     calibrate_online: bool = False  # D3
     lagrange: bool = False  # α' learned so that the gap meets target_gap [DARE Table 4]
-    target_gap: float = 0.8  # of the Lagrange variant [DARE Table 4, AntMaze]
+    target_gap: float = -1.0  # of the Lagrange variant; -1 where there is none [DARE Table 4]
     max_target_backup: bool = False  # TD target from the best of cql_n_actions next actions [DARE Table 4]
     normalize_obs: bool = True  # (obs - mean) / (std + 1e-3) of the dataset [DARE Table 4]
     reward_scale: float = 1.0  # rewards in training: scale · r + bias [DARE Table 4]
@@ -114,12 +114,12 @@ class Args:
 ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
     "antmaze-": dict(  # [DARE Table 4; episodes: CORL]
         critic_layers=5, cql_weight=5.0, cql_weight_online=5.0, lagrange=True, max_target_backup=True,
-        normalize_obs=False, reward_scale=10.0, reward_bias=-5.0, sparse_reward=True,
+        normalize_obs=False, reward_scale=10.0, reward_bias=-5.0, sparse_reward=True, target_gap=0.8,
         eval_every=10_000, eval_episodes=100,
     ),
     **{k: dict(cql_weight=1.0, cql_weight_online=1.0, max_target_backup=True, normalize_obs=False)
        for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL, fine-tuning]
-    "maze2d-": dict(policy_lr=3e-5, lagrange=True, target_gap=5.0),  # [CORL, offline CQL]
+    "maze2d-": dict(policy_lr=3e-5, lagrange=True, target_gap=5.0, eval_episodes=100),  # [CORL, offline CQL]
     "hopper-mini": dict(  # U1
         offline_steps=8_000, online_steps=6_000, warmup_steps=2_000, hidden=64, batch_size=128,
         policy_lr=3e-4, critic_lr=1e-3, polyak=0.02, cql_n_actions=4, cql_weight=5.0, cql_weight_online=5.0,

@@ -380,7 +380,7 @@ class Dataset(NamedTuple):
         """Largest minus smallest episode return; raises UsageError where there are no two to tell apart."""
         returns = self.episode_returns()
         if (spread := float(returns.max() - returns.min())) <= 0:
-            allowed = "two different ones to scale rewards or energies by (or --energy-units raw)"
+            allowed = "two different ones to scale rewards by, or --no-normalize-reward"
             raise UsageError("dataset", f"{len(returns)} episode(s) of return {returns[0]:.6g}", allowed)
         return spread
 

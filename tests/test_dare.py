@@ -13,9 +13,7 @@ from conftest import log_rows, tiny_args
 from torch.distributions import Categorical, Normal, kl_divergence
 
 from algorithms import iql_dare as dare
-from common import collect
 from common.buffer import Batch
-from common.run import UsageError
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -1348,20 +1346,3 @@ def test_logged_tau_is_the_one_that_splits(threshold, dataset, tmp_path, monkeyp
     else:  # half the batch is below it
         taus = {step: watch.scores[step - 11].sort().values[8].item() for step in rows}
     assert rows == pytest.approx(taus, rel=1e-6)
-
-
-@pytest.mark.parametrize("normalize_reward", [False, True])
-def test_a_dataset_without_a_return_range_trains_or_is_refused(normalize_reward, dataset, tmp_path):
-    """One unfinished episode: largest minus smallest return is 0, the labels' unit must not be; or one clear error."""
-    with h5py.File(dataset) as f:
-        rows = {k: f[k][()] for k in collect.FIELDS}
-    for k in ("terminals", "timeouts"):
-        rows[k] = np.zeros_like(rows[k])
-    path = tmp_path / "endless.hdf5"
-    collect.write(path, rows, {})
-    try:
-        dare.train(tiny(path, tmp_path, normalize_reward=normalize_reward))
-    except UsageError:
-        return
-    logged = [float(r["energy/loss"]) for r in log_rows(tmp_path) if r.get("energy/loss")]
-    assert logged and all(map(math.isfinite, logged))

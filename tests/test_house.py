@@ -126,15 +126,6 @@ def test_presets_fit_settings_and_tasks(stem):
         run.check_limits(run.with_presets(algorithm.Args, algorithm.ENV_PRESETS, name))
 
 
-def test_dare_guidance_scales_are_table_7():
-    algorithm = module("iql_dare")
-    table = {"halfcheetah": (10, 8, 3), "hopper": (8, 3, 2), "walker2d": (10, 5, 5)}
-    for robot, scales in table.items():
-        for quality, scale in zip(("medium", "medium-replay", "medium-expert"), scales, strict=True):
-            args = run.with_presets(algorithm.Args, algorithm.ENV_PRESETS, f"{robot}-{quality}-v2")
-            assert args.guidance_scale == scale
-
-
 def test_importing_does_nothing_and_needs_no_wandb_gpu_or_network(tmp_path):
     """No wandb import, no socket, no CUDA initialisation, no argument parsing, no file."""
     program = f"""

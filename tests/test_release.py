@@ -5,7 +5,10 @@ import math
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import h5py
+import numpy as np
 import pytest
 import test_calql
 import test_dare
@@ -57,7 +60,7 @@ def test_sort_of_tied_scores_keeps_sizes_and_prefers_dataset_rows():
         assert logs["split/exchanged"] == sum(i >= 3 for i in ranked[:3])
 
 
-# ---- Cal-QL: Eq. 14 = StratDiff Eq. 11 ----
+# ---- Cal-QL: Eq. 14; StratDiff Eq. 11 has half of its TD loss ----
 
 
 def cal_case(**settings) -> tuple:
@@ -147,34 +150,52 @@ def test_without_the_expectile_v_has_the_difference_on_online_like_rows():
 
 
 @pytest.mark.parametrize("stem", RELEASE)
-def test_guidance_scales_are_those_of_the_tables(stem):
-    """StratDiff Table 4 = DARE Table 7; 3 where they have none; K = 32 in AntMaze."""
-    algorithm = module(stem)
-
-    def settings(env: str):
-        return run.with_presets(algorithm.Args, algorithm.ENV_PRESETS, env)
-
-    table = {"halfcheetah": (10, 8, 3), "hopper": (8, 3, 2), "walker2d": (10, 5, 5)}
-    for robot, scales in table.items():
-        for quality, scale in zip(("medium", "medium-replay", "medium-expert"), scales, strict=True):
-            assert settings(f"{robot}-{quality}-v2").guidance_scale == scale
-        assert settings(f"{robot}-random-v2").guidance_scale == 3
-    if stem.startswith("calql"):
-        for maze, scale in [("umaze", 3), ("umaze-diverse", 1), ("medium-play", 4), ("medium-diverse", 3)]:
-            s = settings(f"antmaze-{maze}-v2")
-            assert (s.guidance_scale, s.support_k, s.energy_units) == (scale, 32, "reward")
-        assert settings("pen-human-v1").guidance_scale == settings("maze2d-large-v1").guidance_scale == 3
-    assert settings("hopper-medium-v2").exchange_cap == (32 if stem == "calql_dare" else -1)
+def test_offline_settings_are_the_backbones(stem):
+    assert (
+        module(stem).OFFLINE_SETTINGS == module(stem.split("_")[0]).OFFLINE_SETTINGS
+    )  # values: test_presets.py
 
 
 @pytest.mark.parametrize("stem", RELEASE)
-def test_offline_settings_are_the_backbones(stem):
-    backbone = module(stem.split("_")[0])
-    assert module(stem).OFFLINE_SETTINGS == backbone.OFFLINE_SETTINGS
-    ours, theirs = (m.ENV_PRESETS["hopper-mini"] for m in (module(stem), backbone))
-    assert {k: v for k, v in ours.items() if k in backbone.OFFLINE_SETTINGS} == {
-        k: v for k, v in theirs.items() if k in backbone.OFFLINE_SETTINGS
-    }
+def test_labels_in_antmaze_are_as_soft_as_the_papers(stem, tmp_path):
+    """β = 3 on Q of rewards r - 1, K = 32: a spread δ of Q leaves ln K - (1 - 1/K) (3 δ)² / 2 nats, 3.448 of 3.466.
+
+    Other units of Q do not matter: the agent's are divided out.
+    """
+    algorithm, delta = module(stem), 0.0636
+    args = run.with_presets(
+        algorithm.Args, algorithm.ENV_PRESETS, "antmaze-medium-play-v2",
+        online_steps=1, behavior_width=16, energy_hidden=16,
+    )  # fmt: skip
+    scale = getattr(args, "reward_scale", 1.0)
+    assert scale == (10.0 if stem.startswith("calql") else 1.0)
+    dataset = SimpleNamespace(
+        obs=np.zeros((2, 29)), actions=np.zeros((2, 8)), sha256="", path=tmp_path / "maze.hdf5",
+        episode_returns=lambda: np.array([0.0, 1.0]), return_range=lambda: 1.0,
+    )  # fmt: skip
+    r = SimpleNamespace(seed=lambda _: torch.manual_seed(0), device=torch.device("cpu"), compiled=lambda f: f)
+    q = scale * (delta * torch.randn(500, args.support_k) - 40)  # of 500 states
+    guide = algorithm.Guide(r, args, dataset, None, lambda *_: q.flatten()[None], scale)
+    obs, support = torch.randn(500, 29), torch.rand(500, args.support_k, 8)
+    entropy = guide.energy_step(obs, support, torch.ones(500))["energy/label_entropy"].item()
+    assert entropy == pytest.approx(math.log(32) - (1 - 1 / 32) * (3 * delta) ** 2 / 2, abs=2e-3)
+    assert entropy == pytest.approx(3.448, abs=2e-3)
+
+
+@pytest.mark.parametrize("stem", RELEASE)
+def test_a_dataset_without_a_return_range_is_refused_with_advice_that_helps(stem, dataset, tmp_path):
+    """One unfinished episode has no range to divide Q by; each of the units that the message names trains."""
+    with h5py.File(dataset, "r+") as f:
+        f["terminals"][()], f["timeouts"][()] = 0, 0
+    args = dict(dataset=dataset, online_steps=12)
+    with pytest.raises(run.UsageError, match="--energy-units: got qgpo; allowed: reward or raw") as refused:
+        module(stem).train(tiny_args(stem, out_dir=tmp_path / "qgpo", **args))
+    for unit in re.findall(r"reward|raw", str(refused.value)):
+        result = module(stem).train(tiny_args(stem, out_dir=tmp_path / unit, energy_units=unit, **args))
+        assert math.isfinite(result["final_score"])
+    if stem.startswith("iql"):  # which divides rewards by the range
+        with pytest.raises(run.UsageError, match=r"dataset: got 1 episode\(s\)"):
+            module(stem).train(tiny_args(stem, out_dir=tmp_path / "scaled", normalize_reward=True, **args))
 
 
 @pytest.mark.parametrize(
