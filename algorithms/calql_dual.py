@@ -60,7 +60,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -68,74 +68,75 @@ import torch.nn as nn
 
 from common import data, run
 from common.buffer import Batch, ReplayBuffer, mix
+from common.run import Count, Natural, Number, Portion, Positive, Rate, Several, Share, Weight
 
 
 @dataclass(frozen=True)
 class Args:
     env: str = "hopper-medium-v2"  # task; every default below is the papers' value for locomotion
     dataset: Path | None = None  # HDF5 file in D4RL layout instead of the task's own
-    seed: int = 0  # networks, batches, exploration and evaluation all derive from it
-    offline_steps: int = 1_000_000  # gradient steps [CORL]
-    online_steps: int = 1_000_000  # environment steps [CORL]: D59
+    seed: Natural = 0  # networks, batches, exploration and evaluation all derive from it
+    offline_steps: Natural = 1_000_000  # gradient steps [CORL]
+    online_steps: Natural = 1_000_000  # environment steps [CORL]: D59
     from_offline: Path | None = None  # run directory (or its offline.pt) to take the offline phase from
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it works
     compile: bool | None = None  # compile and capture the gradient step; default: on for cuda, off for cpu
     out_dir: Path = Path("runs")  # the run lives in <out-dir>/<file>/<env>/seed<seed>
     overwrite: bool = False  # start anew instead of resuming
     wandb: bool = False  # also log to Weights & Biases
-    eval_every: int = 5_000  # steps of the running phase [CORL]
-    eval_episodes: int = 10  # [CORL]
+    eval_every: Count = 5_000  # steps of the running phase [CORL]
+    eval_episodes: Count = 10  # [CORL]
     # Cal-QL
-    batch_size: int = 256  # transitions [DARE Table 4]
-    gamma: float = 0.99  # discount [DARE Table 4]
-    polyak: float = 0.005  # share of qf copied into q_target at every gradient step [DARE Table 4]
-    policy_lr: float = 1e-4  # Adam, actor and entropy weight [DARE Table 4]
-    critic_lr: float = 3e-4  # Adam, critics and Lagrange multiplier [DARE Table 4]
-    hidden: int = 256  # width of the hidden layers [DARE Table 4]; the actor's is planner_width
-    critic_layers: int = 3  # hidden layers of each critic [DARE Table 4]
-    cql_weight: float = 10.0  # α_cql offline [DARE Table 4]
-    cql_weight_online: float = 10.0  # α_cql online [DARE Table 4]
-    cql_n_actions: int = 10  # of each of three kinds: uniform, π(s), π(s') [CORL]
-    cql_clip_min: float = -200.0  # least gap per row [DARE Table 4]
+    batch_size: Several = 256  # transitions [DARE Table 4]
+    gamma: Share = 0.99  # discount [DARE Table 4]
+    polyak: Rate = 0.005  # share of qf copied into q_target at every gradient step [DARE Table 4]
+    policy_lr: Positive = 1e-4  # Adam, actor and entropy weight [DARE Table 4]
+    critic_lr: Positive = 3e-4  # Adam, critics and Lagrange multiplier [DARE Table 4]
+    hidden: Count = 256  # width of the hidden layers [DARE Table 4]; the actor's is planner_width
+    critic_layers: Count = 3  # hidden layers of each critic [DARE Table 4]
+    cql_weight: Weight = 10.0  # α_cql offline [DARE Table 4]
+    cql_weight_online: Weight = 10.0  # α_cql online [DARE Table 4]
+    cql_n_actions: Count = 10  # of each of three kinds: uniform, π(s), π(s') [CORL]
+    cql_clip_min: Annotated[float, "[-inf, 0]"] = -200.0  # least gap per row [DARE Table 4]
     calibrate: bool = True  # off: CQL
     calibrate_online: bool = False  # D3
     lagrange: bool = False  # α' learned so that the gap meets target_gap [DARE Table 4]
-    target_gap: float = -1.0  # of the Lagrange variant; -1 where there is none [DARE Table 4]
+    target_gap: Number = -1.0  # of the Lagrange variant; -1 where there is none [DARE Table 4]
     max_target_backup: bool = False  # TD target from the best of cql_n_actions next actions [DARE Table 4]
     normalize_obs: bool = True  # (obs - mean) / (std + 1e-3) of the dataset [DARE Table 4]
-    reward_scale: float = 1.0  # rewards in training: scale · r + bias [DARE Table 4]
-    reward_bias: float = 0.0  # added to rewards in training, after scaling [DARE Table 4]
+    reward_scale: Positive = 1.0  # rewards in training: scale · r + bias [DARE Table 4]
+    reward_bias: Number = 0.0  # added to rewards in training, after scaling [DARE Table 4]
     sparse_reward: bool = False  # an episode that never succeeds fails for ever [DARE Table 4]
     mc_tail: Literal["zero", "last"] = "zero"  # U2
     # online
-    warmup_steps: int = 5_000  # environment steps without updates, counted in online_steps: D4, U60
-    utd: int = 1  # gradient steps per environment step
-    offline_frac: float = 0.5  # share of a batch from the dataset [CORL]
+    warmup_steps: Natural = 5_000  # environment steps without updates, counted in online_steps: D4, U60
+    utd: Count = 1  # gradient steps per environment step
+    offline_frac: Portion = 0.5  # share of a batch from the dataset [CORL]
     # NEW: planner and actor
     from_planner: Path | None = None  # run directory (or its planner.pt) to take the planner from
-    horizon: int = 4  # H, steps of a window; 1 = no planner: U51
+    horizon: Count = 4  # H, steps of a window; 1 = no planner: U51
     normalize_windows: bool = True  # states of windows in units of their std: U51
-    planner_steps: int = 500_000  # gradient steps: U52
-    planner_batch: int = 256  # windows: U52
-    planner_lr: float = 3e-4  # Adam, cosine to 0; in each halving linear to 0: U52
-    planner_width: int = 512  # of the residual blocks: U50
-    planner_blocks: int = 3  # residual blocks: U50
-    teacher_steps: int = 32  # denoising steps of the planner: U52
-    distill_steps: int = 1  # T, denoising steps of the actor; teacher_steps = no distillation: U52
-    halving_steps: int = 20_000  # gradient steps per halving, twice as many to 2 and 1 denoising steps: U52
+    planner_steps: Natural = 500_000  # gradient steps: U52
+    planner_batch: Count = 256  # windows: U52
+    planner_lr: Positive = 3e-4  # Adam, cosine to 0; in each halving linear to 0: U52
+    planner_width: Count = 512  # of the residual blocks: U50
+    planner_blocks: Natural = 3  # residual blocks: U50
+    teacher_steps: Count = 32  # denoising steps of the planner: U52
+    distill_steps: Count = 1  # T, denoising steps of the actor; teacher_steps = no distillation: U52
+    halving_steps: Count = 20_000  # gradient steps per halving, twice as many to 2 and 1 denoising steps: U52
     eval_halvings: bool = False  # evaluate the clone of each halving's student
     latent: Literal["zero", "sample"] = "zero"  # where the actor's plan starts: U54
-    bc_coef: float = 0.0  # weight of the planner's loss in the actor's: U61
+    bc_coef: Weight = 0.0  # weight of the planner's loss in the actor's: U61
     # NEW: uncertainty
     uq: Literal["laplace", "latent", "none"] = "laplace"  # what the K sub-policies differ in [Fig. 3c]
     laplace_weights: Literal["actor", "elbo"] = "actor"  # likelihood of the posterior [Remark 3.3]
     laplace_noise: Literal["unit", "sigma"] = "unit"  # std of the actions given W: D51
-    laplace_draws: int = 10  # K, sub-policies: U56
-    laplace_every: int = 5_000  # environment steps between fits: U56
-    laplace_rows: int = 50_000  # transitions of a fit, at most: U56
-    laplace_std: float = 0.1  # epistemic std on data that sets N_eff; 0 = N_eff is the sum of weights: D51
-    laplace_prior: float = 1.0  # τ0, prior precision of the last layer: D51
-    shift_weight: float = 0.5  # λ [Table 5]
+    laplace_draws: Count = 10  # K, sub-policies: U56
+    laplace_every: Count = 5_000  # environment steps between fits: U56
+    laplace_rows: Count = 50_000  # transitions of a fit, at most: U56
+    laplace_std: Weight = 0.1  # epistemic std on data that sets N_eff; 0 = N_eff is the sum of weights: D51
+    laplace_prior: Positive = 1.0  # τ0, prior precision of the last layer: D51
+    shift_weight: Weight = 0.5  # λ [Table 5]
     shift_from_plan: bool = False  # next state of the plan instead of that of the executed action: D52
     shift_floor: bool = False  # subtract the offline mean of d: D54
     time_acting: bool = False  # only print milliseconds per action for 1, 2, 4, ... denoising steps [Table 4]
@@ -162,7 +163,7 @@ PLANNER_SETTINGS = (  # NEW: what a planner depends on, beside the dataset
     "normalize_windows", "normalize_obs",
 )  # fmt: skip
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
-    "env", "offline_steps", "batch_size", "gamma", "polyak", "policy_lr", "critic_lr", "hidden", "critic_layers",
+    "offline_steps", "batch_size", "gamma", "polyak", "policy_lr", "critic_lr", "hidden", "critic_layers",
     "cql_weight", "cql_n_actions", "cql_clip_min", "calibrate", "lagrange", "target_gap", "max_target_backup",
     "normalize_obs", "reward_scale", "reward_bias", "sparse_reward", "mc_tail",
     *PLANNER_SETTINGS[1:-1], "teacher_steps", "distill_steps", "halving_steps", "latent", "bc_coef",
@@ -1012,8 +1013,7 @@ def train(args: Args) -> dict[str, float]:
         print(f"{r.dir}: finished; --overwrite starts anew")
         return r.final
     n_offline = round(args.offline_frac * args.batch_size)
-    if not 0 < n_offline < args.batch_size:
-        raise run.UsageError("--offline-frac", args.offline_frac, f"some of {args.batch_size} rows, not all")
+    run.check_batch(args, dataset=n_offline, own=args.batch_size - n_offline)
     halvings(args)  # NEW: refuses what cannot be
     if args.calibrate_online and not args.calibrate:
         raise run.UsageError("--calibrate-online", "with --no-calibrate", "calibration offline too")

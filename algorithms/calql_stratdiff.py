@@ -70,7 +70,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -80,69 +80,70 @@ from tqdm import tqdm
 
 from common import data, run
 from common.buffer import Batch, ReplayBuffer, mix
+from common.run import Count, Natural, Number, Portion, Positive, Rate, Several, Share, Weight
 
 
 @dataclass(frozen=True)
 class Args:
     env: str = "hopper-medium-v2"  # task; every default below is the papers' value for locomotion
     dataset: Path | None = None  # HDF5 file in D4RL layout instead of the task's own
-    seed: int = 0  # networks, batches, exploration and evaluation all derive from it
-    offline_steps: int = 1_000_000  # gradient steps [DARE §7.1]
-    online_steps: int = 200_000  # environment steps [DARE §7.1]
+    seed: Natural = 0  # networks, batches, exploration and evaluation all derive from it
+    offline_steps: Natural = 1_000_000  # gradient steps [DARE §7.1]
+    online_steps: Natural = 200_000  # environment steps [DARE §7.1]
     from_offline: Path | None = None  # run directory (or its offline.pt) to take the offline phase from
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it works
     compile: bool | None = None  # compile and capture the gradient step; default: on for cuda, off for cpu
     out_dir: Path = Path("runs")  # the run lives in <out-dir>/<file>/<env>/seed<seed>
     overwrite: bool = False  # start anew instead of resuming
     wandb: bool = False  # also log to Weights & Biases
-    eval_every: int = 5_000  # steps of the running phase [DARE averages the last 4; period: PEX, CORL]
-    eval_episodes: int = 10  # [PEX, CORL]
+    eval_every: Count = 5_000  # steps of the running phase [DARE averages the last 4; period: PEX, CORL]
+    eval_episodes: Count = 10  # [PEX, CORL]
     # Cal-QL
-    batch_size: int = 256  # transitions [DARE Table 4]
-    gamma: float = 0.99  # discount [DARE Table 4]
-    polyak: float = 0.005  # share of qf copied into q_target at every gradient step [DARE Table 4]
-    policy_lr: float = 1e-4  # Adam, actor and entropy weight [DARE Table 4]
-    critic_lr: float = 3e-4  # Adam, critics and Lagrange multiplier [DARE Table 4]
-    hidden: int = 256  # width of the hidden layers [DARE Table 4]
-    critic_layers: int = 3  # hidden layers of each critic [DARE Table 4]
-    cql_weight: float = 10.0  # α_cql offline [DARE Table 4]
-    cql_weight_online: float = 10.0  # α_cql online [DARE Table 4]
-    cql_n_actions: int = 10  # of each of three kinds: uniform, π(s), π(s') [CORL]
-    cql_clip_min: float = -200.0  # least gap per row [DARE Table 4]
+    batch_size: Several = 256  # transitions [DARE Table 4]
+    gamma: Share = 0.99  # discount [DARE Table 4]
+    polyak: Rate = 0.005  # share of qf copied into q_target at every gradient step [DARE Table 4]
+    policy_lr: Positive = 1e-4  # Adam, actor and entropy weight [DARE Table 4]
+    critic_lr: Positive = 3e-4  # Adam, critics and Lagrange multiplier [DARE Table 4]
+    hidden: Count = 256  # width of the hidden layers [DARE Table 4]
+    critic_layers: Count = 3  # hidden layers of each critic [DARE Table 4]
+    cql_weight: Weight = 10.0  # α_cql offline [DARE Table 4]
+    cql_weight_online: Weight = 10.0  # α_cql online [DARE Table 4]
+    cql_n_actions: Count = 10  # of each of three kinds: uniform, π(s), π(s') [CORL]
+    cql_clip_min: Annotated[float, "[-inf, 0]"] = -200.0  # least gap per row [DARE Table 4]
     calibrate: bool = True  # off: CQL
     calibrate_online: bool = False  # D3
     lagrange: bool = False  # α' learned so that the gap meets target_gap [DARE Table 4]
-    target_gap: float = -1.0  # of the Lagrange variant; -1 where there is none [DARE Table 4]
+    target_gap: Number = -1.0  # of the Lagrange variant; -1 where there is none [DARE Table 4]
     max_target_backup: bool = False  # TD target from the best of cql_n_actions next actions [DARE Table 4]
     normalize_obs: bool = True  # (obs - mean) / (std + 1e-3) of the dataset [DARE Table 4]
-    reward_scale: float = 1.0  # rewards in training: scale · r + bias [DARE Table 4]
-    reward_bias: float = 0.0  # added to rewards in training, after scaling [DARE Table 4]
+    reward_scale: Positive = 1.0  # rewards in training: scale · r + bias [DARE Table 4]
+    reward_bias: Number = 0.0  # added to rewards in training, after scaling [DARE Table 4]
     sparse_reward: bool = False  # an episode that never succeeds fails for ever [DARE Table 4]
     mc_tail: Literal["zero", "last"] = "zero"  # U2
     # online
-    warmup_steps: int = 5_000  # environment steps without updates, counted in online_steps: D4
-    utd: int = 1  # gradient steps per environment step
-    offline_frac: float = 0.5  # share of a batch from the dataset; ρ [B]
+    warmup_steps: Natural = 5_000  # environment steps without updates, counted in online_steps: D4
+    utd: Count = 1  # gradient steps per environment step
+    offline_frac: Portion = 0.5  # share of a batch from the dataset; ρ [B]
     # NEW: behavior model and energy
     from_behavior: Path | None = None  # run directory (or its behavior.pt) to take the behavior model from
-    guidance_scale: float = 8.0  # s [Table 4]; 0 = no energy
-    behavior_steps: int = 600_000  # gradient steps [B.3]
-    behavior_batch: int = 4_096  # [B.3]
-    behavior_lr: float = 1e-4  # Adam [B.3]
-    behavior_width: int = 512  # of the widest block [SfBC]
-    energy_steps: int = 100_000  # steps of f_φ before going online: U12
-    energy_batch: int = 256  # states [B.3]
-    energy_lr: float = 3e-4  # Adam [B.3]
-    energy_hidden: int = 256  # width of the four hidden layers [B.3]
-    energy_beta: float = 3.0  # β [B.3]
+    guidance_scale: Weight = 8.0  # s [Table 4]; 0 = no energy
+    behavior_steps: Natural = 600_000  # gradient steps [B.3]
+    behavior_batch: Count = 4_096  # [B.3]
+    behavior_lr: Positive = 1e-4  # Adam [B.3]
+    behavior_width: Annotated[int, "[4, inf)"] = 512  # of the widest block [SfBC]
+    energy_steps: Natural = 100_000  # steps of f_φ before going online: U12
+    energy_batch: Count = 256  # states [B.3]
+    energy_lr: Positive = 3e-4  # Adam [B.3]
+    energy_hidden: Count = 256  # width of the four hidden layers [B.3]
+    energy_beta: Weight = 3.0  # β [B.3]
     energy_units: Literal["qgpo", "reward", "raw"] = "qgpo"  # unit of Q in the labels: U11
-    support_k: int = 16  # K, support actions per state [B.3]
-    support_every: int = 250  # environment steps between support generations for online rows: U14
+    support_k: Several = 16  # K, support actions per state [B.3]
+    support_every: Count = 250  # environment steps between support generations for online rows: U14
     sampler: Literal["cep", "fast"] = "cep"  # of references and support actions: U13, Samplers
     # NEW: split and losses
     score: Literal["gauss", "gauss_std", "softmax", "kde", "elbo"] = "gauss"  # measure of d [Eq. 10]: D10
-    n_ref: int = 1  # reference actions per row; kde wants 8 or more, elbo uses none
-    exchange_cap: int = -1  # most pairs exchanged; n_c [App. F]; -1 = no cap, 0 = no exchange
+    n_ref: Count = 1  # reference actions per row; kde wants 8 or more, elbo uses none
+    exchange_cap: Annotated[int, "[-1, inf)"] = -1  # most pairs exchanged, n_c [App. F]; -1 all, 0 none
     cql_reduction: Literal["batch", "subset"] = "batch"  # rows that R is averaged over: U22
 
 
@@ -180,13 +181,17 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     ),
 }  # fmt: skip
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
-    "env", "offline_steps", "batch_size", "gamma", "polyak", "policy_lr", "critic_lr", "hidden", "critic_layers",
+    "offline_steps", "batch_size", "gamma", "polyak", "policy_lr", "critic_lr", "hidden", "critic_layers",
     "cql_weight", "cql_n_actions", "cql_clip_min", "calibrate", "lagrange", "target_gap", "max_target_backup",
     "normalize_obs", "reward_scale", "reward_bias", "sparse_reward", "mc_tail",
 )  # fmt: skip
 BEHAVIOR_SETTINGS = (  # NEW: what a behavior model depends on, beside the dataset and the code
     "behavior_steps", "behavior_batch", "behavior_lr", "behavior_width", "normalize_obs",
 )  # fmt: skip
+NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
+    "lagrange": ("target_gap",),
+    "calibrate": ("calibrate_online", "mc_tail", "sparse_reward"),
+}
 
 
 # --- shared: calql.critics ---
@@ -904,15 +909,12 @@ def released_weight(off_like: torch.Tensor, args: Args) -> torch.Tensor:
 
 def train(args: Args) -> dict[str, float]:
     task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
-    r = run.Run(args, __file__, name, ENV_PRESETS)
+    r = run.Run(args, __file__, name, ENV_PRESETS, NEEDS)
     if r.final:
         print(f"{r.dir}: finished; --overwrite starts anew")
         return r.final
     n_offline = round(args.offline_frac * args.batch_size)
-    if not 0 < n_offline < args.batch_size:
-        raise run.UsageError("--offline-frac", args.offline_frac, f"some of {args.batch_size} rows, not all")
-    if args.calibrate_online and not args.calibrate:
-        raise run.UsageError("--calibrate-online", "with --no-calibrate", "calibration offline too")
+    run.check_batch(args, dataset=n_offline, own=args.batch_size - n_offline)
     dataset = data.load(args.env, args.dataset)
     if args.calibrate_online and not dataset.ends.any():
         raise run.UsageError(

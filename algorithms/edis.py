@@ -66,7 +66,7 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -76,73 +76,74 @@ import torch.nn.functional as F
 
 from common import data, edm, envs, judge, run
 from common.buffer import Batch, ReplayBuffer, mix
+from common.run import Count, Fraction, Natural, Number, Positive, Rate, Several, Share, Weight
 
 
 @dataclass(frozen=True)
 class Args:
     env: str = "hopper-medium-v2"  # task; every default below is the papers' value for locomotion
     dataset: Path | None = None  # HDF5 file in D4RL layout instead of the task's own
-    seed: int = 0  # networks, batches, exploration and evaluation all derive from it
-    offline_steps: int = 1_000_000  # gradient steps [DARE §7.1]: D49
-    online_steps: int = 200_000  # environment steps [DARE §7.1]
+    seed: Natural = 0  # networks, batches, exploration and evaluation all derive from it
+    offline_steps: Natural = 1_000_000  # gradient steps [DARE §7.1]: D49
+    online_steps: Natural = 200_000  # environment steps [DARE §7.1]
     from_offline: Path | None = None  # run directory (or its offline.pt) to take the offline phase from
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it works
     compile: bool | None = None  # compile and capture the gradient step; default: on for cuda, off for cpu
     out_dir: Path = Path("runs")  # the run lives in <out-dir>/<file>/<env>/seed<seed>
     overwrite: bool = False  # start anew instead of resuming
     wandb: bool = False  # also log to Weights & Biases
-    eval_every: int = 5_000  # steps of the running phase [DARE averages the last 4; period: PEX, CORL]
-    eval_episodes: int = 10  # [PEX, CORL]
+    eval_every: Count = 5_000  # steps of the running phase [DARE averages the last 4; period: PEX, CORL]
+    eval_episodes: Count = 10  # [PEX, CORL]
     # Cal-QL
-    batch_size: int = 256  # transitions [DARE Table 4]
-    gamma: float = 0.99  # discount [DARE Table 4]
-    polyak: float = 0.005  # share of qf copied into q_target at every gradient step [DARE Table 4]
-    policy_lr: float = 1e-4  # Adam, actor and entropy weight [DARE Table 4]: D48
-    critic_lr: float = 3e-4  # Adam, critics and Lagrange multiplier [DARE Table 4]
-    hidden: int = 256  # width of the hidden layers [DARE Table 4]
-    critic_layers: int = 3  # hidden layers of each critic [DARE Table 4]
-    cql_weight: float = 10.0  # α_cql offline [DARE Table 4]
-    cql_weight_online: float = 10.0  # α_cql online [DARE Table 4]: D45
-    cql_n_actions: int = 10  # of each of three kinds: uniform, π(s), π(s') [CORL]
-    cql_clip_min: float = -200.0  # least gap per row [DARE Table 4]
+    batch_size: Several = 256  # transitions [DARE Table 4]
+    gamma: Share = 0.99  # discount [DARE Table 4]
+    polyak: Rate = 0.005  # share of qf copied into q_target at every gradient step [DARE Table 4]
+    policy_lr: Positive = 1e-4  # Adam, actor and entropy weight [DARE Table 4]: D48
+    critic_lr: Positive = 3e-4  # Adam, critics and Lagrange multiplier [DARE Table 4]
+    hidden: Count = 256  # width of the hidden layers [DARE Table 4]
+    critic_layers: Count = 3  # hidden layers of each critic [DARE Table 4]
+    cql_weight: Weight = 10.0  # α_cql offline [DARE Table 4]
+    cql_weight_online: Weight = 10.0  # α_cql online [DARE Table 4]: D45
+    cql_n_actions: Count = 10  # of each of three kinds: uniform, π(s), π(s') [CORL]
+    cql_clip_min: Annotated[float, "[-inf, 0]"] = -200.0  # least gap per row [DARE Table 4]
     calibrate: bool = True  # off: CQL
     calibrate_online: bool = False  # D3
     lagrange: bool = False  # α' learned so that the gap meets target_gap [DARE Table 4]
-    target_gap: float = -1.0  # of the Lagrange variant; -1 where there is none [DARE Table 4]
+    target_gap: Number = -1.0  # of the Lagrange variant; -1 where there is none [DARE Table 4]
     max_target_backup: bool = False  # TD target from the best of cql_n_actions next actions [DARE Table 4]
     normalize_obs: bool = True  # (obs - mean) / (std + 1e-3) of the dataset [DARE Table 4]
-    reward_scale: float = 1.0  # rewards in training: scale · r + bias [DARE Table 4]
-    reward_bias: float = 0.0  # added to rewards in training, after scaling [DARE Table 4]
+    reward_scale: Positive = 1.0  # rewards in training: scale · r + bias [DARE Table 4]
+    reward_bias: Number = 0.0  # added to rewards in training, after scaling [DARE Table 4]
     sparse_reward: bool = False  # an episode that never succeeds fails for ever [DARE Table 4]
     mc_tail: Literal["zero", "last"] = "zero"  # U2
     # online
-    warmup_steps: int = 5_000  # environment steps without updates, counted in online_steps: D4
-    utd: int = 1  # gradient steps per environment step
+    warmup_steps: Natural = 5_000  # environment steps without updates, counted in online_steps: D4
+    utd: Count = 1  # gradient steps per environment step
     # NEW: diffusion model, energies and synthetic rows
     terminal_flag: Literal["classifier", "joint"] = "classifier"  # from s', or as a feature of the rows: D21
-    synthetic_frac: float = 0.2  # share of a batch that is generated [code of EDIS]: D47, U45
-    regenerate_every: int = 10_000  # environment steps [code of EDIS]
-    synthetic_rows: int = 100_000  # rows per regeneration [code of EDIS]
-    diffusion_steps: int = 10_000  # gradient steps per regeneration [code of EDIS]
-    diffusion_batch: int = 256  # rows [code of EDIS]
-    diffusion_lr: float = 3e-4  # Adam, cosine to 0 within a regeneration [SynthER, EDIS]
-    diffusion_width: int = 1_024  # of the residual blocks [code of EDIS]
-    diffusion_depth: int = 6  # residual blocks [code of EDIS]
-    diffusion_time_dim: int = 256  # of the time embedding [code of EDIS]
-    sample_steps: int = 128  # noise levels, N [code of EDIS]
-    sample_churn: float = 80.0  # S_churn; 0 = deterministic, which 32 levels need [code of EDIS]
-    sample_batch: int = 10_000  # rows generated at once [code of EDIS]
-    state_energy: float = 1.0  # λ of E_s; 0 = without: D41
-    policy_energy: float = 1.0  # λ of E_π; 0 = without: D41
-    dynamics_energy: float = 1.0  # λ of E_T; 0 = without: D41
-    energy_updates: int = 1_000  # gradient steps of each energy per regeneration: U40
-    energy_groups: int = 256  # positives per gradient step [code of EDIS]: D50
-    energy_lr: float = 1e-3  # Adam [code of EDIS]
-    energy_width: int = 256  # of the three hidden layers [code of EDIS]
-    energy_pool: int = 10_000  # unguided rows per regeneration, the negatives: U43
+    synthetic_frac: Fraction = 0.2  # share of a batch that is generated [code of EDIS]: D47, U45
+    regenerate_every: Count = 10_000  # environment steps [code of EDIS]
+    synthetic_rows: Count = 100_000  # rows per regeneration [code of EDIS]
+    diffusion_steps: Count = 10_000  # gradient steps per regeneration [code of EDIS]
+    diffusion_batch: Count = 256  # rows [code of EDIS]
+    diffusion_lr: Positive = 3e-4  # Adam, cosine to 0 within a regeneration [SynthER, EDIS]
+    diffusion_width: Count = 1_024  # of the residual blocks [code of EDIS]
+    diffusion_depth: Natural = 6  # residual blocks [code of EDIS]
+    diffusion_time_dim: Count = 256  # of the time embedding [code of EDIS]
+    sample_steps: Several = 128  # noise levels, N [code of EDIS]
+    sample_churn: Weight = 80.0  # S_churn; 0 = deterministic, which 32 levels need [code of EDIS]
+    sample_batch: Count = 10_000  # rows generated at once [code of EDIS]
+    state_energy: Weight = 1.0  # λ of E_s; 0 = without: D41
+    policy_energy: Weight = 1.0  # λ of E_π; 0 = without: D41
+    dynamics_energy: Weight = 1.0  # λ of E_T; 0 = without: D41
+    energy_updates: Count = 1_000  # gradient steps of each energy per regeneration: U40
+    energy_groups: Count = 256  # positives per gradient step [code of EDIS]: D50
+    energy_lr: Positive = 1e-3  # Adam [code of EDIS]
+    energy_width: Count = 256  # of the three hidden layers [code of EDIS]
+    energy_pool: Count = 10_000  # unguided rows per regeneration, the negatives: U43
     dynamics_negatives: Literal["pool", "replacement"] = "pool"  # of E_T: D43
-    replacement_levels: int = 32  # noise levels; for --dynamics-negatives replacement: D43
-    replacement_repeats: int = 16  # times each step is taken; for --dynamics-negatives replacement: D43
+    replacement_levels: Several = 32  # noise levels; for --dynamics-negatives replacement: D43
+    replacement_repeats: Count = 16  # times each step is taken; for --dynamics-negatives replacement: D43
 
 
 ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
@@ -180,10 +181,14 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     ),
 }  # fmt: skip
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
-    "env", "offline_steps", "batch_size", "gamma", "polyak", "policy_lr", "critic_lr", "hidden", "critic_layers",
+    "offline_steps", "batch_size", "gamma", "polyak", "policy_lr", "critic_lr", "hidden", "critic_layers",
     "cql_weight", "cql_n_actions", "cql_clip_min", "calibrate", "lagrange", "target_gap", "max_target_backup",
     "normalize_obs", "reward_scale", "reward_bias", "sparse_reward", "mc_tail",
 )  # fmt: skip
+NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
+    "lagrange": ("target_gap",),
+    "calibrate": ("calibrate_online", "mc_tail", "sparse_reward"),
+}
 
 
 # --- shared: calql.critics ---
@@ -913,19 +918,14 @@ class Energies:
 
 def train(args: Args) -> dict[str, float]:
     task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
-    r = run.Run(args, __file__, name, ENV_PRESETS)
+    r = run.Run(args, __file__, name, ENV_PRESETS, NEEDS)
     if r.final:
         print(f"{r.dir}: finished; --overwrite starts anew")
         return r.final
     n_synthetic = int(args.synthetic_frac * args.batch_size)  # NEW [code of EDIS]
-    if not 0 < n_synthetic < args.batch_size:
-        raise run.UsageError(
-            "--synthetic-frac", args.synthetic_frac, f"some of {args.batch_size} rows, not all"
-        )
+    run.check_batch(args, own=args.batch_size - n_synthetic, generated=n_synthetic)
     if args.online_steps and not args.warmup_steps:
         raise run.UsageError("--warmup-steps", 0, "1 or more: energies need own rows")
-    if args.calibrate_online and not args.calibrate:
-        raise run.UsageError("--calibrate-online", "with --no-calibrate", "calibration offline too")
     dataset = data.load(args.env, args.dataset)
     if args.calibrate_online and not dataset.ends.any():
         raise run.UsageError(

@@ -68,57 +68,58 @@ import torch.nn.functional as F
 
 from common import data, edm, judge, run
 from common.buffer import Batch, ReplayBuffer, mix
+from common.run import Count, Fraction, Natural, Number, Portion, Positive, Rate, Several, Share, Weight
 
 
 @dataclass(frozen=True)
 class Args:
     env: str = "hopper-medium-v2"  # task; every default below is the papers' value for locomotion
     dataset: Path | None = None  # HDF5 file in D4RL layout instead of the task's own
-    seed: int = 0  # networks, batches, exploration and evaluation all derive from it
-    offline_steps: int = 1_000_000  # gradient steps [§4.1]
-    online_steps: int = 1_000_000  # environment steps [§4.1]: D40
+    seed: Natural = 0  # networks, batches, exploration and evaluation all derive from it
+    offline_steps: Natural = 1_000_000  # gradient steps [§4.1]
+    online_steps: Natural = 1_000_000  # environment steps [§4.1]: D40
     from_offline: Path | None = None  # run directory (or its offline.pt) to take the offline phase from
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it works
     compile: bool | None = None  # compile and capture the gradient step; default: on for cuda, off for cpu
     out_dir: Path = Path("runs")  # the run lives in <out-dir>/<file>/<env>/seed<seed>
     overwrite: bool = False  # start anew instead of resuming
     wandb: bool = False  # also log to Weights & Biases
-    eval_every: int = 5_000  # steps of the running phase [DARE averages the last 4; period: PEX, CORL]
-    eval_episodes: int = 10  # [PEX, CORL]
+    eval_every: Count = 5_000  # steps of the running phase [DARE averages the last 4; period: PEX, CORL]
+    eval_episodes: Count = 10  # [PEX, CORL]
     # IQL
-    batch_size: int = 256  # transitions [DARE Table 5]
-    gamma: float = 0.99  # discount [DARE Table 5]
-    polyak: float = 0.005  # share of qf copied into q_target at every gradient step [DARE Table 5]
-    expectile: float = 0.7  # τ [DARE Table 5]
-    inv_temp: float = 3.0  # β [DARE Table 5]
-    lr: float = 3e-4  # Adam, all networks [DARE Table 5]
-    hidden: int = 256  # width of the hidden layers [DARE Table 5]
+    batch_size: Several = 256  # transitions [DARE Table 5]
+    gamma: Share = 0.99  # discount [DARE Table 5]
+    polyak: Rate = 0.005  # share of qf copied into q_target at every gradient step [DARE Table 5]
+    expectile: Fraction = 0.7  # τ [DARE Table 5]
+    inv_temp: Weight = 3.0  # β [DARE Table 5]
+    lr: Positive = 3e-4  # Adam, all networks [DARE Table 5]
+    hidden: Count = 256  # width of the hidden layers [DARE Table 5]
     normalize_reward: bool = False  # r · 1000 / (largest - smallest episode return): D2
     normalize_obs: bool = False  # (obs - mean) / (std + 1e-3) of the dataset [CORL]
-    reward_bias: float = 0.0  # added to rewards in training, after scaling [PEX: AntMaze]
-    dropout: float = 0.0  # of the actor's hidden units in its losses [CORL: Adroit]
+    reward_bias: Number = 0.0  # added to rewards in training, after scaling [PEX: AntMaze]
+    dropout: Portion = 0.0  # of the actor's hidden units in its losses [CORL: Adroit]
     # online
-    warmup_steps: int = 5_000  # environment steps without updates, counted in online_steps [PEX]
-    utd: int = 1  # gradient steps per environment step
-    offline_frac: float = 0.5  # share of a batch from the dataset [PEX]
+    warmup_steps: Natural = 5_000  # environment steps without updates, counted in online_steps [PEX]
+    utd: Count = 1  # gradient steps per environment step
+    offline_frac: Portion = 0.5  # share of a batch from the dataset [PEX]
     # NEW: diffusion model and synthetic rows
     labels: bool = True  # the model knows dataset from own rows; without, one unlabelled model: U46
-    guidance_w: float = 0.5  # w of Eq. 7; 0 = no guidance: U40, D43
-    label_dropout: float = 0.25  # p_uncond, share of training rows with the null label: U40
-    online_label_frac: float = 0.8  # share of generated rows with the online label; 1 = no others [§4.1]
+    guidance_w: Weight = 0.5  # w of Eq. 7; 0 = no guidance: U40, D43
+    label_dropout: Portion = 0.25  # p_uncond, share of training rows with the null label: U40
+    online_label_frac: Rate = 0.8  # share of generated rows with the online label; 1 = no others [§4.1]
     terminal_flag: Literal["classifier", "joint"] = "classifier"  # from s', or as a feature of the rows: D21
-    synthetic_frac: float = 1 / 3  # share of a batch that is generated [§4.1]: U44
-    regenerations: int = 10  # parts of the online phase, a new model after all but the last [Table 5]: U45
-    synthetic_rows: int = 125_000  # rows per regeneration [EDIS]: U43, D42
-    diffusion_steps: int = 100_000  # gradient steps per regeneration [Table 5]: D41
-    diffusion_batch: int = 256  # rows [Table 5]
-    diffusion_lr: float = 3e-4  # Adam, cosine to 0 within a regeneration [Table 5]
-    diffusion_width: int = 1_024  # of the residual blocks [Table 5]
-    diffusion_depth: int = 6  # residual blocks [Table 5]
-    diffusion_time_dim: int = 256  # of the time embedding [SynthER, online]
-    sample_steps: int = 128  # noise levels, N [Table 5]
-    sample_churn: float = 80.0  # S_churn; 0 = deterministic, which 32 levels need [App. A.2]
-    sample_batch: int = 10_000  # rows generated at once [EDIS]
+    synthetic_frac: Fraction = 1 / 3  # share of a batch that is generated [§4.1]: U44
+    regenerations: Count = 10  # parts of the online phase, a new model after all but the last [Table 5]: U45
+    synthetic_rows: Count = 125_000  # rows per regeneration [EDIS]: U43, D42
+    diffusion_steps: Count = 100_000  # gradient steps per regeneration [Table 5]: D41
+    diffusion_batch: Count = 256  # rows [Table 5]
+    diffusion_lr: Positive = 3e-4  # Adam, cosine to 0 within a regeneration [Table 5]
+    diffusion_width: Count = 1_024  # of the residual blocks [Table 5]
+    diffusion_depth: Natural = 6  # residual blocks [Table 5]
+    diffusion_time_dim: Count = 256  # of the time embedding [SynthER, online]
+    sample_steps: Several = 128  # noise levels, N [Table 5]
+    sample_churn: Weight = 80.0  # S_churn; 0 = deterministic, which 32 levels need [App. A.2]
+    sample_batch: Count = 10_000  # rows generated at once [EDIS]
 
 
 ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
@@ -136,9 +137,12 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     ),
 }  # fmt: skip
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
-    "env", "offline_steps", "batch_size", "gamma", "polyak", "expectile", "inv_temp", "lr", "hidden",
+    "offline_steps", "batch_size", "gamma", "polyak", "expectile", "inv_temp", "lr", "hidden",
     "normalize_reward", "normalize_obs", "reward_bias", "dropout",
 )  # fmt: skip
+NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
+    "labels": ("guidance_w", "label_dropout", "online_label_frac"),
+}
 
 
 # --- shared: iql.actor ---
@@ -615,18 +619,14 @@ def batch_counts(args: Args) -> tuple[int, int, int, int]:
 
 def train(args: Args) -> dict[str, float]:
     task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
-    r = run.Run(args, __file__, name, ENV_PRESETS)
+    r = run.Run(args, __file__, name, ENV_PRESETS, NEEDS)
     if r.final:
         print(f"{r.dir}: finished; --overwrite starts anew")
         return r.final
     n_offline = round(args.offline_frac * args.batch_size)
-    if not 0 < n_offline < args.batch_size:
-        raise run.UsageError("--offline-frac", args.offline_frac, f"some of {args.batch_size} rows, not all")
+    run.check_batch(args, dataset=n_offline, own=args.batch_size - n_offline)
     counts = batch_counts(args)  # NEW
-    if min(counts[:2]) < 1 or counts[2] < 1:
-        raise run.UsageError(
-            "--synthetic-frac", args.synthetic_frac, f"{args.batch_size} rows with some of each source"
-        )
+    run.check_batch(args, own=counts[0], dataset=counts[1], generated=counts[2])
     if args.labels and args.guidance_w > 0 and args.label_dropout == 0:
         raise run.UsageError("--label-dropout", 0.0, "more than 0, or --guidance-w 0: w needs the null label")
     dataset = data.load(args.env, args.dataset)

@@ -47,55 +47,56 @@ import torch.nn.functional as F
 
 from common import data, edm, judge, run
 from common.buffer import Batch, ReplayBuffer, mix
+from common.run import Count, Fraction, Natural, Number, Portion, Positive, Rate, Several, Share, Weight
 
 
 @dataclass(frozen=True)
 class Args:
     env: str = "hopper-medium-v2"  # task; every default below is the papers' value for locomotion
     dataset: Path | None = None  # HDF5 file in D4RL layout instead of the task's own
-    seed: int = 0  # networks, batches, exploration and evaluation all derive from it
-    offline_steps: int = 1_000_000  # gradient steps [DARE §7.1]
-    online_steps: int = 200_000  # environment steps [DARE §7.1]
+    seed: Natural = 0  # networks, batches, exploration and evaluation all derive from it
+    offline_steps: Natural = 1_000_000  # gradient steps [DARE §7.1]
+    online_steps: Natural = 200_000  # environment steps [DARE §7.1]
     from_offline: Path | None = None  # run directory (or its offline.pt) to take the offline phase from
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it works
     compile: bool | None = None  # compile and capture the gradient step; default: on for cuda, off for cpu
     out_dir: Path = Path("runs")  # the run lives in <out-dir>/<file>/<env>/seed<seed>
     overwrite: bool = False  # start anew instead of resuming
     wandb: bool = False  # also log to Weights & Biases
-    eval_every: int = 5_000  # steps of the running phase [DARE averages the last 4; period: PEX, CORL]
-    eval_episodes: int = 10  # [PEX, CORL]
+    eval_every: Count = 5_000  # steps of the running phase [DARE averages the last 4; period: PEX, CORL]
+    eval_episodes: Count = 10  # [PEX, CORL]
     # IQL
-    batch_size: int = 256  # transitions [DARE Table 5]
-    gamma: float = 0.99  # discount [DARE Table 5]
-    polyak: float = 0.005  # share of qf copied into q_target at every gradient step [DARE Table 5]
-    expectile: float = 0.7  # τ [DARE Table 5]
-    inv_temp: float = 3.0  # β [DARE Table 5]
-    lr: float = 3e-4  # Adam, all networks [DARE Table 5]
-    hidden: int = 256  # width of the hidden layers [DARE Table 5]
+    batch_size: Several = 256  # transitions [DARE Table 5]
+    gamma: Share = 0.99  # discount [DARE Table 5]
+    polyak: Rate = 0.005  # share of qf copied into q_target at every gradient step [DARE Table 5]
+    expectile: Fraction = 0.7  # τ [DARE Table 5]
+    inv_temp: Weight = 3.0  # β [DARE Table 5]
+    lr: Positive = 3e-4  # Adam, all networks [DARE Table 5]
+    hidden: Count = 256  # width of the hidden layers [DARE Table 5]
     normalize_reward: bool = False  # r · 1000 / (largest - smallest episode return): D2
     normalize_obs: bool = False  # (obs - mean) / (std + 1e-3) of the dataset [CORL]
-    reward_bias: float = 0.0  # added to rewards in training, after scaling [PEX: AntMaze]
-    dropout: float = 0.0  # of the actor's hidden units in its losses [CORL: Adroit]
+    reward_bias: Number = 0.0  # added to rewards in training, after scaling [PEX: AntMaze]
+    dropout: Portion = 0.0  # of the actor's hidden units in its losses [CORL: Adroit]
     # online
-    warmup_steps: int = 5_000  # environment steps without updates, counted in online_steps [PEX]
-    utd: int = 1  # gradient steps per environment step
-    offline_frac: float = 0.5  # share of a batch from the dataset [PEX]
+    warmup_steps: Natural = 5_000  # environment steps without updates, counted in online_steps [PEX]
+    utd: Count = 1  # gradient steps per environment step
+    offline_frac: Portion = 0.5  # share of a batch from the dataset [PEX]
     # NEW: diffusion model and synthetic rows
     synther_data: Literal["online", "both"] = "online"  # what the model learns from online: U32
     offline_upsample: bool = False  # offline phase on generated rows only [SynthER, offline]
     terminal_flag: Literal["classifier", "joint"] = "classifier"  # from s', or as a feature of the rows: D21
-    synthetic_frac: float = 0.5  # share of a batch that is generated [SynthER]: U33
-    regenerate_every: int = 10_000  # environment steps [SynthER]
-    synthetic_rows: int = 100_000  # rows per regeneration [EDIS]: U30
-    diffusion_steps: int = 50_000  # gradient steps per regeneration [AD2S]: U30
-    diffusion_batch: int = 256  # rows [SynthER, online]
-    diffusion_lr: float = 3e-4  # Adam, cosine to 0 within a regeneration [SynthER]
-    diffusion_width: int = 1_024  # of the residual blocks [SynthER, online]
-    diffusion_depth: int = 6  # residual blocks [SynthER]
-    diffusion_time_dim: int = 256  # of the time embedding [SynthER, online]
-    sample_steps: int = 128  # noise levels, N [EDM; SynthER]
-    sample_churn: float = 80.0  # S_churn; 0 = deterministic, which 32 levels need [SynthER]
-    sample_batch: int = 10_000  # rows generated at once [EDIS]
+    synthetic_frac: Fraction = 0.5  # share of a batch that is generated [SynthER]: U33
+    regenerate_every: Count = 10_000  # environment steps [SynthER]
+    synthetic_rows: Count = 100_000  # rows per regeneration [EDIS]: U30
+    diffusion_steps: Count = 50_000  # gradient steps per regeneration [AD2S]: U30
+    diffusion_batch: Count = 256  # rows [SynthER, online]
+    diffusion_lr: Positive = 3e-4  # Adam, cosine to 0 within a regeneration [SynthER]
+    diffusion_width: Count = 1_024  # of the residual blocks [SynthER, online]
+    diffusion_depth: Natural = 6  # residual blocks [SynthER]
+    diffusion_time_dim: Count = 256  # of the time embedding [SynthER, online]
+    sample_steps: Several = 128  # noise levels, N [EDM; SynthER]
+    sample_churn: Weight = 80.0  # S_churn; 0 = deterministic, which 32 levels need [SynthER]
+    sample_batch: Count = 10_000  # rows generated at once [EDIS]
 
 
 ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
@@ -113,7 +114,7 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     ),
 }  # fmt: skip
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
-    "env", "offline_steps", "batch_size", "gamma", "polyak", "expectile", "inv_temp", "lr", "hidden",
+    "offline_steps", "batch_size", "gamma", "polyak", "expectile", "inv_temp", "lr", "hidden",
     "normalize_reward", "normalize_obs", "reward_bias", "dropout",
 )  # fmt: skip
 UPSAMPLE_SETTINGS = (  # NEW: and on with --offline-upsample
@@ -511,13 +512,11 @@ def train(args: Args) -> dict[str, float]:
         print(f"{r.dir}: finished; --overwrite starts anew")
         return r.final
     n_offline = round(args.offline_frac * args.batch_size)
-    if not 0 < n_offline < args.batch_size:
-        raise run.UsageError("--offline-frac", args.offline_frac, f"some of {args.batch_size} rows, not all")
+    run.check_batch(args, dataset=n_offline, own=args.batch_size - n_offline)
     n_synthetic = round(args.synthetic_frac * args.batch_size)  # NEW
-    if not 0 < n_synthetic < args.batch_size:
-        raise run.UsageError(
-            "--synthetic-frac", args.synthetic_frac, f"some of {args.batch_size} rows, not all"
-        )
+    n_real = args.batch_size - n_synthetic
+    n_mixed = round(args.offline_frac * n_real)  # of the dataset, once there are generated rows
+    run.check_batch(args, dataset=n_mixed, own=n_real - n_mixed, generated=n_synthetic)
     dataset = data.load(args.env, args.dataset)
     r.require(dataset=dataset.sha256)
     moments = dataset.moments() if args.normalize_obs else None

@@ -41,7 +41,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -50,65 +50,66 @@ import torch.nn.functional as F
 
 from common import data, edm, judge, run
 from common.buffer import Batch, ReplayBuffer, mix
+from common.run import Count, Fraction, Natural, Number, Portion, Positive, Rate, Several, Share, Weight
 
 
 @dataclass(frozen=True)
 class Args:
     env: str = "hopper-medium-v2"  # task; every default below is the papers' value for locomotion
     dataset: Path | None = None  # HDF5 file in D4RL layout instead of the task's own
-    seed: int = 0  # networks, batches, exploration and evaluation all derive from it
-    offline_steps: int = 1_000_000  # gradient steps [DARE §7.1]
-    online_steps: int = 200_000  # environment steps [DARE §7.1]
+    seed: Natural = 0  # networks, batches, exploration and evaluation all derive from it
+    offline_steps: Natural = 1_000_000  # gradient steps [DARE §7.1]
+    online_steps: Natural = 200_000  # environment steps [DARE §7.1]
     from_offline: Path | None = None  # run directory (or its offline.pt) to take the offline phase from
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it works
     compile: bool | None = None  # compile and capture the gradient step; default: on for cuda, off for cpu
     out_dir: Path = Path("runs")  # the run lives in <out-dir>/<file>/<env>/seed<seed>
     overwrite: bool = False  # start anew instead of resuming
     wandb: bool = False  # also log to Weights & Biases
-    eval_every: int = 5_000  # steps of the running phase [DARE averages the last 4; period: PEX, CORL]
-    eval_episodes: int = 10  # [PEX, CORL]
+    eval_every: Count = 5_000  # steps of the running phase [DARE averages the last 4; period: PEX, CORL]
+    eval_episodes: Count = 10  # [PEX, CORL]
     # Cal-QL
-    batch_size: int = 256  # transitions [DARE Table 4]
-    gamma: float = 0.99  # discount [DARE Table 4]
-    polyak: float = 0.005  # share of qf copied into q_target at every gradient step [DARE Table 4]
-    policy_lr: float = 1e-4  # Adam, actor and entropy weight [DARE Table 4]
-    critic_lr: float = 3e-4  # Adam, critics and Lagrange multiplier [DARE Table 4]
-    hidden: int = 256  # width of the hidden layers [DARE Table 4]
-    critic_layers: int = 3  # hidden layers of each critic [DARE Table 4]
-    cql_weight: float = 10.0  # α_cql offline [DARE Table 4]
-    cql_weight_online: float = 10.0  # α_cql online [DARE Table 4]
-    cql_n_actions: int = 10  # of each of three kinds: uniform, π(s), π(s') [CORL]
-    cql_clip_min: float = -200.0  # least gap per row [DARE Table 4]
+    batch_size: Several = 256  # transitions [DARE Table 4]
+    gamma: Share = 0.99  # discount [DARE Table 4]
+    polyak: Rate = 0.005  # share of qf copied into q_target at every gradient step [DARE Table 4]
+    policy_lr: Positive = 1e-4  # Adam, actor and entropy weight [DARE Table 4]
+    critic_lr: Positive = 3e-4  # Adam, critics and Lagrange multiplier [DARE Table 4]
+    hidden: Count = 256  # width of the hidden layers [DARE Table 4]
+    critic_layers: Count = 3  # hidden layers of each critic [DARE Table 4]
+    cql_weight: Weight = 10.0  # α_cql offline [DARE Table 4]
+    cql_weight_online: Weight = 10.0  # α_cql online [DARE Table 4]
+    cql_n_actions: Count = 10  # of each of three kinds: uniform, π(s), π(s') [CORL]
+    cql_clip_min: Annotated[float, "[-inf, 0]"] = -200.0  # least gap per row [DARE Table 4]
     calibrate: bool = True  # off: CQL
     calibrate_online: bool = False  # D3
     lagrange: bool = False  # α' learned so that the gap meets target_gap [DARE Table 4]
-    target_gap: float = -1.0  # of the Lagrange variant; -1 where there is none [DARE Table 4]
+    target_gap: Number = -1.0  # of the Lagrange variant; -1 where there is none [DARE Table 4]
     max_target_backup: bool = False  # TD target from the best of cql_n_actions next actions [DARE Table 4]
     normalize_obs: bool = True  # (obs - mean) / (std + 1e-3) of the dataset [DARE Table 4]
-    reward_scale: float = 1.0  # rewards in training: scale · r + bias [DARE Table 4]
-    reward_bias: float = 0.0  # added to rewards in training, after scaling [DARE Table 4]
+    reward_scale: Positive = 1.0  # rewards in training: scale · r + bias [DARE Table 4]
+    reward_bias: Number = 0.0  # added to rewards in training, after scaling [DARE Table 4]
     sparse_reward: bool = False  # an episode that never succeeds fails for ever [DARE Table 4]
     mc_tail: Literal["zero", "last"] = "zero"  # U2
     # online
-    warmup_steps: int = 5_000  # environment steps without updates, counted in online_steps: D4
-    utd: int = 1  # gradient steps per environment step
-    offline_frac: float = 0.5  # share of a batch from the dataset [CORL]
+    warmup_steps: Natural = 5_000  # environment steps without updates, counted in online_steps: D4
+    utd: Count = 1  # gradient steps per environment step
+    offline_frac: Portion = 0.5  # share of a batch from the dataset [CORL]
     # NEW: diffusion model and synthetic rows
     synther_data: Literal["online", "both"] = "online"  # what the model learns from online: U32
     offline_upsample: bool = False  # offline phase on generated rows only [SynthER, offline]
     terminal_flag: Literal["classifier", "joint"] = "classifier"  # from s', or as a feature of the rows: D21
-    synthetic_frac: float = 0.5  # share of a batch that is generated [SynthER]: U33
-    regenerate_every: int = 10_000  # environment steps [SynthER]
-    synthetic_rows: int = 100_000  # rows per regeneration [EDIS]: U30
-    diffusion_steps: int = 50_000  # gradient steps per regeneration [AD2S]: U30
-    diffusion_batch: int = 256  # rows [SynthER, online]
-    diffusion_lr: float = 3e-4  # Adam, cosine to 0 within a regeneration [SynthER]
-    diffusion_width: int = 1_024  # of the residual blocks [SynthER, online]
-    diffusion_depth: int = 6  # residual blocks [SynthER]
-    diffusion_time_dim: int = 256  # of the time embedding [SynthER, online]
-    sample_steps: int = 128  # noise levels, N [EDM; SynthER]
-    sample_churn: float = 80.0  # S_churn; 0 = deterministic, which 32 levels need [SynthER]
-    sample_batch: int = 10_000  # rows generated at once [EDIS]
+    synthetic_frac: Fraction = 0.5  # share of a batch that is generated [SynthER]: U33
+    regenerate_every: Count = 10_000  # environment steps [SynthER]
+    synthetic_rows: Count = 100_000  # rows per regeneration [EDIS]: U30
+    diffusion_steps: Count = 50_000  # gradient steps per regeneration [AD2S]: U30
+    diffusion_batch: Count = 256  # rows [SynthER, online]
+    diffusion_lr: Positive = 3e-4  # Adam, cosine to 0 within a regeneration [SynthER]
+    diffusion_width: Count = 1_024  # of the residual blocks [SynthER, online]
+    diffusion_depth: Natural = 6  # residual blocks [SynthER]
+    diffusion_time_dim: Count = 256  # of the time embedding [SynthER, online]
+    sample_steps: Several = 128  # noise levels, N [EDM; SynthER]
+    sample_churn: Weight = 80.0  # S_churn; 0 = deterministic, which 32 levels need [SynthER]
+    sample_batch: Count = 10_000  # rows generated at once [EDIS]
 
 
 ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
@@ -128,7 +129,7 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     ),
 }  # fmt: skip
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
-    "env", "offline_steps", "batch_size", "gamma", "polyak", "policy_lr", "critic_lr", "hidden", "critic_layers",
+    "offline_steps", "batch_size", "gamma", "polyak", "policy_lr", "critic_lr", "hidden", "critic_layers",
     "cql_weight", "cql_n_actions", "cql_clip_min", "calibrate", "lagrange", "target_gap", "max_target_backup",
     "normalize_obs", "reward_scale", "reward_bias", "sparse_reward", "mc_tail",
 )  # fmt: skip
@@ -136,6 +137,10 @@ UPSAMPLE_SETTINGS = (  # NEW: and on with --offline-upsample
     "offline_upsample", "synthetic_rows", "diffusion_steps", "diffusion_batch", "diffusion_lr", "diffusion_width",
     "diffusion_depth", "diffusion_time_dim", "sample_steps", "sample_churn",
 )  # fmt: skip
+NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
+    "lagrange": ("target_gap",),
+    "calibrate": ("calibrate_online", "mc_tail", "sparse_reward"),
+}
 
 
 # --- shared: calql.critics ---
@@ -621,24 +626,20 @@ class Generator:
 
 def train(args: Args) -> dict[str, float]:
     task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
-    r = run.Run(args, __file__, name, ENV_PRESETS)
+    r = run.Run(args, __file__, name, ENV_PRESETS, NEEDS)
     if r.final:
         print(f"{r.dir}: finished; --overwrite starts anew")
         return r.final
     n_offline = round(args.offline_frac * args.batch_size)
-    if not 0 < n_offline < args.batch_size:
-        raise run.UsageError("--offline-frac", args.offline_frac, f"some of {args.batch_size} rows, not all")
+    run.check_batch(args, dataset=n_offline, own=args.batch_size - n_offline)
     n_synthetic = round(args.synthetic_frac * args.batch_size)  # NEW
-    if not 0 < n_synthetic < args.batch_size:
-        raise run.UsageError(
-            "--synthetic-frac", args.synthetic_frac, f"some of {args.batch_size} rows, not all"
-        )
+    n_real = args.batch_size - n_synthetic
+    n_mixed = round(args.offline_frac * n_real)  # of the dataset, once there are generated rows
+    run.check_batch(args, dataset=n_mixed, own=n_real - n_mixed, generated=n_synthetic)
     if args.offline_upsample and args.calibrate:
         raise run.UsageError(
             "--offline-upsample", "with --calibrate", "--no-calibrate: generated rows have no return"
         )
-    if args.calibrate_online and not args.calibrate:
-        raise run.UsageError("--calibrate-online", "with --no-calibrate", "calibration offline too")
     dataset = data.load(args.env, args.dataset)
     if args.calibrate_online and not dataset.ends.any():
         raise run.UsageError(

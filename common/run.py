@@ -31,7 +31,7 @@ from contextlib import redirect_stderr
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import numpy as np
 import torch
@@ -41,36 +41,11 @@ from tqdm import tqdm
 CHECKPOINT_SECONDS = 60.0  # wall time between checkpoints; evaluations and ends of phases write one anyway
 LOG_EVERY = 1_000  # steps of the running phase between two lines of losses
 NOT_COMPARED = {"device", "compile", "out_dir", "wandb", "overwrite", "dataset"}  # may change on resume
-LIMITS = {  # setting -> (least, most) allowed, "(" at an end excludes it; every numeric setting has a row
-    "seed": "[0, inf)", "offline_steps": "[0, inf)", "online_steps": "[0, inf)", "batch_size": "[2, inf)",
-    "gamma": "[0, 1]", "polyak": "(0, 1]", "expectile": "(0, 1)", "inv_temp": "[0, inf)", "lr": "(0, inf)",
-    "hidden": "[1, inf)", "dropout": "[0, 1)", "warmup_steps": "[0, inf)", "utd": "[1, inf)", "offline_frac": "[0, 1)",
-    "eval_every": "[1, inf)", "eval_episodes": "[1, inf)",
-    "policy_lr": "(0, inf)", "critic_lr": "(0, inf)", "critic_layers": "[1, inf)", "target_gap": "(-inf, inf)",
-    "cql_weight": "[0, inf)", "cql_weight_online": "[0, inf)", "cql_n_actions": "[1, inf)",
-    "cql_clip_min": "[-inf, 0]", "reward_scale": "(0, inf)", "reward_bias": "(-inf, inf)",
-    "behavior_steps": "[0, inf)", "behavior_batch": "[1, inf)", "behavior_lr": "(0, inf)", "behavior_width": "[4, inf)",
-    "energy_steps": "[0, inf)", "energy_batch": "[1, inf)", "energy_lr": "(0, inf)", "energy_hidden": "[1, inf)",
-    "energy_beta": "[0, inf)", "support_k": "[2, inf)", "support_every": "[1, inf)", "guidance_scale": "[0, inf)",
-    "n_ref": "[1, inf)", "exchange_cap": "[-1, inf)", "online_expectile": "(0, 1)", "sac_alpha": "[0, inf)",
-    "max_q_samples": "[1, inf)",
-    "synthetic_frac": "(0, 1)", "regenerate_every": "[1, inf)", "synthetic_rows": "[1, inf)",
-    "diffusion_steps": "[1, inf)", "diffusion_batch": "[1, inf)", "diffusion_lr": "(0, inf)",
-    "diffusion_width": "[1, inf)", "diffusion_depth": "[0, inf)", "diffusion_time_dim": "[1, inf)",
-    "guidance_w": "[0, inf)", "label_dropout": "[0, 1)", "online_label_frac": "(0, 1]", "regenerations": "[1, inf)",
-    "sample_steps": "[2, inf)", "sample_churn": "[0, inf)", "sample_batch": "[1, inf)",
-    "state_energy": "[0, inf)", "policy_energy": "[0, inf)", "dynamics_energy": "[0, inf)",
-    "energy_updates": "[1, inf)", "energy_groups": "[1, inf)", "energy_width": "[1, inf)", "energy_pool": "[1, inf)",
-    "replacement_levels": "[2, inf)", "replacement_repeats": "[1, inf)",
-    "p_dr": "(0, 1]", "p_curi": "(0, 1]", "beta_dr": "[0, inf)", "beta_curi": "[0, inf)", "scorer_hidden": "[1, inf)",
-    "scorer_lr": "(0, inf)", "scorer_batch": "[1, inf)", "noising_scale": "(0, 1]", "guidance_eta": "[-1, inf)",
-    "amplification": "[0, inf)", "condition_dropout": "[0, 1]",
-    "horizon": "[1, inf)", "planner_steps": "[0, inf)", "planner_batch": "[1, inf)", "planner_lr": "(0, inf)",
-    "planner_width": "[1, inf)", "planner_blocks": "[0, inf)", "teacher_steps": "[1, inf)",
-    "distill_steps": "[1, inf)", "halving_steps": "[1, inf)", "bc_coef": "[0, inf)", "shift_weight": "[0, inf)",
-    "laplace_draws": "[1, inf)", "laplace_every": "[1, inf)", "laplace_rows": "[1, inf)", "laplace_std": "[0, inf)",
-    "laplace_prior": "(0, inf)",
-}  # fmt: skip
+
+# The range of a number stands with the setting, in its file: "(" and ")" exclude the end.
+Natural, Count, Several = (Annotated[int, f"[{n}, inf)"] for n in range(3))
+Number, Positive, Weight = (Annotated[float, x] for x in ("(-inf, inf)", "(0, inf)", "[0, inf)"))
+Share, Fraction, Portion, Rate = (Annotated[float, x] for x in ("[0, 1]", "(0, 1)", "[0, 1)", "(0, 1]"))
 
 
 class UsageError(ValueError):
@@ -112,16 +87,31 @@ def parse_args(args_type: type, presets: dict[str, dict] | None = None) -> Any:
 
 def check_limits(args: Any) -> None:
     """Raise UsageError for a number outside the range of its setting, NaN included."""
-    for f in fields(args):
-        value = getattr(args, f.name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        limits = LIMITS[f.name]
-        low, high = (float(x) for x in limits[1:-1].split(","))
-        above = value > low if limits[0] == "(" else value >= low
-        below = value < high if limits[-1] == ")" else value <= high
-        if not (above and below):
-            raise UsageError(flag(f.name), value, limits)
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        for limits in getattr(hint, "__metadata__", ()):
+            low, high = (float(x) for x in limits[1:-1].split(","))
+            above = value > low if limits[0] == "(" else value >= low
+            below = value < high if limits[-1] == ")" else value <= high
+            if not (above and below):
+                raise UsageError(flag(name), value, limits)
+
+
+def check_needs(args: Any, presets: dict[str, dict], needs: dict[str, tuple[str, ...]]) -> None:
+    """Raise UsageError for a flag without effect. `needs`: condition on the settings -> what has none without it."""
+    idle = {name: x for x, names in needs.items() if not eval(x, {}, vars(args)) for name in names}
+    for name, value in given(args, presets).items():
+        if name in idle:
+            raise UsageError(flag(name), value, f"its default, as it has no effect unless {idle[name]}")
+
+
+def check_batch(args: Any, **rows: int) -> None:
+    """Raise UsageError unless there is a row of each kind in a batch; `rows`: kind -> number."""
+    if min(rows.values()) < 1:
+        shares = ["batch_size", *(f.name for f in fields(args) if f.name.endswith("_frac"))]
+        given_by = ", ".join(f"{flag(k)} {getattr(args, k):g}" for k in shares)
+        got = ", ".join(f"{n} {kind}" for kind, n in rows.items())
+        raise UsageError("rows of a batch", got, f"at least one of each, from {given_by}")
 
 
 def given(args: Any, presets: dict[str, dict] | None) -> dict[str, Any]:
@@ -280,13 +270,16 @@ def peak_memory(device: torch.device, before: float = 0.0) -> float:
 class Run:
     """Directory, log and state of one training run. Fields to read: `device`, `compile`, `dir`, `final`."""
 
-    def __init__(self, args: Any, file: str, dataset_name: str, presets: dict[str, dict]):
+    def __init__(
+        self, args: Any, file: str, dataset_name: str, presets: dict[str, dict], needs: dict | None = None
+    ):
         """`args` has every algorithm's common flags; `file` is the algorithm's __file__; raises UsageError.
 
         `dataset_name` is the folder under which the run is filed: the task, or `<task>@<file stem>`; `presets` says
-        which settings come from where.
+        which settings come from where, `needs` which have no effect when (check_needs).
         """
         check_limits(args)
+        check_needs(args, presets, needs or {})
         if 0 < args.online_steps <= args.warmup_steps:
             allowed = f"less than the {args.online_steps} online steps, or nothing is learned from them"
             raise UsageError("--warmup-steps", args.warmup_steps, allowed)

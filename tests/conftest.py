@@ -36,10 +36,12 @@ def module(stem: str):
 
 
 def tiny_args(stem: str, **changes):
-    """Settings of algorithms/<stem>.py that train in a second or two; no preset."""
-    args_type = module(stem).Args
-    known = args_type.__dataclass_fields__
-    return args_type(env="hopper-medium-v2", **{k: v for k, v in TINY.items() if k in known} | changes)
+    """Settings of algorithms/<stem>.py that train in a second or two; no preset. Sizes without effect are left out."""
+    args_type, needs = module(stem).Args, getattr(module(stem), "NEEDS", {})
+    small = {k: v for k, v in TINY.items() if k in args_type.__dataclass_fields__}
+    args = args_type(env="hopper-medium-v2", **small | changes)
+    idle = {k for x, names in needs.items() if not eval(x, {}, vars(args)) for k in names} - set(changes)
+    return args_type(env="hopper-medium-v2", **{k: v for k, v in small.items() if k not in idle} | changes)
 
 
 @pytest.fixture(scope="session")

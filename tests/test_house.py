@@ -1,20 +1,24 @@
 """The house rules that a machine can check: copies, names, settings, notes, imports, branches."""
 
 import ast
+import contextlib
+import dataclasses
 import difflib
 import re
 import subprocess
 import sys
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import shared_blocks
 import torch
-from conftest import FILES, ROOT, module, tiny_args
+from conftest import FILES, ROOT, log_rows, module, tiny_args
 
 from common import data, run
 
 SOURCES = {stem: (ROOT / "algorithms" / f"{stem}.py").read_text() for stem in FILES}
 PLUMBING = {"device", "compile", "out_dir", "wandb", "overwrite", "seed"}  # read in common/run.py
+UNREAD = {"from_offline", "from_behavior"}  # paths of other runs
 BACKBONES = {stem: stem.split("_")[0] for stem in FILES if "_" in stem}
 BACKBONES |= {"synther": "calql", "edis": "calql", "dual": "iql"}
 
@@ -27,7 +31,7 @@ def code_of(source: str) -> str:
 def field_comments(stem: str) -> dict[str, tuple[str, str]]:
     """Setting -> (type, trailing comment up to its source) of a file's Args."""
     body = re.search(r"class Args:\n(.*?)\n\n\n", SOURCES[stem], re.S).group(1)
-    found = re.findall(r"^    (\w+): ([^=\n]+?) = [^#\n]+#\s*([^\[\n:;]*)", body, re.M)
+    found = re.findall(r"^    (\w+): (.+?) = [^#\n]+#\s*([^\[\n:;]*)", body, re.M)
     return {name: (kind.strip(), unit.strip()) for name, kind, unit in found}
 
 
@@ -101,17 +105,16 @@ def test_a_setting_means_the_same_in_every_file():
 
 @pytest.mark.parametrize("stem", FILES)
 def test_numeric_settings_have_limits_and_right_types(stem):
+    """The range stands with the setting, as run.check_limits reads it."""
     args = module(stem).Args()
     run.check_limits(args)
-    for name, field in module(stem).Args.__dataclass_fields__.items():
-        value = field.default
+    hints = get_type_hints(module(stem).Args, include_extras=True)
+    for name, hint in hints.items():
+        value = getattr(args, name)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            assert name in run.LIMITS
-            assert type(value).__name__ == getattr(field.type, "__name__", field.type), name
-
-
-def test_every_limit_belongs_to_a_setting():
-    assert set(run.LIMITS) <= {name for stem in FILES for name in module(stem).Args.__dataclass_fields__}
+            (limits,) = hint.__metadata__
+            assert re.fullmatch(r"[\[(](-?[0-9]+|-inf), (-?[0-9]+|inf)[\])]", limits), name
+            assert type(value) is hint.__origin__, name
 
 
 @pytest.mark.parametrize("stem", FILES)
@@ -153,6 +156,94 @@ def test_help_by_path_from_another_directory(stem, tmp_path):
     assert done.returncode == 0 and "--gamma" in done.stdout
 
 
+# ---- settings without effect ----
+
+
+def others(algorithm, name: str) -> list:
+    """Other values of a setting, inside its range: the other words, the other switch, 0 and what is near."""
+    value, hint = getattr(algorithm.Args(), name), get_type_hints(algorithm.Args, include_extras=True)[name]
+    if type(value) is bool:
+        return [not value]
+    if get_origin(hint) is Literal:
+        return [x for x in get_args(hint) if x != value]
+    if hasattr(hint, "__metadata__"):
+        candidates, found = [0, -1, 2 * value, value / 2, value + 1, value - 1], []
+        for x in candidates:
+            with contextlib.suppress(run.UsageError):
+                run.check_limits(algorithm.Args(**{name: type(value)(x)}))
+                found.append(type(value)(x))
+        return [x for x in found if x != value]
+    return []
+
+
+def unless(stem: str, condition: str) -> dict:
+    """A setting that makes `condition` false; none if the defaults do."""
+    algorithm = module(stem)
+    names = [name for name in algorithm.Args.__dataclass_fields__ if re.search(rf"\b{name}\b", condition)]
+    for changes in [{}, *({name: x} for name in names for x in others(algorithm, name))]:
+        if not eval(condition, {}, vars(tiny_args(stem, **changes))):
+            return changes
+    raise AssertionError(f"{stem}: nothing makes this false: {condition}")
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Starts watching an algorithm: a set that fills with the settings that its code reads, but for checks."""
+
+    def watch(algorithm) -> set[str]:
+        for name in [x for x in vars(algorithm) if x.endswith("_SETTINGS")]:
+            monkeypatch.setattr(algorithm, name, ())  # what a checkpoint depends on
+        known, seen = set(algorithm.Args.__dataclass_fields__), set()
+
+        def spy(args, name):
+            if name in known and sys._getframe(1).f_code.co_filename not in (
+                run.__file__,
+                dataclasses.__file__,
+            ):
+                seen.add(name)
+            return object.__getattribute__(args, name)
+
+        monkeypatch.setattr(algorithm.Args, "__getattribute__", spy)
+        return seen
+
+    return watch
+
+
+def idle(stem: str, args) -> set[str]:
+    """Settings that the file says have no effect beside the others."""
+    needs = getattr(module(stem), "NEEDS", {})
+    return {
+        name for condition, names in needs.items() if not eval(condition, {}, vars(args)) for name in names
+    }
+
+
+NEEDS = [(stem, condition) for stem in FILES for condition in getattr(module(stem), "NEEDS", {})]
+
+
+@pytest.mark.parametrize(("stem", "condition"), NEEDS)
+def test_settings_that_are_refused_have_no_effect(stem, condition, dataset, tmp_path, monkeypatch, reads):
+    """Unless its condition holds: other values leave the log as it is; and no setting is unread but those named."""
+    algorithm = module(stem)
+    names, changes = algorithm.NEEDS[condition], unless(stem, condition)
+    common = dict(dataset=dataset, online_steps=40) | changes
+    name = names[0]
+    with pytest.raises(run.UsageError, match=f"{run.flag(name)}: .*no effect unless"):
+        algorithm.train(
+            tiny_args(stem, out_dir=tmp_path / "no", **common | {name: others(algorithm, name)[-1]})
+        )
+    args = tiny_args(stem, out_dir=tmp_path / "a", **common)
+    seen = reads(algorithm)
+    algorithm.train(args)
+    unread = set(algorithm.Args.__dataclass_fields__) - seen - PLUMBING - UNREAD
+    assert unread <= idle(stem, args), "settings without effect that the file does not name"
+    for k in (k for k in names if k not in changes and others(algorithm, k)):
+        common[k] = others(algorithm, k)[-1]
+    monkeypatch.setattr(algorithm, "NEEDS", {})
+    algorithm.train(tiny_args(stem, out_dir=tmp_path / "b", **common))
+    logs = [log_rows(tmp_path / x) for x in "ab"]
+    assert logs[0] == logs[1]
+
+
 SWITCHES = [  # sparse_reward changes nothing on dense rewards, offline_upsample does not calibrate: tests of their own;
     # eval_halvings only adds columns to the log, time_acting trains nothing: tests of their own
     (stem, name)
@@ -166,12 +257,15 @@ SWITCHES = [  # sparse_reward changes nothing on dense rewards, offline_upsample
 
 
 @pytest.mark.parametrize(("stem", "name"), SWITCHES)
-def test_training_with_each_switch_flipped(stem, name, dataset, tmp_path):
+def test_training_with_each_switch_flipped(stem, name, dataset, tmp_path, reads):
     """Branches that only a non-default flag reaches still train, and change the run."""
     plain = module(stem).train(tiny_args(stem, dataset=dataset, out_dir=tmp_path / "plain", online_steps=40))
     flipped = not module(stem).Args.__dataclass_fields__[name].default
     args = tiny_args(stem, dataset=dataset, out_dir=tmp_path / "flipped", online_steps=40, **{name: flipped})
+    seen = reads(module(stem))
     result = module(stem).train(args)
+    unread = set(module(stem).Args.__dataclass_fields__) - seen - PLUMBING - UNREAD
+    assert unread <= idle(stem, args), "settings without effect that the file does not name"
     assert all(abs(result[k]) < 1e4 for k in ("offline_score", "final_score"))
     assert result["final_score"] != plain["final_score"]
 
