@@ -109,7 +109,7 @@ OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the datase
 )  # fmt: skip
 NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
     "lagrange": ("target_gap",),
-    "calibrate": ("calibrate_online", "mc_tail", "sparse_reward"),
+    "calibrate": ("mc_tail", "sparse_reward"),
 }
 
 
@@ -385,6 +385,8 @@ def train(args: Args) -> dict[str, float]:
         return r.final
     n_offline = round(args.offline_frac * args.batch_size)
     run.check_batch(args, dataset=n_offline, own=args.batch_size - n_offline)
+    if args.calibrate_online and not args.calibrate:
+        raise run.UsageError("--calibrate-online", "with --no-calibrate", "calibration offline too")
     dataset = data.load(args.env, args.dataset)
     if args.calibrate_online and not dataset.ends.any():
         raise run.UsageError(

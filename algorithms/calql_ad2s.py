@@ -185,7 +185,7 @@ PGR = dict(  # NEW: what --pgr stands for [PGR's code; guidance at both stages: 
 )  # fmt: skip
 NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
     "lagrange": ("target_gap",),
-    "calibrate": ("calibrate_online", "mc_tail", "sparse_reward"),
+    "calibrate": ("mc_tail", "sparse_reward"),
 }
 
 
@@ -900,6 +900,8 @@ def train(args: Args) -> dict[str, float]:
     if args.online_steps and not args.warmup_steps:
         raise run.UsageError("--warmup-steps", 0, "at least 1: the first regeneration needs own rows")
     method = method_settings(args)
+    if args.calibrate_online and not args.calibrate:
+        raise run.UsageError("--calibrate-online", "with --no-calibrate", "calibration offline too")
     dataset = data.load(args.env, args.dataset)
     if args.calibrate_online and not dataset.ends.any():
         raise run.UsageError(

@@ -143,7 +143,7 @@ class Args:
     # NEW: split and losses
     score: Literal["gauss", "gauss_std", "softmax", "kde", "elbo"] = "gauss"  # measure of d [Eq. 10]: D10
     n_ref: Count = 1  # reference actions per row; kde wants 8 or more, elbo uses none
-    exchange_cap: Annotated[int, "[-1, inf)"] = -1  # most pairs exchanged, n_c [App. F]; -1 all, 0 none
+    exchange_cap: Annotated[int, "[-1, inf)"] = -1  # most pairs exchanged, n [App. F]; -1 all, 0 none
     cql_reduction: Literal["batch", "subset"] = "batch"  # rows that R is averaged over: U22
 
 
@@ -190,7 +190,7 @@ BEHAVIOR_SETTINGS = (  # NEW: what a behavior model depends on, beside the datas
 )  # fmt: skip
 NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
     "lagrange": ("target_gap",),
-    "calibrate": ("calibrate_online", "mc_tail", "sparse_reward"),
+    "calibrate": ("mc_tail", "sparse_reward"),
 }
 
 
@@ -915,6 +915,8 @@ def train(args: Args) -> dict[str, float]:
         return r.final
     n_offline = round(args.offline_frac * args.batch_size)
     run.check_batch(args, dataset=n_offline, own=args.batch_size - n_offline)
+    if args.calibrate_online and not args.calibrate:
+        raise run.UsageError("--calibrate-online", "with --no-calibrate", "calibration offline too")
     dataset = data.load(args.env, args.dataset)
     if args.calibrate_online and not dataset.ends.any():
         raise run.UsageError(

@@ -187,7 +187,7 @@ OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the datase
 )  # fmt: skip
 NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
     "lagrange": ("target_gap",),
-    "calibrate": ("calibrate_online", "mc_tail", "sparse_reward"),
+    "calibrate": ("mc_tail", "sparse_reward"),
 }
 
 
@@ -926,6 +926,8 @@ def train(args: Args) -> dict[str, float]:
     run.check_batch(args, own=args.batch_size - n_synthetic, generated=n_synthetic)
     if args.online_steps and not args.warmup_steps:
         raise run.UsageError("--warmup-steps", 0, "1 or more: energies need own rows")
+    if args.calibrate_online and not args.calibrate:
+        raise run.UsageError("--calibrate-online", "with --no-calibrate", "calibration offline too")
     dataset = data.load(args.env, args.dataset)
     if args.calibrate_online and not dataset.ends.any():
         raise run.UsageError(

@@ -139,7 +139,7 @@ UPSAMPLE_SETTINGS = (  # NEW: and on with --offline-upsample
 )  # fmt: skip
 NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
     "lagrange": ("target_gap",),
-    "calibrate": ("calibrate_online", "mc_tail", "sparse_reward"),
+    "calibrate": ("mc_tail", "sparse_reward"),
 }
 
 
@@ -640,6 +640,8 @@ def train(args: Args) -> dict[str, float]:
         raise run.UsageError(
             "--offline-upsample", "with --calibrate", "--no-calibrate: generated rows have no return"
         )
+    if args.calibrate_online and not args.calibrate:
+        raise run.UsageError("--calibrate-online", "with --no-calibrate", "calibration offline too")
     dataset = data.load(args.env, args.dataset)
     if args.calibrate_online and not dataset.ends.any():
         raise run.UsageError(
