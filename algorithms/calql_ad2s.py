@@ -32,7 +32,7 @@ Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py; no row of the da
          D44 the ODE of Eq. 1; the appendix names the stochastic sampler, which at μ = 0.5 forgets the row it
             starts from (correlation 0.005, not 0.379): --sample-churn 80.
          D45 half of w_ψ's hidden units are dropped in training; without, it memorises own rows (each is drawn 256
-            times): on Gaussians the rms error of log w is 2.7, not 0.7, and E_on[1/w] 48, not 1.4, of 5,000 own rows.
+            times): of 5,000 own rows of a Gaussian, the rms error of log w is 2.8, not 0.7, and E_on[1/w] 67, not 1.6.
          U40 p, the generated share of a batch, is not given: half [SynthER, PGR, EDIS].
          U41 regenerations: at the end of the warm-up, or its first updates had no generated rows; then at
             multiples of regenerate_every.
