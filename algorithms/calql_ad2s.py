@@ -33,6 +33,8 @@ Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py; no row of the da
             log y by log 1.2, which has no effect.
          D44 the ODE of Eq. 1; the appendix names the stochastic sampler, which at μ = 0.5 forgets the row it
             starts from (correlation 0.005, not 0.379): --sample-churn 80.
+         D45 half of w_ψ's hidden units are dropped in training; without, it memorises own rows (each is drawn 256
+            times): of 5,000 own rows of a Gaussian, the rms error of log w is 2.8, not 0.7, and E_on[1/w] 67, not 1.6.
          U40 p, the generated share of a batch, is not given: half [SynthER, PGR, EDIS].
          U41 regenerations: at the end of the warm-up, or its first updates had no generated rows; then at
             multiples of regenerate_every.
@@ -46,14 +48,17 @@ Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py; no row of the da
             w/o PN: from pure noise, with the conditions of the reused rows.
          U47 A from Q: the lesser critic, as it is (not standardised), less its mean over cql_n_actions uniform
             actions, which are drawn once per run.
-         U48 PGR here: curiosity is e under g_φ, trained on both buffers; its own is an inverse-dynamics
-            feature's error. --pgr refuses other values of the settings that it stands for.
+         U48 PGR here, as --pgr settles and the paper's appendix has all baselines: e under g_φ, log y standardised,
+            both buffers, 6.73M parameters, ReLU, 50,000 steps for 100,000 rows. Its own code: error in an inverse
+            model's features, scaled to [0, 1], own rows, x0 clamped, 26.2M, Mish, 100,000 steps for 1M rows.
          U49 Adroit as locomotion; the paper's table has no row for it.
          U50 generated rows have no return: calibration, where it is on, does not bound them.
 Metrics  those of calql.py; loss/ratio (2 log 2 - the objective of Eq. 7; 1.39: the buffers look alike),
          loss/dynamics, loss/diffusion (< 1); of each regeneration, at the environment step it belongs to:
-         align/w_off, E_off[w], and align/inverse_w_on, E_on[1/w]: 1 if w_ψ is a ratio; align/u_reward_rank,
-         align/y_reward_rank, rank correlations with the reward: near 1, A drowns the rest;
+         of every tenth block of 100 rows, which w_ψ does not learn from (below 1,000, of all) align/ratio_loss and what
+         is 1 if w_ψ is a ratio: align/w_off, E_off[w], align/inverse_w_on, E_on[1/w] (of samples only if the buffers
+         overlap: at a loss of 0.12 the exact w, too, has 0.15 to 1.6), align/w_balance, E_on[1/(1+w)] / E_off[w/(1+w)];
+         align/u_reward_rank, align/y_reward_rank, rank correlations with the reward: near 1, A drowns the rest;
          align/offline_share_aligned, align/offline_share_reused of the selected rows;
          align/condition_q10, condition_q50, condition_q90 of reused rows, align/amplified_q10, amplified_q50,
          amplified_q90; align/model_error of all rows under g_φ, syn/model_error of generated ones.
@@ -63,8 +68,7 @@ Run      python algorithms/calql_ad2s.py --env hopper-medium-v2 --seed 0
          --guidance-eta -1
          Table 3: --advantage q | Tables 7, 8: --p-dr 0.3, --p-curi 0.3 | Table 9: --amplification 1.5
          Table 10: --beta-dr 1 --beta-curi 1 | Table 11: --beta-dr 0, --beta-curi 0
-         PGR --pgr, short for --p-dr 1 --p-curi 0.25 --beta-curi 0 --noising-scale 1 --guidance-eta 0.5
-         --amplification 1
+         PGR --pgr, short for the settings listed in PGR below, which other flags may not contradict
          the stochastic sampler --sample-churn 80 | four times cheaper sampling --sample-steps 32
          the common start: --from-offline runs/calql/hopper-medium-v2/seed0
 Cost     hopper-mini-v0: 249 CPU seconds beside other jobs; published sizes want a GPU (not measured there).
@@ -129,8 +133,8 @@ class Args:
     # NEW: alignment [Table 4]
     p_dr: Rate = 0.5  # share of all rows that are aligned; 1: w/o DA [Table 4]
     p_curi: Rate = 0.5  # share of the aligned rows that are reused [Table 4]
-    beta_dr: Weight = 10.0  # β of the priority u; 0: without advantage [Table 4]
-    beta_curi: Weight = 10.0  # β of the curiosity y; 0: without advantage [Table 4]
+    beta_dr: Annotated[float, "[0, 10000]"] = 10.0  # β of the priority u; 0: without advantage [Table 4]
+    beta_curi: Annotated[float, "[0, 10000]"] = 10.0  # β of the curiosity y; 0: without advantage [Table 4]
     advantage: Literal["reward", "q"] = "reward"  # A from the reward, or from the critics [Table 3]: U47
     scorer_hidden: Count = 256  # width of w_ψ and g_φ [Table 4]
     scorer_lr: Positive = 3e-4  # Adam, w_ψ and g_φ [Table 4]
@@ -138,8 +142,8 @@ class Args:
     pgr: bool = False  # PGR instead: curiosity alone, no partial noising, weaker guidance: U48
     # NEW: diffusion model and synthetic rows
     noising_scale: Rate = 0.5  # μ, share of the noise levels; 1: pure noise, w/o PN [Table 4]
-    guidance_eta: Annotated[float, "[-1, inf)"] = 2.0  # η; 0: condition alone, -1: w/o CG [Table 4]: U42
-    amplification: Weight = 1.2  # α [Table 4]
+    guidance_eta: Annotated[float, "[-1, 10]"] = 2.0  # η; 0: condition alone, -1: w/o CG [Table 4]: U42
+    amplification: Annotated[float, "[0, 10]"] = 1.2  # α [Table 4]
     condition_dropout: Share = 0.25  # λ, share of rows whose condition is dropped in training [Table 4]
     terminal_flag: Literal["classifier", "joint"] = "classifier"  # from s', or as a feature of the rows: D21
     synthetic_frac: Fraction = 0.5  # share of a batch that is generated [PGR; EDIS]: U40
@@ -181,11 +185,13 @@ OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the datase
     "normalize_obs", "reward_scale", "reward_bias", "sparse_reward", "mc_tail",
 )  # fmt: skip
 PGR = dict(  # NEW: what --pgr stands for [PGR's code; guidance at both stages: U42]
-    p_dr=1.0, p_curi=0.25, beta_curi=0.0, noising_scale=1.0, guidance_eta=0.5, amplification=1.0,
+    p_dr=1.0, beta_dr=0.0, p_curi=0.25, beta_curi=0.0, noising_scale=1.0, guidance_eta=0.5, amplification=1.0,
 )  # fmt: skip
 NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
     "lagrange": ("target_gap",),
     "calibrate": ("mc_tail", "sparse_reward"),
+    "p_dr < 1 or pgr": ("beta_dr",),
+    "guidance_eta > -1": ("amplification", "condition_dropout"),
 }
 
 
@@ -689,15 +695,38 @@ class ConditionedNet(nn.Module):
         return self.net(x, c_noise, torch.where(keep[:, None], self.embed(c[:, None]), self.null))
 
 
-def scorer_net(inputs: int, hidden: int, outputs: int, activation: type[nn.Module]) -> nn.Sequential:
-    """Two hidden layers: U44."""
-    layers = nn.Linear(inputs, hidden), activation(), nn.Linear(hidden, hidden), activation()
-    return nn.Sequential(*layers, nn.Linear(hidden, outputs))
+def scorer_net(
+    inputs: int, hidden: int, outputs: int, activation: type[nn.Module], dropout: float
+) -> nn.Sequential:
+    """Two hidden layers: U44. Their units are dropped with probability `dropout` in training."""
+    first = nn.Linear(inputs, hidden), activation(), nn.Dropout(dropout)
+    second = nn.Linear(hidden, hidden), activation(), nn.Dropout(dropout)
+    return nn.Sequential(*first, *second, nn.Linear(hidden, outputs))
 
 
 def ratio_loss(own: torch.Tensor, dataset: torch.Tensor) -> torch.Tensor:
     """E_on[softplus(-l)] + E_off[softplus(l)], l = log w (B,) -> (): 2 log 2 minus Eq. 7.  [Eq. 7]: D41"""
     return F.softplus(-own).mean() + F.softplus(dataset).mean()
+
+
+def set_aside(index: torch.Tensor) -> torch.Tensor:
+    """Which rows, given their indices (N,), test w_ψ instead of training it: every tenth block of 100 neighbours."""
+    return index // 100 % 10 == 9
+
+
+def moved_off_aside(index: torch.Tensor) -> torch.Tensor:
+    """Indices (N,), those of rows set aside moved by one to nine blocks, so that the draw stays uniform."""
+    return index - set_aside(index) * 100 * torch.randint(1, 10, index.shape, device=index.device)
+
+
+def ratio_checks(own: torch.Tensor, dataset: torch.Tensor) -> dict[str, float]:
+    """log w of rows of D_on and D_off, (N,) and (M,) -> what is 1 if w is their ratio, and the loss: D45"""
+    return {
+        "align/ratio_loss": ratio_loss(own, dataset).item(),
+        "align/w_off": dataset.exp().mean().item(),
+        "align/inverse_w_on": (-own).exp().mean().item(),
+        "align/w_balance": ((-own).sigmoid().mean() / dataset.sigmoid().mean()).item(),
+    }
 
 
 def one_step_error(dynamics: nn.Module, x: torch.Tensor, obs_dim: int) -> torch.Tensor:
@@ -751,31 +780,44 @@ def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def method_settings(args: Args) -> Args:
-    """`args` with PGR's values if that is asked for; UsageError if another value was: U48."""
-    if not args.pgr:
-        return args
+    """`args`, with PGR's values if that is asked for; UsageError if they contradict that or each other: U48."""
     usual = run.with_presets(Args, ENV_PRESETS, args.env)
-    for name, value in PGR.items():
+    for name, value in PGR.items() if args.pgr else ():
         if getattr(args, name) not in (value, getattr(usual, name)):
             raise run.UsageError(f"--{name.replace('_', '-')}", getattr(args, name), f"{value} with --pgr")
-    return replace(args, **PGR)
+    args = replace(args, **PGR) if args.pgr else args
+    if args.condition_dropout == 0 and args.guidance_eta not in (
+        0,
+        -1,
+    ):  # w/o CG trains the null condition alone
+        raise run.UsageError(
+            "--condition-dropout", 0.0, "more than 0, or --guidance-eta 0: η needs the null condition"
+        )
+    if args.condition_dropout == 1 and args.guidance_eta != -1:
+        raise run.UsageError(
+            "--condition-dropout", 1.0, "less than 1, or --guidance-eta -1: else c is never learned"
+        )
+    return args
 
 
 class Aligner:
-    """w_ψ and g_φ; the scores of all rows; the rows to regenerate, noised in part, with their conditions."""
+    """w_ψ and g_φ; the scores of all rows; the rows to regenerate, noised in part, with their conditions.
+
+    `buffers` are the rows of the dataset and own rows: nothing else is learned from, scored or regenerated.
+    """
 
     CHUNK = 100_000  # rows scored at once
+    DROPOUT = 0.5  # of the hidden units of w_ψ: D45
 
-    def __init__(
-        self, r: run.Run, args: Args, agent: nn.ModuleDict, offline: ReplayBuffer, online: ReplayBuffer
-    ):
-        self.r, self.args, self.agent, self.buffers = r, args, agent, [offline, online]
+    def __init__(self, r: run.Run, args: Args, agent: nn.ModuleDict, buffers: list[ReplayBuffer]):
+        self.r, self.args, self.agent, self.buffers = r, args, agent, buffers
+        offline = buffers[0]
         self.obs_dim, self.act_dim = offline.widths[:2]
         o, a = self.obs_dim, self.act_dim
         width = 2 * o + a + 1
         nets = {
-            "ratio": scorer_net(width, args.scorer_hidden, 1, nn.ReLU),
-            "dynamics": scorer_net(o + a, args.scorer_hidden, o, nn.SiLU),
+            "ratio": scorer_net(width, args.scorer_hidden, 1, nn.ReLU, self.DROPOUT),
+            "dynamics": scorer_net(o + a, args.scorer_hidden, o, nn.SiLU, 0.0),
         }
         self.nets = nn.ModuleDict(nets).to(r.device)
         self.opt = torch.optim.Adam(
@@ -796,9 +838,10 @@ class Aligner:
 
     def scorer_step(self) -> dict[str, torch.Tensor]:
         """One gradient step of w_ψ and of g_φ.  [Algorithm 1, line 5]: D40"""
-        offline, online = self.buffers
         n = self.args.scorer_batch
-        own, dataset = (self.inputs(b.table.index_select(0, b.draw(n))) for b in (online, offline))
+        dataset, own = (
+            self.inputs(b.table.index_select(0, moved_off_aside(b.draw(n)))) for b in self.buffers
+        )
         both = self.inputs(union_rows(self.buffers, n)[0])
         loss, logs = self.loss(self.nets, own, dataset, both, self.obs_dim)
         self.opt.zero_grad(set_to_none=True)
@@ -816,6 +859,7 @@ class Aligner:
     def scores(self) -> dict[str, torch.Tensor]:
         """Of all rows, the dataset's first, (N,) float64: log_w, error, reward, advantage, log_u, log_y."""
         parts = {"log_w": [], "error": [], "reward": [], "advantage": []}
+        self.nets.eval()
         for b in self.buffers:
             for rows in b.table[: b.rows].split(self.CHUNK):
                 x, reward = self.inputs(rows), rows[:, self.obs_dim + self.act_dim]
@@ -823,6 +867,7 @@ class Aligner:
                 parts["error"].append(one_step_error(self.nets["dynamics"], x, self.obs_dim))
                 parts["reward"].append(reward)
                 parts["advantage"].append(self.q_advantage(rows) if self.args.advantage == "q" else reward)
+        self.nets.train()
         s = {k: torch.cat(v).double() for k, v in parts.items()}
         if self.args.advantage == "reward":
             s["advantage"] = relative_advantage(s["reward"])
@@ -842,9 +887,10 @@ class Aligner:
             [b.table.index_select(0, i) for b, i in zip(self.buffers, parts, strict=True)]
         )
         self.reused_conditions = self.conditions[reused]
-        self.logs = {
-            "align/w_off": s["log_w"][:n].exp().mean().item(),
-            "align/inverse_w_on": (-s["log_w"][n:]).exp().mean().item(),
+        dataset, own = s["log_w"][:n], s["log_w"][n:]
+        aside = [set_aside(torch.arange(len(x), device=x.device)) for x in (own, dataset)]
+        tested = (x[i] if i.any() else x for x, i in zip((own, dataset), aside, strict=True))
+        self.logs = ratio_checks(*tested) | {
             "align/u_reward_rank": rank_correlation(s["log_u"], s["reward"]),
             "align/y_reward_rank": rank_correlation(s["log_y"], s["reward"]),
             "align/offline_share_aligned": (aligned < n).float().mean().item(),
@@ -891,6 +937,7 @@ class Aligner:
 
 def train(args: Args) -> dict[str, float]:
     task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
+    args = method_settings(args)  # NEW
     r = run.Run(args, __file__, name, ENV_PRESETS, NEEDS)
     if r.final:
         print(f"{r.dir}: finished; --overwrite starts anew")
@@ -899,7 +946,6 @@ def train(args: Args) -> dict[str, float]:
     run.check_batch(args, own=args.batch_size - n_synthetic, generated=n_synthetic)
     if args.online_steps and not args.warmup_steps:
         raise run.UsageError("--warmup-steps", 0, "at least 1: the first regeneration needs own rows")
-    method = method_settings(args)
     if args.calibrate_online and not args.calibrate:
         raise run.UsageError("--calibrate-online", "with --no-calibrate", "calibration offline too")
     dataset = data.load(args.env, args.dataset)
@@ -928,11 +974,12 @@ def train(args: Args) -> dict[str, float]:
     )
     evaluate = data.Evaluator(task, args.eval_episodes, args.seed, moments)
     # NEW: w_ψ and g_φ; the model, conditioned on y
-    aligner = Aligner(r, method, nets, known, online)
+    sources = [known, online]  # of all that follows
+    aligner = Aligner(r, args, nets, sources)
     features = Generator.features(args, offline)
     net = TransitionNet(features, args.diffusion_width, args.diffusion_depth, args.diffusion_time_dim)
     net = ConditionedNet(net, args.diffusion_time_dim)
-    generator = Generator(r, method, net, [known, online])
+    generator = Generator(r, args, net, sources)
     synthetic = generator.synthetic
     generator.draw = lambda: aligner.draw(features)
     generator.begin = lambda n: aligner.begin(generator, n)
@@ -1019,7 +1066,7 @@ def train(args: Args) -> dict[str, float]:
                 r.record(step + 1, evaluate(act, r.device))
         if until < args.online_steps and f"report {k}" not in r.passed:  # NEW [Algorithm 1, lines 6-10]
             aligner.select()
-            generator.regenerate(k, [known, online])
+            generator.regenerate(k, sources)
             if r.once(f"report {k}"):
                 logs = judge.generated_rows(generator, k, report_env, rewards, offline, online)
                 r.record(until, logs | aligner.report(synthetic))
