@@ -61,7 +61,6 @@ LIMITS = {  # setting -> (least, most) allowed, "(" at an end excludes it; every
     "sample_steps": "[2, inf)", "sample_churn": "[0, inf)", "sample_batch": "[1, inf)",
     "state_energy": "[0, inf)", "policy_energy": "[0, inf)", "dynamics_energy": "[0, inf)",
     "energy_updates": "[1, inf)", "energy_groups": "[1, inf)", "energy_width": "[1, inf)", "energy_pool": "[1, inf)",
-    "replacement_levels": "[2, inf)", "replacement_repeats": "[1, inf)",
     "p_dr": "(0, 1]", "p_curi": "(0, 1]", "beta_dr": "[0, inf)", "beta_curi": "[0, inf)", "scorer_hidden": "[1, inf)",
     "scorer_lr": "(0, inf)", "scorer_batch": "[1, inf)", "noising_scale": "(0, 1]", "guidance_eta": "[-1, inf)",
     "amplification": "[0, inf)", "condition_dropout": "[0, 1]",
