@@ -24,16 +24,20 @@ Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py.
          that reproduces the code's:
          D40 noise levels: code trains E_s on σ = 80 alone and the others on two levels of a 32-step grid, and asks
             at all of a 128-step grid; we train on levels of the sampler's own grid, drawn uniformly.
-         D41 guidance: the score of p e^{-E} is slope + σ ∇E; code leaves σ out, and its scales per dataset (0.01 to
-            2) were tuned to that; ours are 1. Exact for one energy; a sum of three is as σ -> 0.
+         D41 guidance: paper gives each energy own features and a block of the gradient, which is exact only if blocks
+            are independent: states moved by 1, s' correlated 0.95, come out at (0.76, 0.46) for (1, 0.95); this is
+            --energy-form paper. Ours are exact one by one and summed (λ = 1): E_T = -log real / model of noised rows;
+            E_s, E_π as weights w of clean real rows, then -log E[w | x_σ] (contrastive energy prediction, Lu et al.,
+            arXiv 2304.12824), with gradients in all features. Code leaves out σ of slope + σ ∇E, and its λ (0.01 to 2)
+            were tuned to that.
          D42 inputs: code gives the whole raw transition and the step's number, with noise added to raw features;
-            we the energy's own features, normalised, scaled by c_in, and ln σ / 4.
-         D43 negatives of E_T: code overwrites all features, so they are no samples. Replacing (s, a) properly after
-            every step is not p(s'|s, a) either: two unit Gaussians of correlation 0.8, y = 1.5, 32 steps: mean 0.49
-            for 1.20, std 0.81 for 0.60; each step 32 times: 1.16, 0.62. But ∇_s' of log p(s, a, s') / q(s, a, s')
-            is that of log p(s'|s, a) / q(s'|s, a): E_T tells real rows from the pool's, and only its gradient in
-            s' is used. --dynamics-negatives replacement is the other way.
-         D44 the code's negatives are of another state's group for half of each group; ours never are.
+            we normalised features and σ times c_in, ln σ / 4; E is c_in times the output, so that σ² ∇E is O(1).
+         D43 negatives: code's for E_π and E_T overwrite all features, so they are no samples (replacing (s, a) after
+            every step is not p(s'|s, a) either). Paper form: the model's rows for all three (optima need no
+            conditional samples: the gradient of a joint ratio in the last block is the conditional one's). Row form:
+            for E_s, E_π real rows, which a weight can tell apart without telling what is generated.
+         D44 groups: code's are of another state for half of each, and for E_s one softmax over 256 + 2,560 rows,
+            least at the ratio to their mixture; ours are one positive and 10 negatives each.
          D45 learner: calql.py's with its presets, so that a difference to it is the method's. EDIS's own: α per
             dataset; locomotion: Lagrange gap 10, critics of two layers, rewards normalised, no clip; AntMaze: r - 1,
             states normalised; Adroit: Lagrange; 10 episodes everywhere.
@@ -41,23 +45,21 @@ Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py.
          D47 batches: generated and own rows, none of the dataset [code].
          U40 1,000 updates of each energy per regeneration; the code's 20 cannot fit. Energies and their Adam
             persist [code].
-         U41 E_π: at a state of the pool, the policy's action against the pool's, one noised s for both: its
-            optimum is -log π / p without conditional samples.
+         U41 E_π: the policy's actions at the states of the negatives.
          U42 the clip at 10 √D [code] is on the term added to the slope, σ Σ λ ∇E, all energies together.
-         U43 real rows of E_T come from both buffers, as the model's do: dynamics are the same in both.
+         U43 real rows are of both buffers, as the model's are.
          U44 generated rows have no return: calibration, where it is on, does not bound them.
          D48 no entropy in the TD target, as in calql.py; the code has it (`backup_entropy`).
          D49 1M offline steps, as in calql.py; the code takes 300,000.
-         D50 E_s: groups of 1 + 10; the code's is one softmax over 256 positives and their 2,560 negatives.
          U45 share of tasks that the code has no file for (Maze2D, Adroit-cloned, shifted): 0.2.
-Metrics  those of calql.py; loss/diffusion (< 1); loss/{state,policy,dynamics}_energy (at most 2.40, 0.69, 2.40);
-         energy/*_found share of groups whose positive has the lowest energy (chance 1/11, 1/2, 1/11); and per
-         regeneration, of unguided and guided rows: energy/*_js_states from own states, *_policy_gap between the
-         action and one of the policy's, *_sim_error; energy/clipped share of guidance clipped (about 0);
-         syn/*, of each regeneration: common/judge.py; synthetic-<k>.npz has 2,000 rows of each kind.
+Metrics  those of calql.py; loss/diffusion (< 1); loss/{state,policy,dynamics,tilt}_energy (chance 2.40); and per
+         regeneration energy/effective, (Σ w)² / Σ w² as a share of real rows (small: few rows stand for all);
+         of unguided and guided rows energy/*_js_states from own states, *_policy_gap between the action and one of
+         the policy's, *_sim_error; energy/clipped share of guidance clipped (about 0);
+         syn/*: common/judge.py; synthetic-<k>.npz has 2,000 rows of each kind.
 Run      python algorithms/edis.py --env hopper-medium-v2 --seed 0
-         without an energy --state-energy 0 | --policy-energy 0 | --dynamics-energy 0 | EDIS as DARE ran it
-         --diffusion-steps 50000 | four times cheaper sampling --sample-steps 32 --sample-churn 0
+         without an energy --state-energy 0 | --policy-energy 0 | --dynamics-energy 0 | as described --energy-form paper
+         EDIS as DARE ran it --diffusion-steps 50000 | four times cheaper sampling --sample-steps 32 --sample-churn 0
          the common start: --from-offline runs/calql/hopper-medium-v2/seed0
 Cost     hopper-mini-v0: 238 CPU seconds beside other jobs; published sizes want a GPU (not measured there).
 """
@@ -68,13 +70,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import data, edm, envs, judge, run
+from common import data, edm, judge, run
 from common.buffer import Batch, ReplayBuffer, mix
 from common.run import Count, Fraction, Natural, Number, Positive, Rate, Several, Share, Weight
 
@@ -133,17 +134,15 @@ class Args:
     sample_steps: Several = 128  # noise levels, N [code of EDIS]
     sample_churn: Weight = 80.0  # S_churn; 0 = deterministic, which 32 levels need [code of EDIS]
     sample_batch: Count = 10_000  # rows generated at once [code of EDIS]
+    energy_form: Literal["row", "paper"] = "row"  # what energies see and their gradients act on: D41
     state_energy: Weight = 1.0  # λ of E_s; 0 = without: D41
     policy_energy: Weight = 1.0  # λ of E_π; 0 = without: D41
     dynamics_energy: Weight = 1.0  # λ of E_T; 0 = without: D41
     energy_updates: Count = 1_000  # gradient steps of each energy per regeneration: U40
-    energy_groups: Count = 256  # positives per gradient step [code of EDIS]: D50
+    energy_groups: Count = 256  # positives per gradient step [code of EDIS]: D44
     energy_lr: Positive = 1e-3  # Adam [code of EDIS]
     energy_width: Count = 256  # of the three hidden layers [code of EDIS]
-    energy_pool: Count = 10_000  # unguided rows per regeneration, the negatives: U43
-    dynamics_negatives: Literal["pool", "replacement"] = "pool"  # of E_T: D43
-    replacement_levels: Several = 32  # noise levels; for --dynamics-negatives replacement: D43
-    replacement_repeats: Count = 16  # times each step is taken; for --dynamics-negatives replacement: D43
+    energy_pool: Count = 10_000  # unguided rows per regeneration, negatives: D43
 
 
 ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
@@ -188,7 +187,10 @@ OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the datase
 NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
     "lagrange": ("target_gap",),
     "calibrate": ("mc_tail", "sparse_reward"),
-}
+    "state_energy + policy_energy + dynamics_energy > 0": (
+        "energy_form", "energy_updates", "energy_groups", "energy_lr", "energy_width", "energy_pool",
+    ),
+}  # fmt: skip
 
 
 # --- shared: calql.critics ---
@@ -675,7 +677,7 @@ class Generator:
 # NEW: the energies
 # --- shared: edis.energies ---
 class TransitionEnergy(nn.Module):
-    """E(x; σ), low where x is likely: x (..., W) at noise level sigma (..., 1) -> (...).  [EDIS; inputs: D42]"""
+    """E(x; σ), low where x is wanted: x (..., W) at noise level sigma (..., 1) -> (...).  [EDIS; inputs, scale: D42]"""
 
     def __init__(self, features: int, width: int):
         super().__init__()
@@ -683,98 +685,103 @@ class TransitionEnergy(nn.Module):
         self.net = nn.Sequential(*[x for layer in layers for x in (layer, nn.ReLU())][:-1])
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        c_noise = (sigma.log() / 4).expand(*x.shape[:-1], 1)
-        return self.net(torch.cat([(1 + sigma.square()).rsqrt() * x, c_noise], -1)).squeeze(-1)
+        scale, c_noise = (1 + sigma.square()).rsqrt(), (sigma.log() / 4).expand(*x.shape[:-1], 1)
+        return (scale * self.net(torch.cat([scale * x, c_noise], -1))).squeeze(-1)
 
 
 def info_nce(energy: torch.Tensor) -> torch.Tensor:
     """E+ + log Σ_group e^{-E}, mean over groups: energy (B, 1 + K), the positive first -> ().  [EDIS, InfoNCE]
 
-    Least at E = -log p_positive / p_negative + c, c anything that a group shares; softplus(E+ - E-) for K = 1.
+    Least at E = -log p_positive / p_negative + c, with one c for each noise level: D44.
     """
     return (energy[:, 0] + torch.logsumexp(-energy, 1)).mean()
 
 
-def noised_groups(x: torch.Tensor, sigma: torch.Tensor, known: int) -> torch.Tensor:
-    """x (B, M, W) + σ n, sigma (B, 1, 1): a group has one noise level, and one noise on its first `known` features."""
-    noise = torch.randn_like(x)
-    return x + sigma * torch.cat([noise[:, :1, :known].expand(-1, x.shape[1], -1), noise[..., known:]], -1)
-
-
-def sample_given(
-    d: edm.Denoiser, known: torch.Tensor, x: torch.Tensor, steps: int, repeats: int
-) -> torch.Tensor:
-    """The ODE with its first features replaced by known (B, C) + σ n after every step: noise x (B, D) -> (B, D).
-
-    One pass is far from p(x | known); `repeats` of each step, noised again in between, come near it: D43.
-    """
-
-    def replaced(x: torch.Tensor, sigma: float) -> torch.Tensor:
-        return torch.cat([known + sigma * torch.randn_like(known), x[:, known.shape[1] :]], 1)
-
-    grid = edm.sigma_grid(steps)
-    x = replaced(x, grid[0])
-    for sigma, after in pairwise(grid):
-        for left in reversed(range(repeats)):
-            slope = (x - d(x, sigma)) / sigma
-            end = x + (after - sigma) * slope
-            if after > 0:
-                end = x + (after - sigma) * 0.5 * (slope + (end - d(end, after)) / after)
-            x = replaced(end, after)
-            if left:
-                x = x + math.sqrt(sigma**2 - after**2) * torch.randn_like(x)
-    return x
-
-
 class Energies:
-    """E_s(s), E_π(s, a), E_T(s, a, s') on normalised features, what they learn from, and guidance by them.
+    """Energies, each -log of a ratio of densities learned by contrast, and guidance by their gradients: D41.
 
-    Each is a function of known features and free ones behind them; its gradient acts on the free ones. The method
-    sets `act`, obs (B, O) in training units -> actions (B, A) of the current policy.
+    Form "row": E_s(s) and E_π(s, a), of clean rows, weigh real rows by w = e^{-λ_s E_s - λ_π E_π}; guides are E_T and
+    the tilt, -log E[w | x_σ], of whole noised rows. Form "paper": guides are E_s(s), E_π(s, a), E_T(s, a, s') of those
+    features, noised, with gradients in s, a and s'.
+    The method sets `act`, obs (B, O) in training units -> actions (B, A) of the current policy.
     """
 
-    NEGATIVES = 10  # per positive, of E_s and E_T [code of EDIS]
+    NEGATIVES = 10  # per positive [code of EDIS]
+    CANDIDATES = 20  # real rows for each that is drawn by weight
 
     def __init__(
         self, r: run.Run, args: Args, generator: Generator, offline: ReplayBuffer, online: ReplayBuffer
     ):
         self.r, self.args, self.generator = r, args, generator
         self.online, self.sources = online, [offline, online]
-        o, a = generator.obs_dim, generator.act_dim
-        self.parts = {  # known features, free features
-            "state": (slice(0, 0), slice(0, o)),
-            "policy": (slice(0, o), slice(o, o + a)),
-            "dynamics": (slice(0, o + a), slice(o + a + 1, 2 * o + a + 1)),
-        }
+        o, a, d = generator.obs_dim, generator.act_dim, generator.features
+        s, action, next_s = slice(0, o), slice(o, o + a), slice(o + a + 1, 2 * o + a + 1)
+        index = torch.arange(d, device=r.device)
+        self.seen = {"state": index[s], "policy": index[: o + a], "dynamics": index, "tilt": index}
+        self.moved = self.seen  # features that the gradient acts on
+        row = args.energy_form == "row"
+        if not row:
+            self.seen["dynamics"] = torch.cat([index[: o + a], index[next_s]])
+            self.moved = {"state": index[s], "policy": index[action], "dynamics": index[next_s]}
         scales = dict(state=args.state_energy, policy=args.policy_energy, dynamics=args.dynamics_energy)
-        self.scales = {k: v for k, v in scales.items() if v > 0}
-        widths = dict(state=o, policy=o + a, dynamics=2 * o + a)
+        scales = {k: v for k, v in scales.items() if v > 0}
+        self.weighers = {k: v for k, v in scales.items() if row and k != "dynamics"}  # λ
+        self.guides = {k: v for k, v in scales.items() if k not in self.weighers}
+        if self.weighers:
+            self.guides["tilt"] = 1.0  # exact as it is: w has the scales
+        widths = {k: len(x) for k, x in self.seen.items()}
         self.nets = nn.ModuleDict({k: TransitionEnergy(w, args.energy_width) for k, w in widths.items()})
         self.nets.to(r.device)
         adam = dict(fused=True, capturable=r.device.type == "cuda")
         self.opt = torch.optim.Adam(self.nets.parameters(), lr=args.energy_lr, **adam)
         self.grid = torch.tensor(edm.sigma_grid(args.sample_steps)[:-1], device=r.device)
-        self.pool = torch.zeros(args.energy_pool, generator.features, device=r.device)  # normalised, unguided
-        pairs = max(args.energy_pool // self.NEGATIVES, 1) if args.dynamics_negatives == "replacement" else 1
-        self.real = torch.zeros(
-            pairs, generator.features, device=r.device
-        )  # normalised; their (s, a) with others' s'
-        self.made = torch.zeros(pairs, self.NEGATIVES, generator.features, device=r.device)
+        self.pool = torch.zeros(args.energy_pool, d, device=r.device)  # normalised, unguided
+        self.wanted = torch.zeros_like(self.pool)  # normalised real rows, as often as w says
+        self.effective = torch.zeros((), device=r.device)  # (Σ w)² / Σ w², as a share of rows
         self.guided = torch.zeros(2, device=r.device)  # evaluations of the guidance, how many of them clipped
         self.losses = r.compiled(self.group_losses)
         self.act = None
 
     def state(self) -> dict:
         """What a checkpoint holds, by name."""
-        names = ("nets", "opt", "pool", "real", "made", "guided")
+        names = ("nets", "opt", "pool", "wanted", "effective", "guided")
         return {f"energy_{k}": getattr(self, k) for k in names}
 
-    def part(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """The features of x (..., D) that an energy sees, known ones first."""
-        known, free = self.parts[name]
-        return torch.cat([x[..., known], x[..., free]], -1)
+    # -- what the energies learn from: normalised rows (n, D) --
 
-    # -- what the energies learn from --
+    def real(self, n: int, sources: list[ReplayBuffer]) -> torch.Tensor:
+        """Rows of buffers."""
+        return self.generator.moments.normalize(union_rows(sources, n)[0][:, : self.generator.features])
+
+    def made(self, n: int) -> torch.Tensor:
+        """Samples of the model alone."""
+        return self.pool[torch.randint(len(self.pool), (n,), device=self.pool.device)]
+
+    def with_policy(self, x: torch.Tensor) -> torch.Tensor:
+        """The same rows with actions of the policy."""
+        g = self.generator
+        first, last = g.obs_dim, g.obs_dim + g.act_dim
+        taken = (self.act(g.moments.denormalize(x)[:, :first]) - g.moments.mean[first:last]) / g.moments.std[
+            first:last
+        ]
+        return torch.cat([x[:, :first], taken, x[:, last:]], 1)
+
+    @torch.no_grad()
+    def groups(self, name: str) -> torch.Tensor:
+        """Groups (B, 1 + K, W) of what an energy sees, the positive first; all rows drawn apart: D43, D44."""
+        b, k = self.args.energy_groups, self.NEGATIVES
+        of_model = name in self.guides and name != "tilt"
+        negatives = self.made if of_model else lambda n: self.real(n, self.sources)
+        if name == "state":
+            positives = self.real(b, [self.online])
+        elif name == "policy":
+            positives = self.with_policy(negatives(b))
+        elif name == "dynamics":
+            positives = self.real(b, self.sources)
+        else:
+            positives = self.wanted[torch.randint(len(self.wanted), (b,), device=self.wanted.device)]
+        x = torch.cat([positives[:, None], negatives(b * k).unflatten(0, (b, k))], 1)
+        return x[..., self.seen[name]]
 
     @torch.no_grad()
     def pool_step(self) -> dict[str, torch.Tensor]:
@@ -786,78 +793,47 @@ class Energies:
         return {"rows": x}
 
     @torch.no_grad()
-    def replacement_step(self) -> dict[str, torch.Tensor]:
-        """A chunk of real rows (chunk, D) and what the model makes of their (s, a), (chunk, K, D); normalised: D43."""
-        args, g, k = self.args, self.generator, self.NEGATIVES
-        rows = max(min(args.sample_batch // k, len(self.real)), 1)
-        real = g.moments.normalize(union_rows(self.sources, rows)[0][:, : g.features])
-        known = real[:, : g.obs_dim + g.act_dim].repeat_interleave(k, 0)
-        with torch.autocast("cuda", torch.bfloat16, enabled=real.is_cuda, cache_enabled=False):
-            d, x = g.denoiser(rows * k), g.noise(rows * k)
-            x = sample_given(d, known, x, args.replacement_levels, args.replacement_repeats)
-        return {"real": real, "made": x.unflatten(0, (rows, k))}
+    def weigh(self) -> None:
+        """Fill `wanted` with real rows drawn with chances ∝ w = e^{-Σ λ E}, from many drawn uniformly."""
+        rows, clean = self.real(self.CANDIDATES * len(self.wanted), self.sources), self.grid[-1:]
+        total = sum(v * self.nets[k](rows[:, self.seen[k]], clean) for k, v in self.weighers.items())
+        chances = torch.softmax(-total.double(), 0)
+        self.effective.copy_(1 / (chances.square().sum() * len(rows)))
+        drawn = torch.rand(len(self.wanted), device=rows.device, dtype=torch.float64)
+        index = torch.searchsorted(chances.cumsum(0), drawn).clamp(max=len(rows) - 1)
+        self.wanted.copy_(rows[index])
 
-    @torch.no_grad()
-    def groups(self) -> dict[str, torch.Tensor]:
-        """Groups (B, 1 + K, W) of an update, normalised, the positive first, for each energy in use: D44."""
-        args, g, k = self.args, self.generator, self.NEGATIVES
-        rows, device = args.energy_groups, self.pool.device
-        of_pool = lambda *shape: self.pool[torch.randint(len(self.pool), shape, device=device)]  # noqa: E731
-        normal = lambda table: g.moments.normalize(table[:, : g.features])[:, None]  # noqa: E731
-        found = {}
-        if "state" in self.scales:
-            own = normal(self.online.table.index_select(0, self.online.draw(rows)))
-            found["state"] = torch.cat([own, of_pool(rows, k)], 1)
-        if "policy" in self.scales:  # same s; the policy's a, the model's a: U41
-            model, action = of_pool(rows), slice(g.obs_dim, g.obs_dim + g.act_dim)
-            policy = model.clone()
-            taken = self.act(g.moments.denormalize(model)[:, : g.obs_dim])
-            policy[:, action] = (taken - g.moments.mean[action]) / g.moments.std[action]
-            found["policy"] = torch.stack([policy, model], 1)
-        if "dynamics" in self.scales and args.dynamics_negatives == "pool":  # D43
-            found["dynamics"] = torch.cat([normal(union_rows(self.sources, rows)[0]), of_pool(rows, k)], 1)
-        elif "dynamics" in self.scales:
-            index = torch.randint(len(self.real), (rows,), device=device)
-            found["dynamics"] = torch.cat([self.real[index][:, None], self.made[index]], 1)
-        return {name: self.part(name, x) for name, x in found.items()}
-
-    # -- learning --
+    # -- learning and guiding --
 
     def group_losses(self, groups: dict, sigmas: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Sum of InfoNCE over the energies, and logs: groups (B, 1 + K, W), sigmas (B, 1, 1).  [EDIS]"""
         total, logs = 0.0, {}
         for name, x in groups.items():
-            known = self.parts[name][0].stop  # of one noise in a group: negatives have the positive's
-            if name == "dynamics" and self.args.dynamics_negatives == "pool":
-                known = 0  # rows of their own
-            energy = self.nets[name](noised_groups(x, sigmas[name], known), sigmas[name])
-            loss = info_nce(energy)
-            total = total + loss
-            logs[f"loss/{name}_energy"] = loss.detach()
-            logs[f"energy/{name}_found"] = (energy[:, :1] < energy[:, 1:]).all(1).float().mean()
+            loss = info_nce(self.nets[name](x + sigmas[name] * torch.randn_like(x), sigmas[name]))
+            total, logs[f"loss/{name}_energy"] = total + loss, loss.detach()
         return total, logs
 
-    def energy_step(self) -> dict[str, torch.Tensor]:
-        """One gradient step of every energy in use; noise levels from the sampler's own: D40."""
-        groups = self.groups()
-        index = {k: torch.randint(len(self.grid), (len(x), 1, 1), device=x.device) for k, x in groups.items()}
-        loss, logs = self.losses(groups, {k: self.grid[i] for k, i in index.items()})
+    def energy_step(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """One gradient step of each; guides at noise levels of the sampler's own, the others at the least: D40."""
+        groups, sigmas = {k: self.groups(k) for k in names}, {}
+        for name, x in groups.items():
+            grid = self.grid if name in self.guides else self.grid[-1:]
+            sigmas[name] = grid[torch.randint(len(grid), (len(x), 1, 1), device=x.device)]
+        loss, logs = self.losses(groups, sigmas)
         self.opt.zero_grad(set_to_none=True)
         loss.backward()  # disjoint parameters
         self.opt.step()
         return logs
 
     def gradient(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
-        """Σ λ ∇E at x (B, D), each on its free features; σ times it is at most 10 √D long in a row: D41, U42."""
+        """Σ λ ∇E at x (B, D), each on its features; σ times it is at most 10 √D long in a row: D41, U42."""
         total, limit = torch.zeros_like(x), 10 * math.sqrt(x.shape[1])
         level = torch.full((1, 1), sigma, device=x.device)
-        for name, scale in self.scales.items():
-            known, free = (x[:, part].detach() for part in self.parts[name])
+        for name, scale in self.guides.items():
             with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-                free.requires_grad_()
-                energy = self.nets[name](torch.cat([known, free], 1), level)
-                (slope,) = torch.autograd.grad(energy.sum(), free)
-            total[:, self.parts[name][1]] += scale * slope
+                at = x.detach().requires_grad_()
+                (slope,) = torch.autograd.grad(self.nets[name](at[:, self.seen[name]], level).sum(), at)
+            total[:, self.moved[name]] += scale * slope[:, self.moved[name]]
         length = sigma * total.norm(dim=1, keepdim=True)
         self.guided.add_(torch.stack([torch.ones_like(length).sum(), (length > limit).sum()]))
         return total * (limit / length.clamp(min=limit))
@@ -871,46 +847,17 @@ class Energies:
         for chunk in r.phase("pool", (k + 1) * chunks):
             first = (chunk - k * chunks) * size
             self.pool[first : first + size] = sample_fn()["rows"][: args.energy_pool - first]
-        if "dynamics" in self.scales and args.dynamics_negatives == "replacement":
-            sample_fn, size = r.capture(self.replacement_step), max(size // self.NEGATIVES, 1)
-            chunks = -(-len(self.real) // size)
-            for chunk in r.phase("replacement", (k + 1) * chunks):
-                first, rows = (chunk - k * chunks) * size, sample_fn()
-                self.real[first : first + size] = rows["real"][: len(self.real) - first]
-                self.made[first : first + size] = rows["made"][: len(self.real) - first]
-        updates = args.energy_updates if self.scales else 0
-        step_fn = r.capture(self.energy_step)
-        for step in r.phase("energies", (k + 1) * updates):
-            if step == k * updates:
-                self.guided.zero_()
-            r.log(step, step_fn())
+        for phase, names in (("ratios", [*self.weighers]), ("energies", [*self.guides])):
+            updates = args.energy_updates if names else 0
+            step_fn = r.capture(lambda names=names: self.energy_step(names))
+            for step in r.phase(phase, (k + 1) * updates):
+                if step == k * updates and phase == "energies":
+                    self.guided.zero_()
+                    if self.weighers:
+                        self.weigh()
+                r.log(step, step_fn())
         g.begin = lambda n: (edm.with_energy(g.denoiser(n), self.gradient), g.noise(n), 0)
         g.refill(k)
-
-    def compare(self, env: gym.Env) -> dict[str, float]:
-        """What guidance changed: 2,000 unguided and guided rows in normalised units; `env` as in Generator.report.
-
-        js_states from own states; policy_gap: rms of the action against one of the policy's at that state;
-        sim_error: median over 200 rows of the rms over features of s' against the simulator's.
-        """
-        g, o, a = self.generator, self.generator.obs_dim, self.generator.act_dim
-        pick = lambda t, n: t[torch.linspace(0, len(t) - 1, min(n, len(t))).long()]  # noqa: E731
-        normal = lambda b, n: g.moments.normalize(pick(b.table[: b.rows, : g.features], n))  # noqa: E731
-        logs = {"energy/clipped": (self.guided[1] / self.guided[0].clamp(min=1)).item()}
-        own, mean, std = normal(self.online, 2_000)[:, :o], 0.0, 1.0
-        if isinstance(env, data.Normalize):
-            mean, std = env.mean, env.std
-        for name, x in (("unguided", pick(self.pool, 2_000)), ("guided", normal(g.synthetic, 2_000))):
-            rows = g.moments.denormalize(x)
-            gap = (rows[:, o : o + a] - self.act(rows[:, :o])) / g.moments.std[o : o + a]
-            few = pick(rows, 200).cpu().numpy()
-            if truth := envs.simulate(env, few[:, :o] * std + mean, few[:, o : o + a]):
-                error = few[:, o + a + 1 : 2 * o + a + 1] - (truth[0] - mean) / std
-                error = error / g.moments.std[o + a + 1 : 2 * o + a + 1].cpu().numpy()
-                logs[f"energy/{name}_sim_error"] = float(np.median(np.sqrt((error**2).mean(1))))
-            logs[f"energy/{name}_js_states"] = judge.divergence(x[:, :o], own)
-            logs[f"energy/{name}_policy_gap"] = gap.square().mean().sqrt().item()
-        return logs
 
 
 # --- end shared: edis.energies ---
@@ -1044,7 +991,7 @@ def train(args: Args) -> dict[str, float]:
             energies.regenerate(k)
             if r.once(f"report {k}"):
                 logs = judge.generated_rows(generator, k, report_env, rewards, offline, online)
-                r.record(until, logs | energies.compare(report_env))
+                r.record(until, logs | judge.guided_rows(energies, report_env))
     return r.finish()
 
 

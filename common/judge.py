@@ -167,3 +167,29 @@ def labelled_rows(generator: Any, offline: ReplayBuffer, online: ReplayBuffer) -
         of_others = describe(spread(kept[end:], 2_000), spread(dataset, 2_000), [dataset], moments, widths)
         logs |= {k.replace("/", "/offline_"): v for k, v in of_others.items() if k != "syn/online_l2"}
     return logs
+
+
+def guided_rows(energies: Any, env: gym.Env) -> dict[str, float]:
+    """What EDIS's guidance changed: 2,000 rows of the model alone ("unguided") and generated ones ("guided").
+
+    energy/*_js_states from own states; *_policy_gap: rms of the action against one of the policy's at that state, in
+    units of the moments; *_sim_error as above; energy/clipped: share of guidance clipped; energy/effective: (Σ w)² / Σ w²
+    of the weights of real rows, as a share of them.
+    """
+    g, online = energies.generator, energies.online
+    widths, (o, a, *_) = online.widths, online.widths
+    logs = {"energy/clipped": (energies.guided[1] / energies.guided[0].clamp(min=1)).item()}
+    logs["energy/effective"] = energies.effective.item()
+    own, guided = (
+        g.moments.normalize(spread(b.table[: b.rows, : g.features], 2_000)) for b in (online, g.synthetic)
+    )
+    for name, x in (("unguided", spread(energies.pool, 2_000)), ("guided", guided)):
+        logs[f"energy/{name}_js_states"] = divergence(x[:, :o], own[:, :o])
+        gap = (x - energies.with_policy(x))[:, o : o + a]
+        logs[f"energy/{name}_policy_gap"] = gap.square().mean().sqrt().item()
+        few = g.moments.denormalize(spread(x, 200))[:, : sum(widths[:4])]
+        few = torch.nn.functional.pad(few, (0, 1))  # a flag that nothing here reads
+        error = simulator_error(few, env, widths, g.moments.std[sum(widths[:3]) : sum(widths[:4])])
+        if error:
+            logs[f"energy/{name}_sim_error"] = error["sim_error"]
+    return logs

@@ -279,7 +279,7 @@ def test_no_host_reads_in_updates(stem):
         "elbo_score behavior_loss behavior_step energy_loss energy_step online_energy_step guided_eps offline_step "
         "online_step train_step sample_step union_rows draw_labelled next_labels begin_labelled conservative_gap "
         "squash squashed_log_std q_of_many draw_noise max_target_q frozen_q "
-        "pool_step replacement_step groups group_losses gradient sample_given noised_groups info_nce "
+        "pool_step groups group_losses gradient real made with_policy weigh info_nce "
         "scorer_step scorer_losses ratio_loss one_step_error q_advantage draw begin amplified "
         "planner_step distill_step descend planner_loss distill_loss distill_target noised masked_error in_paint "
         "rotate unroll take features read predict prediction_error observe gradient_step ensemble "
