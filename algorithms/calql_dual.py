@@ -41,7 +41,7 @@ Notes    D1, D2, D3, D4, D6, D7, U1, U2, U3 as in calql.py.
             indefinite: actions of the rows are weighed with exp((Q - V) / std), the exponent within ±5, V the mean Q of
             4 actions of π, std over the rows of the fit (at least 1e-5 of |V|: a constant Q weighs all rows alike).
          U65 a' in TD targets and in the regulariser have σ only: the epistemic part and the shift are for acting.
-Metrics  those of calql.py, but policy/data_log_prob, and of dual.py; policy/outside mean of relu(|μ| - 1); log_std/mean.
+Metrics  those of calql.py, but policy/data_log_prob, and of dual.py; policy/outside mean of relu(|μ| - 1).
 Run      python algorithms/calql_dual.py --env hopper-medium-v2 --seed 0
          ablations as in dual.py: --horizon 1 --shift-weight 0 | --distill-steps 32 | --uq none | --uq latent |
          --shift-weight 0 | --laplace-weights elbo | --time-acting
