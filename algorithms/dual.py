@@ -776,7 +776,7 @@ class Explorer:
 
     @torch.no_grad()
     def observe(self, online: ReplayBuffer) -> None:
-        """After an environment step, stored last: d of the next one."""
+        """After an environment step, stored last: d of the next one.  U58"""
         if self.args.horizon > 1:
             self.shift.copy_(self.transition.prediction_error(online.take((online.size - 1)[None]))[0])
 
