@@ -47,7 +47,7 @@ Run      python algorithms/calql_dual.py --env hopper-medium-v2 --seed 0
          --shift-weight 0 | --laplace-weights elbo | --time-acting
          dual.py's planner, where the planner's settings and normalize_obs agree:
          --from-planner runs/dual/hopper-medium-v2/seed0
-Cost     hopper-mini-v0: 4.3 CPU minutes beside other jobs. Published sizes want a GPU (not measured there).
+Cost     hopper-mini-v0: about 4.8 CPU minutes. Published sizes want a GPU (not measured there).
 """
 
 import math

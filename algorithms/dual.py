@@ -22,7 +22,7 @@ Notes    D1, D2, D3, D5, U1 as in iql.py.
             is laplace_std at the end of offline, then in proportion to the rows. Literal: --laplace-noise sigma
             --laplace-std 0 --laplace-prior 1e-6.
          D52 the text reads ŝ' "for free" off the plan, whose action is not the executed one, and whose states RL no
-            longer trains (off by 0.9 where P̂ is by 0.03); here P̂ is asked again with the executed action.
+            longer trains (off by 0.9, the student by 0.03); here P̂ is asked again with the executed action.
          D53 caps: epistemic variance 0.25, λ d 1, per dimension of the action.
          D55 Eq. 5's weight is Q, which may be negative; on IQL it is the bounded exponential advantage.
          D56 draws have no part in the one direction in which a layer norm's features and 1 do not vary: only the prior
@@ -65,7 +65,7 @@ Run      python algorithms/dual.py --env hopper-medium-v2 --seed 0
          w LA --shift-weight 0. Fig. 2b: --distill-steps 16, 8, 4, 2 (or --eval-halvings)
          one planner for all: --from-planner runs/dual/hopper-medium-v2/seed0; one offline phase for all that differ
          online: --from-offline runs/dual/hopper-medium-v2/seed0
-Cost     hopper-mini-v0: 3.7 CPU minutes beside other jobs. Published sizes want a GPU (not measured there).
+Cost     hopper-mini-v0: about 4.2 CPU minutes. Published sizes want a GPU (not measured there).
 Fails    constant rates online: the mean is one path through Hopper and may fall where the noisy policy seldom does.
          --laplace-noise sigma: weighted regression drives σ down online, and the epistemic part with it.
 """
