@@ -12,20 +12,21 @@ Read     what calql.py has, but no tanh actor; then NEW: Windows to Planner, sec
          boxed, dual_losses, posterior_weight; train
 Idea     dual.py's, on a critic that is pushed down where the dataset is not: the one-step plan's first action is the
          mean of a Gaussian, which maximises Q and entropy, and whose actions are also those that Cal-QL pushes down.
-Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py (D5: no tanh here, so no clip before it).
+Notes    D1, D2, D3, D4, D6, D7, U1, U2, U3 as in calql.py.
          Of the shared code, as in dual.py, which says more:
          D50 v-prediction on the cosine schedule, not ε.
          D51 unit noise, prior precision laplace_prior, and N_eff from laplace_std, not Eq. 6 literally.
-         D52 ŝ' is asked for with the executed action; --shift-from-plan is the cheap reading.
+         D52 ŝ' is asked for with the executed action.
          D53 caps: epistemic variance 0.25, λ d 1, per dimension of the action.
-         D54 --shift-floor subtracts the offline mean of d.
+         D56 draws have no part in the direction in which a layer norm's features and 1 do not vary.
+         D57 P̂ is the student and then trained on d itself.
          D59 1M online steps [CORL], calql.py's are 200,000.
          U50 planner network: residual MLP on the flattened window, one Linear last.
          U51 horizon 4, AntMaze 32, stride 1; padding past an episode's end has no loss.
          U52 32 -> 1 denoising steps, learning rates, average, steps per halving, shrunk noise.
          U53 the known state (with probability 1/2 also the action) stands in the noised input, without loss.
          U54 latent of the mean: zero; --latent sample draws it in training and acting, not in evaluation.
-         U55 σ: one free parameter per action, log in [-5, 0.5]; no squash, actions are clipped.
+         U55 σ: one free parameter per action, log in [-5, 0.5].
          U56 posterior: K draws per fit, kept as offsets from W, which moves on; rows of dataset and own.
          U57 d: mean square over the state's dimensions in units of their std; 0 on an episode's first step.
          U58 P̂ is the student before RL, frozen.
@@ -33,23 +34,21 @@ Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py (D5: no tanh here
          U60 warm-up without updates; acting is DUAL's from the first step.
          U61 no diffusion loss during RL; --bc-coef adds Eq. 3 on dataset windows to the actor.
          Of this file:
-         U63 actor's loss: SAC's, as Cal-QL's, of a = μ + σ ξ. Q sees clip(a), straight-through, that is, outside the
-            box μ gets Q's gradient at the border; log π is that of a itself, without a Jacobian, also in the weights
-            of the regulariser; mean(relu(|μ| - 1)²) is added, with coefficient 1, which keeps μ near the box.
+         D58 the text's Gaussian has no bounds. Clipped, its μ leaves the box (up to 14), as Q's gradient goes on at the
+            border and the entropy does not see it. Here a = box(u), u ~ N(μ, σ²): the identity up to 0.9, beyond it a
+            tanh, which μ starts in alike and the posterior does not mind; log π has the Jacobian, as calql.py's tanh.
+         U63 actor's loss: SAC's, as Cal-QL's; the draws of W, σ, the epistemic part and the shift act on u.
          U64 Eq. 6 wants a weighted likelihood, which this loss is not, and raw Q, which may be negative, leaves G
             indefinite: actions of the rows are weighed with exp((Q - V) / std), the exponent within ±5, V the mean Q of
             4 actions of π, std over the rows of the fit (at least 1e-5 of |V|: a constant Q weighs all rows alike).
          U65 a' in TD targets and in the regulariser have σ only: the epistemic part and the shift are for acting.
-Metrics  those of calql.py and of dual.py; policy/outside: mean of relu(|μ| - 1), large when U63's last term is weak;
-         policy/log_prob before the clip; log_std/mean.
+Metrics  those of calql.py, but policy/data_log_prob, and of dual.py; policy/outside mean of relu(|μ| - 1).
 Run      python algorithms/calql_dual.py --env hopper-medium-v2 --seed 0
          ablations as in dual.py: --horizon 1 --shift-weight 0 | --distill-steps 32 | --uq none | --uq latent |
          --shift-weight 0 | --laplace-weights elbo | --time-acting
          dual.py's planner, where the planner's settings and normalize_obs agree:
          --from-planner runs/dual/hopper-medium-v2/seed0
-Cost     hopper-mini-v0: 4.3 CPU minutes beside other jobs. Published sizes want a GPU (not measured there).
-Fails    coefficient 1 in U63 is small beside Q of some hundreds: in hopper-mini-v0 |μ| is up to 0.75 beyond the box on
-         average, and its actions are at the border (policy/outside).
+Cost     hopper-mini-v0: about 4.8 CPU minutes. Published sizes want a GPU (not measured there).
 """
 
 import math
@@ -65,6 +64,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from common import data, run
 from common.buffer import Batch, ReplayBuffer, mix
@@ -137,8 +137,7 @@ class Args:
     laplace_std: Weight = 0.1  # epistemic std on data that sets N_eff; 0 = N_eff is the sum of weights: D51
     laplace_prior: Positive = 1.0  # τ0, prior precision of the last layer: D51
     shift_weight: Weight = 0.5  # λ [Table 5]
-    shift_from_plan: bool = False  # next state of the plan instead of that of the executed action: D52
-    shift_floor: bool = False  # subtract the offline mean of d: D54
+    fit_transition: bool = True  # train P̂ on d after the distillation: D57
     time_acting: bool = False  # only print milliseconds per action for 1, 2, 4, ... denoising steps [Table 4]
 
 
@@ -159,15 +158,24 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     ),
 }  # fmt: skip
 PLANNER_SETTINGS = (  # NEW: what a planner depends on, beside the dataset
-    "env", "horizon", "planner_steps", "planner_batch", "planner_lr", "planner_width", "planner_blocks",
+    "horizon", "planner_steps", "planner_batch", "planner_lr", "planner_width", "planner_blocks",
     "normalize_windows", "normalize_obs",
 )  # fmt: skip
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
     "offline_steps", "batch_size", "gamma", "polyak", "policy_lr", "critic_lr", "hidden", "critic_layers",
     "cql_weight", "cql_n_actions", "cql_clip_min", "calibrate", "lagrange", "target_gap", "max_target_backup",
     "normalize_obs", "reward_scale", "reward_bias", "sparse_reward", "mc_tail",
-    *PLANNER_SETTINGS[1:-1], "teacher_steps", "distill_steps", "halving_steps", "latent", "bc_coef",
+    *PLANNER_SETTINGS[:-1], "teacher_steps", "distill_steps", "halving_steps", "latent", "bc_coef", "fit_transition",
 )  # fmt: skip
+NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
+    "lagrange": ("target_gap",),
+    "calibrate": ("mc_tail", "sparse_reward"),
+    "uq == 'laplace'": (
+        "laplace_weights", "laplace_noise", "laplace_every", "laplace_rows", "laplace_std", "laplace_prior",
+    ),
+    "uq != 'none'": ("laplace_draws",),
+    "teacher_steps > distill_steps": ("halving_steps", "eval_halvings"),
+}  # fmt: skip
 
 
 # --- shared: calql.critics ---
@@ -411,9 +419,11 @@ class PlanActor(nn.Module):
     def first_action(self) -> slice:
         return slice(self.net.act_dim)
 
-    @property
-    def next_state(self) -> slice:
-        return slice(self.net.row + self.net.act_dim, 2 * self.net.row)
+    @torch.no_grad()
+    def null(self) -> torch.Tensor:
+        """The direction (w + 1,) that every [f, 1] is normal to: a layer norm's outputs add up to 0.  D56"""
+        gain, bias = self.net.norm.weight.double(), self.net.norm.bias.double()
+        return F.normalize(torch.cat([1 / gain, -(bias / gain).sum()[None]]), dim=0)
 
     def std(self) -> torch.Tensor:
         return self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp()
@@ -426,6 +436,16 @@ class PlanActor(nn.Module):
     def predict(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """ŝ' = P̂(s, a) in normalised units: obs (B, O), actions (B, A) -> (B, O).  [§3.3]: D52"""
         return unroll(self.net, *self.start(obs, actions), self.steps)[:, 1, self.net.act_dim :]
+
+    def prediction_error(self, batch: Batch) -> torch.Tensor:
+        """d: mean over dimensions of (s' - ŝ')² in normalised units, (B,).  [Eq. 8]: U57"""
+        predicted = self.predict(batch.obs, batch.actions)
+        return (self.net.normalize(batch.next_obs) - predicted).square().mean(1)
+
+
+def transition_loss(model: PlanActor, batch: Batch) -> torch.Tensor:
+    """Mean of d, 0 for rows that end an episode: after those no d is ever used.  [Eq. 8]: D57"""
+    return ((1 - batch.terminations) * model.prediction_error(batch)).mean()
 
 
 def halvings(args: Args) -> list[tuple[int, int]]:
@@ -444,7 +464,7 @@ def halvings(args: Args) -> list[tuple[int, int]]:
 
 
 class Planner:
-    """The diffusion planner, then its students, and the phases that train them; `teacher` is what comes out."""
+    """The diffusion planner, then its students, and the phases that train them: actor `teacher`, transition `net`."""
 
     def __init__(self, r: run.Run, args: Args, windows: Windows, act_dim: int, dataset_hash: str):
         self.r, self.args, self.windows, self.act_dim = r, args, windows, act_dim
@@ -457,7 +477,9 @@ class Planner:
         adam = dict(fused=True, capturable=r.device.type == "cuda")
         self.opt = torch.optim.Adam(self.net.parameters(), lr=lr, **adam)
         self.count = torch.zeros((), device=r.device)  # gradient steps since the (re)start
+        self.model = PlanActor(self.net, args.distill_steps, "zero").to(r.device)  # what becomes P̂
         self.planner_loss, self.distill_loss = r.compiled(planner_loss), r.compiled(distill_loss)
+        self.transition_loss = r.compiled(transition_loss)
         self.settings = {k: getattr(args, k) for k in PLANNER_SETTINGS} | {"dataset": dataset_hash}
 
     def state(self) -> dict:
@@ -493,8 +515,16 @@ class Planner:
         self.descend(loss, 1 - self.count / updates)
         return {"loss/distill": loss.detach()}
 
+    def transition_step(self, updates: int) -> dict[str, torch.Tensor]:
+        """One of the `updates` gradient steps of P̂, at three times the planner's learning rate.  D57"""
+        windows = self.windows
+        rows = windows.buffer.take(windows.buffer.draw(self.args.planner_batch, windows.rows))
+        loss = self.transition_loss(self.model, rows)
+        self.descend(loss, 3 - 3 * self.count / updates)
+        return {"loss/transition": loss.detach()}
+
     def restart(self) -> None:
-        """Before a halving: the student is its teacher, the optimizer fresh."""
+        """Before a halving, and before P̂: the student is its teacher, the optimizer fresh."""
         self.net.load_state_dict(self.teacher.state_dict())
         self.count.zero_()
         for state in self.opt.state.values():
@@ -502,7 +532,7 @@ class Planner:
                 x.zero_()
 
     def learn(self, score: Callable[[PlannerNet, int], float]) -> None:
-        """Both phases; `score` of a net and its denoising steps is for --eval-halvings."""
+        """All phases; `score` of a net and its denoising steps is for --eval-halvings."""
         r, args = self.r, self.args
         step_fn = r.capture(self.planner_step)
         for step in r.phase("planner", args.planner_steps):
@@ -524,6 +554,14 @@ class Planner:
                 if args.eval_halvings:
                     logs[f"distill/score_{steps}"] = score(self.teacher, steps)
                 r.record(until, logs)
+        updates = 2 * args.planner_steps if args.fit_transition and args.horizon > 1 else 0
+        if r.once("transition") and updates == 0:
+            self.restart()
+        step_fn = r.capture(partial(self.transition_step, updates))
+        for step in r.phase("transition", updates):
+            if step == 0:
+                self.restart()
+            r.log(step, step_fn())
 
     @torch.no_grad()
     def errors(self, steps: int) -> dict[str, float]:
@@ -563,14 +601,19 @@ def second_moment(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor
     return moment / total if total > 0 else moment
 
 
+def precisions(spectrum: torch.Tensor, n_eff: float, prior: float) -> torch.Tensor:
+    """Eigenvalues of G = N_eff M + τ0 I from those of M; at least 1e-14 of the largest, where float64 ends.  [Eq. 6]"""
+    g = n_eff * spectrum + prior
+    return g.maximum(1e-14 * g.max())
+
+
 def data_variance(spectrum: torch.Tensor, n_eff: float, prior: float) -> float:
-    """tr(M G⁻¹) = Σ l / (N_eff l + τ0), l the eigenvalues of M: the mean of f G⁻¹ f over the data, noise 1."""
-    return (spectrum / (n_eff * spectrum + prior)).sum().item()
+    """tr(M G⁻¹) from the eigenvalues of M: the mean of f G⁻¹ f over the data, noise 1."""
+    return (spectrum / precisions(spectrum, n_eff, prior)).sum().item()
 
 
-def calibrate(moment: torch.Tensor, target_std: float, prior: float) -> float:
+def calibrate(spectrum: torch.Tensor, target_std: float, prior: float) -> float:
     """N_eff at which the root mean epistemic variance on data is target_std; 0 if it is less anyway.  D51"""
-    spectrum = torch.linalg.eigvalsh(moment).clamp(min=0)
     low, high = 0.0, len(spectrum) / target_std**2  # where it is surely less: each term is below 1 / N_eff
     if data_variance(spectrum, 0.0, prior) <= target_std**2:
         return 0.0
@@ -583,21 +626,16 @@ def calibrate(moment: torch.Tensor, target_std: float, prior: float) -> float:
     return high
 
 
-def fit_posterior(moment: torch.Tensor, n_eff: float, prior: float) -> tuple[torch.Tensor, float]:
-    """Cholesky factor (F, F) and condition of G = N_eff M + τ0 I; row j of W ~ N(W_j, s_j² G⁻¹).  [Eq. 6]: D51"""
-    precision = n_eff * moment + prior * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    spectrum = torch.linalg.eigvalsh(precision)
-    low, high = spectrum[0].item(), spectrum[-1].item()
-    if low <= 1e-14 * high:
-        allowed = f"more than {1e-14 * high:.1g} (the data leave directions of the last layer free)"
-        raise run.UsageError("--laplace-prior", prior, allowed)
-    return torch.linalg.cholesky(precision), high / low
+def draw_offsets(
+    basis: torch.Tensor, precision: torch.Tensor, null: torch.Tensor, scales: torch.Tensor, draws: int
+) -> torch.Tensor:
+    """Draws of W minus W, row j ~ N(0, s_j² G⁻¹), without a part along `null`: (draws, A, F) float32.  [Eq. 6]: D56
 
-
-def draw_offsets(factor: torch.Tensor, scales: torch.Tensor, draws: int) -> torch.Tensor:
-    """Draws of W minus W: factor (F, F) of G, s (A,) -> (draws, A, F) float32, from the global generator.  [Eq. 6]"""
-    xi = torch.randn(len(factor), draws * len(scales), dtype=factor.dtype, device=factor.device)
-    rows = torch.linalg.solve_triangular(factor.T, xi, upper=True).T  # each N(0, G⁻¹)
+    G by its eigenvectors (F, F) and eigenvalues (F,); null (F,) of length 1, s (A,); from the global generator.
+    """
+    xi = torch.randn(len(basis), draws * len(scales), dtype=basis.dtype, device=basis.device)
+    rows = (basis * precision.rsqrt() @ xi).T
+    rows = rows - (rows @ null)[:, None] * null
     return (rows.view(draws, len(scales), -1) * scales[:, None]).float()
 
 
@@ -616,18 +654,17 @@ class Explorer:
         self.offsets = torch.zeros(args.laplace_draws, actor.net.act_dim, width, device=device)
         self.n_eff_per_row = torch.zeros((), dtype=torch.float64, device=device)
         self.shift = torch.zeros((), device=device)  # d of the next step
-        self.floor = torch.zeros((), device=device)  # subtracted from it
+        self.usual = torch.ones((), device=device)  # d without a shift
         self.tally = torch.zeros(5, device=device)  # steps, and sums of three variances and d
-        self.planned: torch.Tensor | None = None  # next state of the last action's plan
 
     def state(self) -> dict:
         """What a checkpoint holds, by name."""
-        names = ("offsets", "n_eff_per_row", "shift", "floor", "tally")
+        names = ("offsets", "n_eff_per_row", "shift", "usual", "tally")
         return {f"explorer_{k}": getattr(self, k) for k in names}
 
     @torch.no_grad()
     def act(self, obs: torch.Tensor) -> torch.Tensor:
-        """a ~ N(mean, σ² + epistemic + min(λ (d - floor), cap)), clipped: (1, O) -> (1, A).  [Eqs. 7-8]: D53, U55"""
+        """a ~ N(mean, σ² + epistemic + min(λ d, cap)), not yet in the box: (1, O) -> (1, A).  [Eqs. 7-8]: D53, U55"""
         args, actor = self.args, self.actor
         if args.uq == "latent":
             z = actor.noise(args.laplace_draws)
@@ -637,30 +674,21 @@ class Explorer:
         means = actor.read(f1, base, actor.first_action)[:, None]  # (latents, 1, A)
         if args.uq == "laplace":
             means = means + (self.offsets @ f1.T).transpose(1, 2)  # (K, 1, A): in the last step only
-        if args.shift_from_plan:
-            self.planned = actor.read(f1, base, actor.next_state).mean(0, keepdim=True)
         mean, epistemic = ensemble(means)
         epistemic, aleatoric = epistemic.clamp(max=EPISTEMIC_CAP), actor.std().square()
         shift = torch.zeros_like(self.shift)
         if args.shift_weight > 0:
-            shift = (args.shift_weight * (self.shift - self.floor).clamp(min=0)).clamp(max=SHIFT_CAP)  # D54
+            shift = (args.shift_weight * self.shift).clamp(max=SHIFT_CAP)
         parts = aleatoric.mean(), epistemic.mean(), shift, self.shift
         self.tally.add_(torch.stack([torch.ones_like(shift), *parts]))
         std = (aleatoric + epistemic + shift).sqrt()
-        return (mean + std * torch.randn_like(mean)).clamp(-1, 1)
+        return mean + std * torch.randn_like(mean)
 
     @torch.no_grad()
-    def prediction_error(self, batch: Batch, planned: torch.Tensor | None = None) -> torch.Tensor:
-        """d: mean over dimensions of (s' - ŝ')² in normalised units, (B,); ŝ' of P̂ unless given.  [Eq. 8]: U57, U58"""
-        if planned is None:
-            planned = self.transition.predict(batch.obs, batch.actions)
-        return (self.transition.net.normalize(batch.next_obs) - planned).square().mean(1)
-
     def observe(self, online: ReplayBuffer) -> None:
-        """After an environment step, stored last: d of the next one."""
+        """After an environment step, stored last: d of the next one.  U58"""
         if self.args.horizon > 1:
-            last = online.take((online.size - 1)[None])
-            self.shift.copy_(self.prediction_error(last, self.planned)[0])
+            self.shift.copy_(self.transition.prediction_error(online.take((online.size - 1)[None]))[0])
 
     @torch.no_grad()
     def start(self, dataset: ReplayBuffer, weigh: Callable[[Batch], torch.Tensor]) -> dict[str, float]:
@@ -669,17 +697,10 @@ class Explorer:
         if self.args.uq == "laplace":
             logs = self.fit([dataset], weigh, first=True)
         if self.args.horizon > 1:
-            total = count = 0.0
-            for batch in self.parts([dataset]):
-                planned = None
-                if self.args.shift_from_plan:
-                    planned = self.actor.read(*self.actor.features(batch.obs), self.actor.next_state)
-                going_on = 1 - batch.terminations  # after the others no d is ever used
-                total = total + (self.prediction_error(batch, planned) * going_on).sum()
-                count = count + going_on.sum()
-            logs["shift/offline"] = (total / count).item()
-            if self.args.shift_floor:
-                self.floor.fill_(total / count)  # D54
+            parts = self.parts([dataset])
+            errors = sum(transition_loss(self.transition, b) * len(b.rewards) for b in parts)
+            self.usual.copy_(errors / sum((1 - b.terminations).sum() for b in parts).clamp(min=1))
+            logs["shift/offline"] = self.usual.item()
         return logs
 
     def some(self, total: int) -> torch.Tensor:
@@ -722,17 +743,19 @@ class Explorer:
             batches = self.parts(buffers)
             features = torch.cat([actor.features(b.obs)[0] for b in batches])
             weights = weigh(Batch(*map(torch.cat, zip(*batches, strict=True))))
-        moment, rows = second_moment(features, weights), sum(map(len, buffers))
+        spectrum, basis = torch.linalg.eigh(second_moment(features, weights))
+        spectrum, rows = spectrum.clamp(min=0), sum(map(len, buffers))
         if args.laplace_std == 0:
             self.n_eff_per_row.copy_(weights.double().mean())
         elif first:
-            self.n_eff_per_row.fill_(calibrate(moment, args.laplace_std, args.laplace_prior) / rows)
+            self.n_eff_per_row.fill_(calibrate(spectrum, args.laplace_std, args.laplace_prior) / rows)
         n_eff = self.n_eff_per_row.item() * rows
-        factor, condition = fit_posterior(moment, n_eff, args.laplace_prior)
+        precision = precisions(spectrum, n_eff, args.laplace_prior)
         scales = actor.std() if args.laplace_noise == "sigma" else torch.ones_like(actor.log_std)
-        self.offsets.copy_(draw_offsets(factor, scales.detach().double(), args.laplace_draws))
-        spread = data_variance(torch.linalg.eigvalsh(moment).clamp(min=0), n_eff, args.laplace_prior)
-        spread = spread * scales.square().mean().item()
+        offsets = draw_offsets(basis, precision, actor.null(), scales.double(), args.laplace_draws)
+        self.offsets.copy_(offsets)
+        spread = data_variance(spectrum, n_eff, args.laplace_prior) * scales.square().mean().item()
+        condition = (precision[-1] / precision[1]).item()  # the first is the null direction's
         return {"laplace/n_eff": n_eff, "laplace/condition": condition, "laplace/data_std": spread**0.5}
 
     def logs(self) -> dict[str, torch.Tensor]:
@@ -742,7 +765,7 @@ class Explorer:
         named = {"aleatoric": aleatoric, "epistemic": epistemic, "shift": shift}
         logs = {f"uq/share_{k}": v / total for k, v in named.items()}
         logs |= {f"uq/{k}_std": (named[k] / steps).sqrt() for k in ("aleatoric", "epistemic")}
-        return logs | {"uq/shift": d / steps}
+        return logs | {"uq/shift": d / steps, "uq/shift_ratio": d / steps / self.usual}
 
 
 def time_acting(args: Args, task: data.Task) -> dict[str, float]:
@@ -877,22 +900,25 @@ def mc_returns(
 
 
 # NEW: Cal-QL's losses with this actor
+BOX = 0.9  # |u| up to which `box` is the identity: D58
+
+
+def box(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Actions in the box, and log |da/du| of each: a = u up to BOX, BOX + (1 - BOX) tanh(x) beyond it.  D58
+
+    x = (|u| - BOX) / (1 - BOX), u's sign comes back; log(1 - tanh² x) = 2 (ln 2 - x - softplus(-2x)).  [SAC App. C]
+    """
+    x = (u.abs() - BOX).relu() / (1 - BOX)
+    return u.clamp(-BOX, BOX) + (1 - BOX) * u.sign() * x.tanh(), 2 * (math.log(2) - x - F.softplus(-2 * x))
+
+
 def boxed(
     mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Action clip(a), a = mean + σ · noise, and log π(a): all (..., A) -> (..., A), (...,); log σ may be (A,).  U63
-
-    Backwards the clip is the identity. The density is that of the Gaussian, of the action before the clip.
-    """
-    u = mean + log_std.exp() * noise
+    """Action box(u), u = mean + σ · noise, and its log π: all (..., A) -> (..., A), (...,); log σ may be (A,).  D58"""
+    actions, log_slope = box(mean + log_std.exp() * noise)
     log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    return u.detach().clamp(-1, 1) + (u - u.detach()), log_normal.sum(-1)
-
-
-def log_prob(mean: torch.Tensor, log_std: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """log N(a; mean, diag σ²): (B, A), (A,), (B, A) -> (B,)."""
-    z = (actions - mean) * (-log_std).exp()
-    return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+    return actions, (log_normal - log_slope).sum(-1)
 
 
 def dual_losses(
@@ -943,13 +969,10 @@ def dual_losses(
         log_alpha * (log_pi.detach() - act_dim)
     ).mean()  # [SAC, arXiv 1812.05905 §5], target entropy -A
     q_new = frozen_q(nets["qf"], batch.obs, new_actions[:, 0]).amin(0)
-    actor_loss = (log_alpha.detach().exp() * log_pi[:, 0] - q_new).mean()  # [SAC §4.2]
-    outside = (mean.abs() - 1).relu()
-    actor_loss = actor_loss + outside.square().mean()  # U63
+    actor_loss = (log_alpha.detach().exp() * log_pi[:, 0] - q_new).mean()  # [SAC §4.2]: U63
     logs = {"loss/q": td_loss, "loss/actor": actor_loss, "loss/alpha": alpha_loss, "cql/gap": gap.mean()}
     logs |= {"cql/bound_share": share, "q/mean": q[..., 0].mean(), "policy/log_prob": log_pi.mean()}
-    logs["policy/data_log_prob"] = log_prob(mean[:, 0], log_std, batch.actions).mean()  # D5
-    logs |= {"policy/outside": outside.mean(), "log_std/mean": log_std.mean()}
+    logs |= {"policy/outside": (mean.abs() - 1).relu().mean(), "log_std/mean": log_std.mean()}
     logs |= {"alpha/entropy": log_alpha.exp(), "alpha/lagrange": nets["weights"]["log_alpha_prime"].exp()}
     return td_loss + cql_loss + lagrange_loss + alpha_loss + actor_loss, {
         k: v.detach() for k, v in logs.items()
@@ -1008,7 +1031,7 @@ def train(args: Args) -> dict[str, float]:
     task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
     if args.time_acting:  # NEW
         return time_acting(args, task)
-    r = run.Run(args, __file__, name, ENV_PRESETS)
+    r = run.Run(args, __file__, name, ENV_PRESETS, NEEDS)
     if r.final:
         print(f"{r.dir}: finished; --overwrite starts anew")
         return r.final
@@ -1059,11 +1082,11 @@ def train(args: Args) -> dict[str, float]:
 
     @torch.no_grad()
     def act(obs: torch.Tensor) -> torch.Tensor:  # deterministic
-        return nets["actor"](obs)[0].clamp(-1, 1)  # U59
+        return box(nets["actor"](obs)[0])[0]  # U59
 
     def score(net: PlannerNet, steps: int) -> float:  # NEW
         clone = PlanActor(net, steps, "zero").to(r.device)
-        policy = torch.no_grad()(lambda obs: clone(obs)[0].clamp(-1, 1))
+        policy = torch.no_grad()(lambda obs: box(clone(obs)[0])[0])
         return evaluate(policy, r.device)["eval/score"]
 
     # offline: gradient steps on the dataset
@@ -1085,8 +1108,8 @@ def train(args: Args) -> dict[str, float]:
             r.import_phase("planner", args.from_planner, planner.settings, average=planner.average)
         planner.learn(score)
         if r.once("clone"):
-            for k in ("actor", "transition"):
-                nets[k].net.load_state_dict(planner.teacher.state_dict())
+            nets["actor"].net.load_state_dict(planner.teacher.state_dict())
+            nets["transition"].net.load_state_dict(planner.net.state_dict())
     step_fn = r.capture(offline_step)
     for step in r.phase("offline", args.offline_steps):
         r.log(step, step_fn())
@@ -1122,7 +1145,7 @@ def train(args: Args) -> dict[str, float]:
     for step in r.phase("online", args.online_steps):
         if interaction.obs is None:  # NEW: an episode's first step: U57
             explorer.shift.zero_()
-        if episode := interaction.step(explorer.act):
+        if episode := interaction.step(lambda obs: box(explorer.act(obs))[0]):
             r.record(step + 1, episode)
             if args.calibrate_online:
                 last = slice(online.rows - episode["train/episode_length"], online.rows)

@@ -14,20 +14,21 @@ Idea     Offline: a diffusion model of windows learns behavior and dynamics at o
          trains. That mean is affine in the last layer, so the weighted likelihood has an exact Gaussian posterior.
          Online: K draws of the last layer widen the policy where data are few, and so does the error of the frozen
          student's next state: where the world is not the dataset's.
-Notes    D1, D2, D3, D5, U1 as in iql.py, but the actor's learning rate is constant offline too (decay_actor_lr is
-         not called).
+Notes    D1, D2, D3, D5, U1 as in iql.py.
          D50 Eq. 3 is ε-prediction; here v-prediction on the cosine schedule, as in Salimans & Ho: at pure noise ε is
             the input, and a one-step student of it says nothing.
-         D51 Eq. 6 literally (noise σ, uniform prior, as many observations as weights) is a spike over 10⁶ rows, is
-            improper, and dies with σ; here unit noise, prior precision laplace_prior, and N_eff such that the mean
-            epistemic std on data is laplace_std at the end of offline, then in proportion to the rows. Literal:
-            --laplace-noise sigma --laplace-std 0 --laplace-prior 1e-6 (0 is refused: a layer norm's features and 1
-            are linearly dependent, so without a prior the posterior is never proper).
-         D52 the text reads ŝ' "for free" off the plan, whose action is not the executed one; here P̂ is asked again with
-            the executed action. --shift-from-plan is the cheap reading.
+         D51 Eq. 6 literally (noise σ, uniform prior, as many observations as weights) is a spike over 10⁶ rows and dies
+            with σ; here unit noise, prior precision laplace_prior, and N_eff such that the mean epistemic std on data
+            is laplace_std at the end of offline, then in proportion to the rows. Literal: --laplace-noise sigma
+            --laplace-std 0 --laplace-prior 1e-6.
+         D52 the text reads ŝ' "for free" off the plan, whose action is not the executed one, and whose states RL no
+            longer trains (off by 0.9, the student by 0.03); here P̂ is asked again with the executed action.
          D53 caps: epistemic variance 0.25, λ d 1, per dimension of the action.
-         D54 --shift-floor subtracts the offline mean of d, which is not 0 where dynamics are noisy.
          D55 Eq. 5's weight is Q, which may be negative; on IQL it is the bounded exponential advantage.
+         D56 draws have no part in the one direction in which a layer norm's features and 1 do not vary: only the prior
+            would limit it, and the next update turn it into noise (70 times the std with the literal recipe).
+         D57 P̂ is the student and then trained on d itself, twice planner_steps: the student's own error (0.026 in
+            hopper-mini-v0, a linear model's is 0.015) hides what a shift changes. --no-fit-transition is the text.
          D59 learner in CORL's flavour, as the paper: states normalised, one buffer, 1M online steps; iql.py's is PEX's.
             One setting for locomotion: what CORL's hopper files have of their own is left from another actor.
          U50 planner network: residual MLP on the flattened window, actions in [-1, 1] as they are, one Linear last.
@@ -44,20 +45,21 @@ Notes    D1, D2, D3, D5, U1 as in iql.py, but the actor's learning rate is const
          U56 posterior: K draws per fit, kept as offsets from W, which moves on; a fit at the end of offline and every
             laplace_every environment steps, on up to laplace_rows rows of all there are, dataset and own.
          U57 d: mean square over the state's dimensions in units of their std; 0 on an episode's first step.
-         U58 P̂ is the student before RL, frozen: it measures the shift from the dataset, and does not fade.
+         U58 P̂ is frozen when RL begins: it measures the shift from the dataset, and does not fade.
          U59 evaluation: mean of W itself, no noise, no shift.
          U60 warm-up without updates, which CORL does not have; acting is DUAL's from the first step.
          U61 no diffusion loss during RL; --bc-coef adds Eq. 3 on dataset windows to the actor.
          U62 Frozen-Lake: rewards of 10 and β = 10, own rows only online; with 0/1 rewards the weights do not tell
             actions apart, and half a batch of old slip holds the critic back. One-hot states stay in {-1, 1}: some
             are hardly ever visited, and their std is next to 0.
-Metrics  loss/planner, loss/distill; distill/error_<T>, distill/action_error_<T>: mean square gap between the T-step
-         student's endpoint and the teacher's (all, actions) from the same noise on 512 windows; distill/score_<T>
-         with --eval-halvings; laplace/n_eff, laplace/condition of G, laplace/data_std root mean epistemic variance
-         on the rows of the fit; shift/offline mean of d on the dataset; per log line, means of acting:
-         uq/epistemic_std, uq/aleatoric_std, uq/shift d, uq/share_{epistemic,aleatoric,shift} of the variance. Healthy:
-         data_std falls as rows come; shift above shift/offline only under shifted dynamics. final.json's
-         score_online_mean, the mean of the online evaluations, is what the paper's tables hold.
+Metrics  loss/{planner,distill,transition}; distill/error_<T>, distill/action_error_<T>: mean square gap between the
+         T-step student's endpoint and the teacher's (all, actions), same noise, 512 windows; distill/score_<T> with
+         --eval-halvings; laplace/n_eff, laplace/condition of G, laplace/data_std root mean epistemic variance on the
+         rows of the fit; shift/offline mean of d on the dataset; means of acting: uq/{epistemic,aleatoric}_std,
+         uq/share_{epistemic,aleatoric,shift} of the variance, uq/shift d, uq/shift_ratio d / shift/offline. Of policies
+         on hopper-mini-v0 that ratio is 1.1 to 2.5 without a shift, 4 to 10 with friction-2.0 or morphology-2.0; with
+         kinematic-2.0 or gravity-2.0, 1.5 to 3, which does not tell: P̂ would have to be finer than its width of 64.
+         final.json's score_online_mean, the mean of the online evaluations, is what the paper's tables hold.
 Run      python algorithms/dual.py --env hopper-medium-v2 --seed 0
          Table 4: w/o planner --horizon 1 --shift-weight 0 | w/o distillation --distill-steps 32 | w/o epistemic UQ --uq
          none | w/o shift-aware --shift-weight 0 | its latencies --time-acting. Table 5: --shift-weight 0.1 ... 1
@@ -65,8 +67,9 @@ Run      python algorithms/dual.py --env hopper-medium-v2 --seed 0
          w LA --shift-weight 0. Fig. 2b: --distill-steps 16, 8, 4, 2 (or --eval-halvings)
          one planner for all: --from-planner runs/dual/hopper-medium-v2/seed0; one offline phase for all that differ
          online: --from-offline runs/dual/hopper-medium-v2/seed0
-Cost     hopper-mini-v0: 3.7 CPU minutes beside other jobs. Published sizes want a GPU (not measured there).
-Fails    --laplace-noise sigma: weighted regression drives σ down online, and the epistemic part with it.
+Cost     hopper-mini-v0: about 4.2 CPU minutes. Published sizes want a GPU (not measured there).
+Fails    constant rates online: the mean is one path through Hopper and may fall where the noisy policy seldom does.
+         --laplace-noise sigma: weighted regression drives σ down online, and the epistemic part with it.
 """
 
 import math
@@ -146,8 +149,7 @@ class Args:
     laplace_std: Weight = 0.1  # epistemic std on data that sets N_eff; 0 = N_eff is the sum of weights: D51
     laplace_prior: Positive = 1.0  # τ0, prior precision of the last layer: D51
     shift_weight: Weight = 0.5  # λ [Table 5]
-    shift_from_plan: bool = False  # next state of the plan instead of that of the executed action: D52
-    shift_floor: bool = False  # subtract the offline mean of d: D54
+    fit_transition: bool = True  # train P̂ on d after the distillation: D57
     time_acting: bool = False  # only print milliseconds per action for 1, 2, 4, ... denoising steps [Table 4]
 
 
@@ -171,14 +173,22 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     "frozenlake-8x8": dict(horizon=8),  # U51
 }  # fmt: skip
 PLANNER_SETTINGS = (  # NEW: what a planner depends on, beside the dataset
-    "env", "horizon", "planner_steps", "planner_batch", "planner_lr", "planner_width", "planner_blocks",
+    "horizon", "planner_steps", "planner_batch", "planner_lr", "planner_width", "planner_blocks",
     "normalize_windows", "normalize_obs",
 )  # fmt: skip
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
     "offline_steps", "batch_size", "gamma", "polyak", "expectile", "inv_temp", "lr", "hidden",
     "normalize_reward", "normalize_obs", "reward_scale", "reward_bias",
-    *PLANNER_SETTINGS[1:-1], "teacher_steps", "distill_steps", "halving_steps", "latent", "bc_coef",
+    *PLANNER_SETTINGS[:-1], "teacher_steps", "distill_steps", "halving_steps", "latent", "bc_coef", "fit_transition",
 )  # fmt: skip
+NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
+    "not append_online": ("offline_frac",),
+    "uq == 'laplace'": (
+        "laplace_weights", "laplace_noise", "laplace_every", "laplace_rows", "laplace_std", "laplace_prior",
+    ),
+    "uq != 'none'": ("laplace_draws",),
+    "teacher_steps > distill_steps": ("halving_steps", "eval_halvings"),
+}  # fmt: skip
 
 
 # --- shared: iql.critics ---
@@ -510,9 +520,11 @@ class PlanActor(nn.Module):
     def first_action(self) -> slice:
         return slice(self.net.act_dim)
 
-    @property
-    def next_state(self) -> slice:
-        return slice(self.net.row + self.net.act_dim, 2 * self.net.row)
+    @torch.no_grad()
+    def null(self) -> torch.Tensor:
+        """The direction (w + 1,) that every [f, 1] is normal to: a layer norm's outputs add up to 0.  D56"""
+        gain, bias = self.net.norm.weight.double(), self.net.norm.bias.double()
+        return F.normalize(torch.cat([1 / gain, -(bias / gain).sum()[None]]), dim=0)
 
     def std(self) -> torch.Tensor:
         return self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp()
@@ -525,6 +537,16 @@ class PlanActor(nn.Module):
     def predict(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """ŝ' = P̂(s, a) in normalised units: obs (B, O), actions (B, A) -> (B, O).  [§3.3]: D52"""
         return unroll(self.net, *self.start(obs, actions), self.steps)[:, 1, self.net.act_dim :]
+
+    def prediction_error(self, batch: Batch) -> torch.Tensor:
+        """d: mean over dimensions of (s' - ŝ')² in normalised units, (B,).  [Eq. 8]: U57"""
+        predicted = self.predict(batch.obs, batch.actions)
+        return (self.net.normalize(batch.next_obs) - predicted).square().mean(1)
+
+
+def transition_loss(model: PlanActor, batch: Batch) -> torch.Tensor:
+    """Mean of d, 0 for rows that end an episode: after those no d is ever used.  [Eq. 8]: D57"""
+    return ((1 - batch.terminations) * model.prediction_error(batch)).mean()
 
 
 def halvings(args: Args) -> list[tuple[int, int]]:
@@ -543,7 +565,7 @@ def halvings(args: Args) -> list[tuple[int, int]]:
 
 
 class Planner:
-    """The diffusion planner, then its students, and the phases that train them; `teacher` is what comes out."""
+    """The diffusion planner, then its students, and the phases that train them: actor `teacher`, transition `net`."""
 
     def __init__(self, r: run.Run, args: Args, windows: Windows, act_dim: int, dataset_hash: str):
         self.r, self.args, self.windows, self.act_dim = r, args, windows, act_dim
@@ -556,7 +578,9 @@ class Planner:
         adam = dict(fused=True, capturable=r.device.type == "cuda")
         self.opt = torch.optim.Adam(self.net.parameters(), lr=lr, **adam)
         self.count = torch.zeros((), device=r.device)  # gradient steps since the (re)start
+        self.model = PlanActor(self.net, args.distill_steps, "zero").to(r.device)  # what becomes P̂
         self.planner_loss, self.distill_loss = r.compiled(planner_loss), r.compiled(distill_loss)
+        self.transition_loss = r.compiled(transition_loss)
         self.settings = {k: getattr(args, k) for k in PLANNER_SETTINGS} | {"dataset": dataset_hash}
 
     def state(self) -> dict:
@@ -592,8 +616,16 @@ class Planner:
         self.descend(loss, 1 - self.count / updates)
         return {"loss/distill": loss.detach()}
 
+    def transition_step(self, updates: int) -> dict[str, torch.Tensor]:
+        """One of the `updates` gradient steps of P̂, at three times the planner's learning rate.  D57"""
+        windows = self.windows
+        rows = windows.buffer.take(windows.buffer.draw(self.args.planner_batch, windows.rows))
+        loss = self.transition_loss(self.model, rows)
+        self.descend(loss, 3 - 3 * self.count / updates)
+        return {"loss/transition": loss.detach()}
+
     def restart(self) -> None:
-        """Before a halving: the student is its teacher, the optimizer fresh."""
+        """Before a halving, and before P̂: the student is its teacher, the optimizer fresh."""
         self.net.load_state_dict(self.teacher.state_dict())
         self.count.zero_()
         for state in self.opt.state.values():
@@ -601,7 +633,7 @@ class Planner:
                 x.zero_()
 
     def learn(self, score: Callable[[PlannerNet, int], float]) -> None:
-        """Both phases; `score` of a net and its denoising steps is for --eval-halvings."""
+        """All phases; `score` of a net and its denoising steps is for --eval-halvings."""
         r, args = self.r, self.args
         step_fn = r.capture(self.planner_step)
         for step in r.phase("planner", args.planner_steps):
@@ -623,6 +655,14 @@ class Planner:
                 if args.eval_halvings:
                     logs[f"distill/score_{steps}"] = score(self.teacher, steps)
                 r.record(until, logs)
+        updates = 2 * args.planner_steps if args.fit_transition and args.horizon > 1 else 0
+        if r.once("transition") and updates == 0:
+            self.restart()
+        step_fn = r.capture(partial(self.transition_step, updates))
+        for step in r.phase("transition", updates):
+            if step == 0:
+                self.restart()
+            r.log(step, step_fn())
 
     @torch.no_grad()
     def errors(self, steps: int) -> dict[str, float]:
@@ -662,14 +702,19 @@ def second_moment(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor
     return moment / total if total > 0 else moment
 
 
+def precisions(spectrum: torch.Tensor, n_eff: float, prior: float) -> torch.Tensor:
+    """Eigenvalues of G = N_eff M + τ0 I from those of M; at least 1e-14 of the largest, where float64 ends.  [Eq. 6]"""
+    g = n_eff * spectrum + prior
+    return g.maximum(1e-14 * g.max())
+
+
 def data_variance(spectrum: torch.Tensor, n_eff: float, prior: float) -> float:
-    """tr(M G⁻¹) = Σ l / (N_eff l + τ0), l the eigenvalues of M: the mean of f G⁻¹ f over the data, noise 1."""
-    return (spectrum / (n_eff * spectrum + prior)).sum().item()
+    """tr(M G⁻¹) from the eigenvalues of M: the mean of f G⁻¹ f over the data, noise 1."""
+    return (spectrum / precisions(spectrum, n_eff, prior)).sum().item()
 
 
-def calibrate(moment: torch.Tensor, target_std: float, prior: float) -> float:
+def calibrate(spectrum: torch.Tensor, target_std: float, prior: float) -> float:
     """N_eff at which the root mean epistemic variance on data is target_std; 0 if it is less anyway.  D51"""
-    spectrum = torch.linalg.eigvalsh(moment).clamp(min=0)
     low, high = 0.0, len(spectrum) / target_std**2  # where it is surely less: each term is below 1 / N_eff
     if data_variance(spectrum, 0.0, prior) <= target_std**2:
         return 0.0
@@ -682,21 +727,16 @@ def calibrate(moment: torch.Tensor, target_std: float, prior: float) -> float:
     return high
 
 
-def fit_posterior(moment: torch.Tensor, n_eff: float, prior: float) -> tuple[torch.Tensor, float]:
-    """Cholesky factor (F, F) and condition of G = N_eff M + τ0 I; row j of W ~ N(W_j, s_j² G⁻¹).  [Eq. 6]: D51"""
-    precision = n_eff * moment + prior * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    spectrum = torch.linalg.eigvalsh(precision)
-    low, high = spectrum[0].item(), spectrum[-1].item()
-    if low <= 1e-14 * high:
-        allowed = f"more than {1e-14 * high:.1g} (the data leave directions of the last layer free)"
-        raise run.UsageError("--laplace-prior", prior, allowed)
-    return torch.linalg.cholesky(precision), high / low
+def draw_offsets(
+    basis: torch.Tensor, precision: torch.Tensor, null: torch.Tensor, scales: torch.Tensor, draws: int
+) -> torch.Tensor:
+    """Draws of W minus W, row j ~ N(0, s_j² G⁻¹), without a part along `null`: (draws, A, F) float32.  [Eq. 6]: D56
 
-
-def draw_offsets(factor: torch.Tensor, scales: torch.Tensor, draws: int) -> torch.Tensor:
-    """Draws of W minus W: factor (F, F) of G, s (A,) -> (draws, A, F) float32, from the global generator.  [Eq. 6]"""
-    xi = torch.randn(len(factor), draws * len(scales), dtype=factor.dtype, device=factor.device)
-    rows = torch.linalg.solve_triangular(factor.T, xi, upper=True).T  # each N(0, G⁻¹)
+    G by its eigenvectors (F, F) and eigenvalues (F,); null (F,) of length 1, s (A,); from the global generator.
+    """
+    xi = torch.randn(len(basis), draws * len(scales), dtype=basis.dtype, device=basis.device)
+    rows = (basis * precision.rsqrt() @ xi).T
+    rows = rows - (rows @ null)[:, None] * null
     return (rows.view(draws, len(scales), -1) * scales[:, None]).float()
 
 
@@ -715,18 +755,17 @@ class Explorer:
         self.offsets = torch.zeros(args.laplace_draws, actor.net.act_dim, width, device=device)
         self.n_eff_per_row = torch.zeros((), dtype=torch.float64, device=device)
         self.shift = torch.zeros((), device=device)  # d of the next step
-        self.floor = torch.zeros((), device=device)  # subtracted from it
+        self.usual = torch.ones((), device=device)  # d without a shift
         self.tally = torch.zeros(5, device=device)  # steps, and sums of three variances and d
-        self.planned: torch.Tensor | None = None  # next state of the last action's plan
 
     def state(self) -> dict:
         """What a checkpoint holds, by name."""
-        names = ("offsets", "n_eff_per_row", "shift", "floor", "tally")
+        names = ("offsets", "n_eff_per_row", "shift", "usual", "tally")
         return {f"explorer_{k}": getattr(self, k) for k in names}
 
     @torch.no_grad()
     def act(self, obs: torch.Tensor) -> torch.Tensor:
-        """a ~ N(mean, σ² + epistemic + min(λ (d - floor), cap)), clipped: (1, O) -> (1, A).  [Eqs. 7-8]: D53, U55"""
+        """a ~ N(mean, σ² + epistemic + min(λ d, cap)), not yet in the box: (1, O) -> (1, A).  [Eqs. 7-8]: D53, U55"""
         args, actor = self.args, self.actor
         if args.uq == "latent":
             z = actor.noise(args.laplace_draws)
@@ -736,30 +775,21 @@ class Explorer:
         means = actor.read(f1, base, actor.first_action)[:, None]  # (latents, 1, A)
         if args.uq == "laplace":
             means = means + (self.offsets @ f1.T).transpose(1, 2)  # (K, 1, A): in the last step only
-        if args.shift_from_plan:
-            self.planned = actor.read(f1, base, actor.next_state).mean(0, keepdim=True)
         mean, epistemic = ensemble(means)
         epistemic, aleatoric = epistemic.clamp(max=EPISTEMIC_CAP), actor.std().square()
         shift = torch.zeros_like(self.shift)
         if args.shift_weight > 0:
-            shift = (args.shift_weight * (self.shift - self.floor).clamp(min=0)).clamp(max=SHIFT_CAP)  # D54
+            shift = (args.shift_weight * self.shift).clamp(max=SHIFT_CAP)
         parts = aleatoric.mean(), epistemic.mean(), shift, self.shift
         self.tally.add_(torch.stack([torch.ones_like(shift), *parts]))
         std = (aleatoric + epistemic + shift).sqrt()
-        return (mean + std * torch.randn_like(mean)).clamp(-1, 1)
+        return mean + std * torch.randn_like(mean)
 
     @torch.no_grad()
-    def prediction_error(self, batch: Batch, planned: torch.Tensor | None = None) -> torch.Tensor:
-        """d: mean over dimensions of (s' - ŝ')² in normalised units, (B,); ŝ' of P̂ unless given.  [Eq. 8]: U57, U58"""
-        if planned is None:
-            planned = self.transition.predict(batch.obs, batch.actions)
-        return (self.transition.net.normalize(batch.next_obs) - planned).square().mean(1)
-
     def observe(self, online: ReplayBuffer) -> None:
-        """After an environment step, stored last: d of the next one."""
+        """After an environment step, stored last: d of the next one.  U58"""
         if self.args.horizon > 1:
-            last = online.take((online.size - 1)[None])
-            self.shift.copy_(self.prediction_error(last, self.planned)[0])
+            self.shift.copy_(self.transition.prediction_error(online.take((online.size - 1)[None]))[0])
 
     @torch.no_grad()
     def start(self, dataset: ReplayBuffer, weigh: Callable[[Batch], torch.Tensor]) -> dict[str, float]:
@@ -768,17 +798,10 @@ class Explorer:
         if self.args.uq == "laplace":
             logs = self.fit([dataset], weigh, first=True)
         if self.args.horizon > 1:
-            total = count = 0.0
-            for batch in self.parts([dataset]):
-                planned = None
-                if self.args.shift_from_plan:
-                    planned = self.actor.read(*self.actor.features(batch.obs), self.actor.next_state)
-                going_on = 1 - batch.terminations  # after the others no d is ever used
-                total = total + (self.prediction_error(batch, planned) * going_on).sum()
-                count = count + going_on.sum()
-            logs["shift/offline"] = (total / count).item()
-            if self.args.shift_floor:
-                self.floor.fill_(total / count)  # D54
+            parts = self.parts([dataset])
+            errors = sum(transition_loss(self.transition, b) * len(b.rewards) for b in parts)
+            self.usual.copy_(errors / sum((1 - b.terminations).sum() for b in parts).clamp(min=1))
+            logs["shift/offline"] = self.usual.item()
         return logs
 
     def some(self, total: int) -> torch.Tensor:
@@ -821,17 +844,19 @@ class Explorer:
             batches = self.parts(buffers)
             features = torch.cat([actor.features(b.obs)[0] for b in batches])
             weights = weigh(Batch(*map(torch.cat, zip(*batches, strict=True))))
-        moment, rows = second_moment(features, weights), sum(map(len, buffers))
+        spectrum, basis = torch.linalg.eigh(second_moment(features, weights))
+        spectrum, rows = spectrum.clamp(min=0), sum(map(len, buffers))
         if args.laplace_std == 0:
             self.n_eff_per_row.copy_(weights.double().mean())
         elif first:
-            self.n_eff_per_row.fill_(calibrate(moment, args.laplace_std, args.laplace_prior) / rows)
+            self.n_eff_per_row.fill_(calibrate(spectrum, args.laplace_std, args.laplace_prior) / rows)
         n_eff = self.n_eff_per_row.item() * rows
-        factor, condition = fit_posterior(moment, n_eff, args.laplace_prior)
+        precision = precisions(spectrum, n_eff, args.laplace_prior)
         scales = actor.std() if args.laplace_noise == "sigma" else torch.ones_like(actor.log_std)
-        self.offsets.copy_(draw_offsets(factor, scales.detach().double(), args.laplace_draws))
-        spread = data_variance(torch.linalg.eigvalsh(moment).clamp(min=0), n_eff, args.laplace_prior)
-        spread = spread * scales.square().mean().item()
+        offsets = draw_offsets(basis, precision, actor.null(), scales.double(), args.laplace_draws)
+        self.offsets.copy_(offsets)
+        spread = data_variance(spectrum, n_eff, args.laplace_prior) * scales.square().mean().item()
+        condition = (precision[-1] / precision[1]).item()  # the first is the null direction's
         return {"laplace/n_eff": n_eff, "laplace/condition": condition, "laplace/data_std": spread**0.5}
 
     def logs(self) -> dict[str, torch.Tensor]:
@@ -841,7 +866,7 @@ class Explorer:
         named = {"aleatoric": aleatoric, "epistemic": epistemic, "shift": shift}
         logs = {f"uq/share_{k}": v / total for k, v in named.items()}
         logs |= {f"uq/{k}_std": (named[k] / steps).sqrt() for k in ("aleatoric", "epistemic")}
-        return logs | {"uq/shift": d / steps}
+        return logs | {"uq/shift": d / steps, "uq/shift_ratio": d / steps / self.usual}
 
 
 def time_acting(args: Args, task: data.Task) -> dict[str, float]:
@@ -894,13 +919,12 @@ def train(args: Args) -> dict[str, float]:
     task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
     if args.time_acting:  # NEW
         return time_acting(args, task)
-    r = run.Run(args, __file__, name, ENV_PRESETS)
+    r = run.Run(args, __file__, name, ENV_PRESETS, NEEDS)
     if r.final:
         print(f"{r.dir}: finished; --overwrite starts anew")
         return r.final
     n_offline = round(args.offline_frac * args.batch_size)
-    if not 0 <= n_offline < args.batch_size:
-        raise run.UsageError("--offline-frac", args.offline_frac, f"some of {args.batch_size} rows, not all")
+    run.check_batch(args, own=args.batch_size - n_offline)
     halvings(args)  # NEW: refuses what cannot be
     dataset = data.load(args.env, args.dataset)
     r.require(dataset=dataset.sha256)
@@ -923,13 +947,14 @@ def train(args: Args) -> dict[str, float]:
     planner = Planner(r, args, windows, task.act_dim, dataset.sha256)
     nets = make_dual_nets(planner.net, args, task.obs_dim, task.act_dim).to(r.device)
     opt = make_optimizer(nets, args.lr, r.device)
+    updates = torch.zeros((), device=r.device)  # of the offline phase
     interaction = data.Interaction(
         data.make_env(task, moments), online, args.seed, reward_scale, args.reward_bias
     )
     evaluate = data.Evaluator(task, args.eval_episodes, args.seed, moments)
     explorer = Explorer(args, nets["actor"], nets["transition"], windows)  # NEW
     added = planner.state() | explorer.state()
-    r.register(nets=nets, opt=opt, online=online, interaction=interaction, **added)
+    r.register(nets=nets, opt=opt, updates=updates, online=online, interaction=interaction, **added)
     compiled_losses, compiled_planner_loss = r.compiled(losses), r.compiled(planner_loss)
     offline_settings = {k: getattr(args, k) for k in OFFLINE_SETTINGS} | {"dataset": dataset.sha256}
 
@@ -950,8 +975,8 @@ def train(args: Args) -> dict[str, float]:
             r.import_phase("planner", args.from_planner, planner.settings, average=planner.average)
         planner.learn(score)
         if r.once("clone"):
-            for k in ("actor", "transition"):
-                nets[k].net.load_state_dict(planner.teacher.state_dict())
+            nets["actor"].net.load_state_dict(planner.teacher.state_dict())
+            nets["transition"].net.load_state_dict(planner.net.state_dict())
 
     def gradient_step(batch: Batch) -> dict[str, torch.Tensor]:
         loss, logs = compiled_losses(nets, batch, args)  # Eq. 5 is the actor's part: D55
@@ -963,6 +988,7 @@ def train(args: Args) -> dict[str, float]:
 
     # offline: gradient steps on the dataset
     def offline_step() -> dict[str, torch.Tensor]:
+        decay_actor_lr(opt, updates, args.lr, args.offline_steps)
         return gradient_step(offline.sample(args.batch_size))
 
     step_fn = r.capture(offline_step)
@@ -997,7 +1023,7 @@ def train(args: Args) -> dict[str, float]:
     for step in r.phase("online", args.online_steps):
         if interaction.obs is None:  # NEW: an episode's first step: U57
             explorer.shift.zero_()
-        if episode := interaction.step(explorer.act):
+        if episode := interaction.step(lambda obs: explorer.act(obs).clamp(-1, 1)):
             r.record(step + 1, episode)
         explorer.observe(online)  # NEW
         if step >= args.warmup_steps:

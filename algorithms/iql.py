@@ -95,6 +95,9 @@ OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the datase
     "offline_steps", "batch_size", "gamma", "polyak", "expectile", "inv_temp", "lr", "hidden",
     "normalize_reward", "normalize_obs", "reward_bias", "dropout",
 )  # fmt: skip
+NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
+    "not append_online": ("offline_frac",),
+}
 
 
 # --- shared: iql.actor ---
@@ -264,7 +267,7 @@ def restart_optimizer(opt: torch.optim.Adam, lr: float) -> None:
 
 def train(args: Args) -> dict[str, float]:
     task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
-    r = run.Run(args, __file__, name, ENV_PRESETS)
+    r = run.Run(args, __file__, name, ENV_PRESETS, NEEDS)
     if r.final:
         print(f"{r.dir}: finished; --overwrite starts anew")
         return r.final

@@ -173,8 +173,8 @@ def guided_rows(energies: Any, env: gym.Env) -> dict[str, float]:
     """What EDIS's guidance changed: 2,000 rows of the model alone ("unguided") and generated ones ("guided").
 
     energy/*_js_states from own states; *_policy_gap: rms of the action against one of the policy's at that state, in
-    units of the moments; *_sim_error as above; energy/clipped: share of guidance clipped; energy/effective: (Σ w)² / Σ w²
-    of the weights of real rows, as a share of them.
+    units of the moments; *_sim_error as above; energy/clipped: share of guidance clipped; energy/effective: (Σ w)² /
+    Σ w² as a share of the real rows that were weighed.
     """
     g, online = energies.generator, energies.online
     widths, (o, a, *_) = online.widths, online.widths

@@ -656,6 +656,7 @@ def budget(stem: str, env: str) -> dict[str, float]:
         ("ratios", "energies"), n * get("energy_updates")
     )
     work["distill"] = sum(updates for _, updates in module.halvings(a)) if get("halving_steps") else 0
+    work["transition"] = 2 * get("planner_steps") if get("fit_transition") and a.horizon > 1 else 0
     work["support"] = rows + a.online_steps if get("support_k") else 0
     for phase in ("offline", "online"):  # every episode to its limit
         work[f"evaluation {phase}"] = math.ceil(work[phase] / a.eval_every) * a.eval_episodes * task.limit

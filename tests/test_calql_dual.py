@@ -41,30 +41,52 @@ def case(rows: int = 8, n: int = 3, dtype=torch.float64, **settings) -> tuple:
 # ---- the Gaussian head ----
 
 
-def test_clipped_action_and_density_by_hand():
-    """σ = 0.5, ξ = 1: 0.2 -> 0.7 inside; 0.8 -> 1.3, clipped to 1; both have density N(1) / 0.5."""
-    mean = torch.tensor([[0.2], [0.8], [-1.9]]).double().requires_grad_()
-    log_std = torch.tensor([math.log(0.5)]).double().requires_grad_()
-    actions, log_prob = calql_dual.boxed(mean, log_std, torch.ones(3, 1).double())
-    assert actions[:, 0].tolist() == pytest.approx([0.7, 1.0, -1.0])
-    expected = -0.5 - math.log(0.5) - 0.5 * math.log(2 * math.pi)
-    assert log_prob.tolist() == pytest.approx([expected] * 3)
-    (3 * actions[0] + 5 * actions[1] + 7 * actions[2]).backward()
-    assert mean.grad[:, 0].tolist() == [3.0, 5.0, 7.0]  # as if there were no clip
-    assert log_std.grad.item() == pytest.approx((3 + 5 + 7) * 0.5)  # σ ξ
+def into_box(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in other words: the action, and log da/du by the hyperbolic cosine; float64."""
+    over = torch.where(u.abs() > 0.9, (u.abs() - 0.9) / 0.1, 0.0)
+    squashed = u.sign() * (0.9 + 0.1 * torch.tanh(over))
+    return torch.where(u.abs() > 0.9, squashed, u), -2 * torch.log(torch.cosh(over))
 
 
-def test_actions_are_exactly_in_the_box_and_log_prob_is_that_of_the_unclipped():
-    torch.manual_seed(0)
-    mean, log_std, noise = 2 * torch.randn(500, 1, A), torch.tensor([0.3, -0.7]), torch.randn(500, 4, A)
-    actions, log_prob = calql_dual.boxed(mean, log_std, noise)
-    u = mean + log_std.exp() * noise
-    assert actions.abs().max() == 1 and torch.equal(actions, u.clamp(-1, 1)) and (actions != u).any()
-    peer = Normal(mean, log_std.exp())
-    assert torch.allclose(log_prob, peer.log_prob(u).sum(-1), atol=1e-4)
-    assert not torch.allclose(log_prob, peer.log_prob(actions).sum(-1), atol=0.1)
-    given = calql_dual.log_prob(mean[:, 0], log_std, actions[:, 0])
-    assert torch.allclose(given, peer.log_prob(actions)[:, 0].sum(-1), atol=1e-4)
+def test_box_by_hand():
+    """0.7 and -0.9 are themselves; 1 is 0.9 + 0.1 tanh 1, with slope sech² 1; never beyond 1."""
+    u = torch.tensor([0.7, -0.9, 1.0, -1.0, 1.1, 14.0]).double().requires_grad_()
+    actions, log_slope = calql_dual.box(u)
+    one, two = math.tanh(1), math.tanh(2)
+    assert actions.tolist() == pytest.approx(
+        [0.7, -0.9, 0.9 + 0.1 * one, -0.9 - 0.1 * one, 0.9 + 0.1 * two, 1]
+    )
+    actions.sum().backward()
+    slopes = [1.0, 1.0, 1 - one**2, 1 - one**2, 1 - two**2]
+    assert u.grad[:5].tolist() == pytest.approx(slopes) and u.grad[5] < 1e-12
+    assert log_slope[:5].tolist() == pytest.approx([math.log(x) for x in slopes])
+    assert log_slope[5].item() == pytest.approx(2 * (math.log(2) - 131))  # where 1 - tanh² is 0
+
+
+def test_density_of_actions_integrates_to_one():
+    """μ = 0.8, σ = 0.2: mass at the border goes into the last tenth, none is lost; the entropy sees it."""
+    mean, log_std = torch.tensor([[0.8]]).double(), torch.tensor([math.log(0.2)]).double()
+    noise = torch.linspace(-8, 8, 20_001).double()[None, :, None]
+    actions, log_prob = calql_dual.boxed(mean[:, None], log_std, noise)
+    a, density = actions[0, :, 0], log_prob[0].exp()
+    assert a.max() <= 1 and (a.diff() >= 0).all()
+    inner = a < 0.9
+    assert torch.trapezoid(density, a).item() == pytest.approx(1.0, abs=1e-3)
+    assert torch.trapezoid(density[inner], a[inner]).item() == pytest.approx(
+        Normal(0.8, 0.2).cdf(torch.tensor(0.9)).item(), abs=2e-3
+    )
+    outer = calql_dual.boxed(torch.full((1, 1), 1.2).double(), log_std, torch.zeros(1, 1).double())[1]
+    centre = calql_dual.boxed(torch.zeros(1, 1).double(), log_std, torch.zeros(1, 1).double())[1]
+    assert (outer - centre).item() == pytest.approx(2 * math.log(math.cosh(3)))
+
+
+def test_starting_in_the_box_is_starting_as_the_student():
+    """Up to 0.9 nothing changes, whatever the noise; the student's largest action, 1, loses less than 0.024."""
+    u = torch.linspace(-1, 1, 201)
+    actions, log_slope = calql_dual.box(u)
+    inside = u.abs() <= 0.9
+    assert torch.equal(actions[inside], u[inside]) and log_slope[inside].abs().max() < 1e-6
+    assert (actions - u).abs().max() < 0.024
 
 
 class Slope(torch.nn.Module):
@@ -93,12 +115,12 @@ class Means(torch.nn.Module):
 
 
 def test_actor_loss_by_hand():
-    """Two rows, one action, σ = 1, ξ = (0.5, -1), means (0.2, 1.5), Q = 2 a - 3 a², α = e^0.1.
+    """Two rows, one action, σ = 1, means (0.2, 1.5), Q = 2 a - 3 a², α = e^0.1; ξ = (0.5, -1), then (0.5, -0.5).
 
-    Unclipped 0.7 and 0.5 (the mean is outside, its sample inside), then 2.5 and 0.5 with ξ = 1: clipped to 1.
+    u is 0.7 and 0.5 (the mean is outside, its sample inside), then 1: action 0.9 + 0.1 tanh 1 =: a₁, slope sech² 1.
     """
-    args = calql_dual.Args(cql_n_actions=1)
-    for second, a1 in ((-1.0, 0.5), (1.0, 1.0)):
+    args, a1, slope1 = calql_dual.Args(cql_n_actions=1), 0.9 + 0.1 * math.tanh(1), 1 - math.tanh(1) ** 2
+    for second, a, slope in ((-1.0, 0.5, 1.0), (-0.5, a1, slope1)):
         nets = torch.nn.ModuleDict(
             {"actor": Means([0.2, 1.5, 0.0, 0.0], 0.0), "qf": Slope(2.0, -3.0), "q_target": Slope(0.0, 0.0)}
         )
@@ -111,24 +133,35 @@ def test_actor_loss_by_hand():
         normal[:, 3, 0] = torch.tensor([0.5, second])
         loss, logs = calql_dual.dual_losses(nets, batch, None, 0.0, (zeros[:, None], normal), args)
         log_pi = [-0.5 * x * x - 0.5 * math.log(2 * math.pi) for x in (0.5, second)]
-        q = [2 * a - 3 * a * a for a in (0.7, a1)]
-        penalty = (0 + 0.5**2) / 2
-        expected = sum(math.exp(0.1) * p - x for p, x in zip(log_pi, q, strict=True)) / 2 + penalty
+        log_pi[1] -= math.log(slope)
+        q = [2 * x - 3 * x * x for x in (0.7, a)]
+        expected = sum(math.exp(0.1) * p - x for p, x in zip(log_pi, q, strict=True)) / 2
         assert logs["loss/actor"].item() == pytest.approx(expected)
         assert logs["policy/outside"].item() == pytest.approx(0.25)
         loss.backward()
-        slope = [2 - 6 * 0.7, 2 - 6 * a1]  # dQ/da at the clipped action
-        assert nets["actor"].mean.grad[:, 0].tolist() == pytest.approx(
-            [-slope[0] / 2, -slope[1] / 2 + 0.5, 0, 0]
-        )
-        std_grad = -math.exp(0.1) - (slope[0] * 0.5 + slope[1] * second) / 2  # entropy, and σ ξ dQ/da
+        steep = 0.0 if slope == 1.0 else 2 / 0.1 * math.tanh(1)  # d(-log slope)/du
+        by_u = [-(2 - 6 * 0.7), math.exp(0.1) * steep - (2 - 6 * a) * slope]
+        assert nets["actor"].mean.grad[:, 0].tolist() == pytest.approx([by_u[0] / 2, by_u[1] / 2, 0, 0])
+        std_grad = -math.exp(0.1) + (by_u[0] * 0.5 + by_u[1] * second) / 2  # entropy of u, and σ ξ
         assert nets["actor"].log_std.grad.item() == pytest.approx(std_grad)
 
 
+def test_a_mean_outside_comes_back_whatever_q_wants():
+    """A critic of slope ±100 and |μ| of 14: the entropy alone pulls in; at 1.5 its pull is above the critic's."""
+    for start in (14.0, -14.0, 1.5):
+        u = torch.tensor([[start]]).double().requires_grad_()
+        actions, log_pi = calql_dual.boxed(u, torch.tensor([-2.0]).double(), torch.zeros(1, 1).double())
+        (0.05 * log_pi - 100 * math.copysign(1, start) * actions[:, 0]).sum().backward()
+        assert u.grad.item() * start > 0  # downhill is inwards
+
+
 def test_temperature_rests_at_an_entropy_of_minus_the_actions():
-    """log π = A exactly at ξ = 0, log σ = -1 - ln(2π) / 2: no gradient; a wider policy lowers α."""
+    """In the box log π = A exactly at ξ = 0, log σ = -1 - ln(2π) / 2: no gradient; a wider policy lowers α."""
     nets, batch, (uniform, normal), args, _ = case()
     normal[:, -1] = 0
+    with torch.no_grad():
+        nets["actor"].net.head.weight.mul_(0.01)
+        assert nets["actor"](batch.obs)[0].abs().max() < 0.9
     for shift, sign in ((0.0, 0), (0.2, 1), (-0.2, -1)):
         with torch.no_grad():
             nets["actor"].log_std.fill_(-1 - 0.5 * math.log(2 * math.pi) + shift)
@@ -143,33 +176,27 @@ def test_temperature_rests_at_an_entropy_of_minus_the_actions():
 # ---- the whole loss ----
 
 
-def textbook(nets, batch, bound, weight, noise, args) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """One action, one critic at a time, torch's Normal; and an actor's loss of the same gradient, by the chain rule."""
+def textbook(nets, batch, bound, weight, noise, args) -> dict[str, torch.Tensor]:
+    """One action, one critic at a time, torch's Normal."""
     n, (uniform, normal) = args.cql_n_actions, noise
 
     def policy(s, z):
         mean, log_std = nets["actor"](s)
         u = mean + log_std.exp() * z
-        density = Normal(mean, log_std.exp())
-        return u, (-0.5 * z**2 - torch.log(density.scale * math.sqrt(2 * math.pi))).sum(-1), density
+        actions, log_slope = into_box(u)
+        return actions, (Normal(mean, log_std.exp()).log_prob(u) - log_slope).sum(-1)
 
     alpha = nets["weights"]["log_alpha"]
-    u, log_pi, density = policy(batch.obs, normal[:, 3 * n])
-    assert torch.allclose(log_pi, density.log_prob(u).sum(-1))
+    actions, log_pi = policy(batch.obs, normal[:, 3 * n])
     out = {"alpha": -(alpha * (log_pi - A).detach()).mean()}
-    inside = u.detach().clip(-1, 1).requires_grad_()
-    q_new = torch.minimum(*nets["qf"](batch.obs, inside))
-    (slope,) = torch.autograd.grad(q_new.sum(), inside)
-    over = torch.where(
-        density.mean > 1, density.mean - 1, torch.where(density.mean < -1, -1 - density.mean, 0.0)
-    )
-    rest = (alpha.exp().detach() * log_pi).mean() + (over**2).mean()
-    out["actor"] = rest - q_new.detach().mean()
-    with_gradient = rest - (slope * u).sum(-1).mean()
+    kept = [p.requires_grad_(False) for p in nets["qf"].parameters()]
+    out["actor"] = (alpha.exp().detach() * log_pi - torch.minimum(*nets["qf"](batch.obs, actions))).mean()
+    for p in kept:
+        p.requires_grad_(True)
     with torch.no_grad():
         backups = []
         for k in range(n if args.max_target_backup else 1):
-            a = policy(batch.next_obs, normal[:, 2 * n + k])[0].clip(-1, 1)
+            a, _ = policy(batch.next_obs, normal[:, 2 * n + k])
             backups.append(torch.minimum(*nets["q_target"](batch.next_obs, a)))
         y = batch.rewards + args.gamma * (1 - batch.terminations) * torch.stack(backups).max(0).values
     out["td"] = out["cql"] = out["lagrange"] = torch.zeros((), dtype=torch.float64)
@@ -181,8 +208,8 @@ def textbook(nets, batch, bound, weight, noise, args) -> tuple[dict[str, torch.T
             terms.append(nets["qf"](batch.obs, uniform[:, k])[critic] - math.log(0.5**A))
             for s, z in ((batch.obs, normal[:, k]), (batch.next_obs, normal[:, n + k])):
                 with torch.no_grad():
-                    a, log_prob, _ = policy(s, z)
-                q = nets["qf"](batch.obs, a.clip(-1, 1))[critic]
+                    a, log_prob = policy(s, z)
+                q = nets["qf"](batch.obs, a)[critic]
                 terms.append((q if bound is None else torch.maximum(q, bound)) - log_prob)
         gap = (torch.stack(terms).logsumexp(0) - q_data).clamp(min=args.cql_clip_min).mean()
         if args.lagrange:
@@ -191,7 +218,7 @@ def textbook(nets, batch, bound, weight, noise, args) -> tuple[dict[str, torch.T
             out["lagrange"] = out["lagrange"] - 0.5 * prime * weight * (gap.detach() - args.target_gap)
         else:
             out["cql"] = out["cql"] + weight * gap
-    return out, with_gradient
+    return out
 
 
 @pytest.mark.parametrize(
@@ -204,11 +231,11 @@ def test_losses_and_gradients_equal_the_textbook(settings, calibrated):
     means = nets["actor"](batch.obs)[0]
     assert (means.abs() > 1).any() and (means.abs() < 1).any()
     loss, logs = calql_dual.dual_losses(nets, batch, bound, 5.0, noise, args)
-    parts, actor_loss = textbook(nets, batch, bound, 5.0, noise, args)
+    parts = textbook(nets, batch, bound, 5.0, noise, args)
     assert loss.item() == pytest.approx(sum(parts.values()).item(), rel=1e-7)
     assert logs["loss/actor"].item() == pytest.approx(parts["actor"].item(), rel=1e-7)
     loss.backward()
-    owners = {"actor": actor_loss, "qf": parts["td"] + parts["cql"]}
+    owners = {"actor": parts["actor"], "qf": parts["td"] + parts["cql"]}
     for name, own in owners.items():
         params = [*nets[name].parameters()]
         expected = torch.autograd.grad(own, params, retain_graph=True)
@@ -241,16 +268,17 @@ def test_actions_of_the_regulariser_and_of_the_target(backup, monkeypatch):
     (target_net, s, a), (net, s_now, many) = asked
     assert target_net is nets["q_target"] and torch.equal(s, batch.next_obs)
     assert a.shape == (8, 10 if backup else 1, A)
-    assert torch.allclose(a, at(next_mean, normal[:, 20 : 20 + a.shape[1]]).clip(-1, 1))  # σ only
+    assert torch.allclose(a, into_box(at(next_mean, normal[:, 20 : 20 + a.shape[1]]))[0])  # σ only
     assert net is nets["qf"] and torch.equal(s_now, batch.obs) and many.shape == (8, 31, A)
-    assert many.abs().max() == 1 and not many.requires_grad
+    assert 0.9 < many.abs().max() <= 1 and not many.requires_grad
     now, later = at(mean, normal[:, :10]), at(next_mean, normal[:, 10:20])
-    expected = torch.cat([batch.actions[:, None], uniform, now.clip(-1, 1), later.clip(-1, 1)], 1)
+    expected = torch.cat([batch.actions[:, None], uniform, into_box(now)[0], into_box(later)[0]], 1)
     assert torch.allclose(many, expected)
     ((q, log_probs),) = weights
     assert q.shape == (2, 8, 30) and not log_probs.requires_grad
     densities = [
-        Normal(m[:, None], log_std.exp()).log_prob(u).sum(-1) for m, u in ((mean, now), (next_mean, later))
+        (Normal(m[:, None], log_std.exp()).log_prob(u) - into_box(u)[1]).sum(-1)
+        for m, u in ((mean, now), (next_mean, later))
     ]
     expected = torch.cat([torch.full((8, 10), -A * math.log(2)).double(), *densities], 1)
     assert torch.allclose(log_probs, expected, atol=1e-6)
@@ -313,7 +341,7 @@ def test_weights_of_rows_are_those_of_four_drawn_actions():
     with torch.no_grad():
         mean, log_std = nets["actor"](obs)
         least = lambda a: torch.minimum(*nets["qf"](obs, a))  # noqa: E731
-        v = sum(least((mean + log_std.exp() * noise[:, k]).clip(-1, 1)) for k in range(4)) / 4
+        v = sum(least(into_box(mean + log_std.exp() * noise[:, k])[0]) for k in range(4)) / 4
         adv = least(actions) - v
     assert least(actions).max() < 0 and adv.std() > 0.05
     expected = (adv / adv.std(correction=0)).clip(-5, 5).exp()
@@ -331,7 +359,7 @@ def test_targets_of_a_run_know_no_epistemic_noise(dataset, tmp_path, monkeypatch
     def spied(nets, batch, bound, weight, noise, args):
         with torch.no_grad():
             mean, log_std = nets["actor"](batch.next_obs)
-            expected = (mean + log_std.exp() * noise[1][:, 2 * args.cql_n_actions]).clip(-1, 1)
+            expected, _ = into_box(mean + log_std.exp() * noise[1][:, 2 * args.cql_n_actions])
         asked.clear()
         result = loss(nets, batch, bound, weight, noise, args)
         checked.append(torch.allclose(asked[0][:, 0], expected, atol=1e-5))
@@ -449,7 +477,7 @@ def test_the_planner_is_dual_pys_and_is_taken_from_there(dataset, tmp_path):
 def test_only_actor_and_critics_move_in_training(dataset, tmp_path):
     calql_dual.train(tiny_args("calql_dual", dataset=dataset, out_dir=tmp_path))
     state = final_state(tmp_path)
-    for k, v in state["planner_teacher"].items():
+    for k, v in state["planner_net"].items():
         assert torch.equal(v, state["nets"][f"transition.net.{k}"])
     moved = [
         k for k, v in state["planner_teacher"].items() if not torch.equal(v, state["nets"][f"actor.net.{k}"])
@@ -498,9 +526,7 @@ def test_metrics_are_those_of_the_docstring(dataset, tmp_path):
     both = (
         "loss/q loss/actor loss/alpha loss/bc cql/gap cql/bound_share q/mean alpha/entropy policy/log_prob "
     )
-    both += (
-        "policy/data_log_prob policy/outside log_std/mean laplace/n_eff laplace/condition laplace/data_std"
-    )
+    both += "policy/outside log_std/mean laplace/n_eff laplace/condition laplace/data_std"
     assert all(where[k] == {"offline", "online"} for k in both.split())
     assert where["uq/epistemic_std"] == where["uq/share_shift"] == {"online"}
     assert where["shift/offline"] == {"offline"}
@@ -517,3 +543,30 @@ def test_presets_are_cal_qls_and_the_planners(env):
     for k in set(mine.__dataclass_fields__) - set(calql_args.__dataclass_fields__):
         assert getattr(mine, k) == getattr(dual_args, k), k
     assert mine.online_steps == 1_000_000 and mine.horizon == (32 if "antmaze" in env else 4)
+
+
+def test_actions_and_means_of_a_run_are_in_the_box(dataset, tmp_path, monkeypatch):
+    """What is stored, what is evaluated, although the Gaussian is as wide as it gets."""
+    seen, original = [], data.Evaluator.__call__
+
+    def spied(self, policy, device):
+        return original(self, lambda obs: seen.append(policy(obs)) or seen[-1], device)
+
+    monkeypatch.setattr(data.Evaluator, "__call__", spied)
+    monkeypatch.setattr(calql_dual, "LOG_STD_START", 0.5)
+    calql_dual.train(tiny_args("calql_dual", dataset=dataset, out_dir=tmp_path, policy_lr=0.01))
+    stored = final_state(tmp_path)["online"]["rows"][:, 11:14]
+    assert 0.9 < stored.abs().max() <= 1 and torch.cat(seen).abs().max() <= 1
+    assert ((stored.abs() > 0.9) & (stored.abs() < 1)).any()  # pushed in, not cut off
+
+
+def test_offline_phase_serves_shifted_dynamics_of_the_same_data(tmp_path):
+    """The shift acts online and in evaluation only: --from-offline and --from-planner accept it, other data do not."""
+    few = {k: v for k, v in vars(tiny_args("calql_dual")).items() if k not in ("env", "out_dir")}
+    args = lambda env, out, **k: calql_dual.Args(env=env, out_dir=tmp_path / out, **few | k)  # noqa: E731
+    calql_dual.train(args("hopper-mini-v0", "a", online_steps=0))
+    (source,) = (tmp_path / "a").glob("**/offline.pt")
+    env = "hopper-mini-v0-friction-2.0"
+    result = calql_dual.train(args(env, "b", from_offline=source.parent))
+    assert math.isfinite(result["final_score"])
+    calql_dual.train(args(env, "c", from_planner=source.parent, online_steps=0))

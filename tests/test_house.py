@@ -282,6 +282,7 @@ def test_no_host_reads_in_updates(stem):
         "pool_step groups group_losses gradient real made with_policy weigh info_nce "
         "scorer_step scorer_losses ratio_loss one_step_error q_advantage draw begin amplified "
         "planner_step distill_step descend planner_loss distill_loss distill_target noised masked_error in_paint "
+        "transition_step transition_loss null box "
         "rotate unroll take features read predict prediction_error observe gradient_step ensemble "
         "dual_losses boxed log_prob bounded_weight posterior_weight"
     )

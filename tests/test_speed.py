@@ -383,6 +383,7 @@ def test_budgets_are_those_of_the_files():
     assert of("iql_cfdg")["generator"] == 9 * 100_000 and of("iql_cfdg")["sampling"] == 9 * 125_000
     assert of("calql_ad2s")["generator"] == 20 * 50_000
     assert of("dual")["distill"] == 7 * 20_000 and of("dual")["planner"] == 500_000
+    assert of("dual")["transition"] == 1_000_000
     assert of("calql_dare")["behavior"] == 600_000 and of("calql_dare")["energy"] == 100_000
     assert bench.budget("iql", "antmaze-umaze-v2")["evaluation online"] == 20 * 100 * 700
 
@@ -392,7 +393,17 @@ def test_shared_offline_phases_are_counted_once(monkeypatch):
     monkeypatch.setenv("METHODS", "iql iql_dare iql_stratdiff dual")
     monkeypatch.setenv("ENVS", "hopper-medium-v2 walker2d-medium-v2")
     monkeypatch.setenv("SEEDS", "0 1")
-    phases = ("offline", "online", "behavior", "energy", "support", "evaluation", "planner", "distill")
+    phases = (
+        "offline",
+        "online",
+        "behavior",
+        "energy",
+        "support",
+        "evaluation",
+        "planner",
+        "distill",
+        "transition",
+    )
     free = dict.fromkeys(phases, float("inf"))
     three = {stem: free for stem in ("iql", "iql_dare", "iql_stratdiff")}
     hour = {stem: free | {"offline": 10 / 3600} for stem in three}
