@@ -659,9 +659,9 @@ class Energies:
         if name == "state":
             positives = self.real(b, [self.online])
         elif name == "policy":
-            positives = self.with_policy(negatives(b))
+            positives = self.with_policy(negatives(b))  # at their states: U41
         elif name == "dynamics":
-            positives = self.real(b, self.sources)
+            positives = self.real(b, self.sources)  # of both buffers: U43
         else:
             positives = self.wanted[torch.randint(len(self.wanted), (b,), device=self.wanted.device)]
         x = torch.cat([positives[:, None], negatives(b * k).unflatten(0, (b, k))], 1)
