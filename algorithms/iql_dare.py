@@ -23,8 +23,8 @@ Theory   Theorem 1 (the exchange shrinks the divergence of the two score distrib
 Notes    D1, D2, D3, D4, D5, U1 as in iql.py (D2: D4RL-raw rewards are what the paper's base code has).
          Of the guided behavior model, in every file that has it:
          D10 Eq. 7: KL between two points is 0 or infinite; `gauss` is the KL of equal-variance Gaussians
-            around them, half the squared distance (scale does not matter to the rule); `gauss_std`,
-            `softmax`, `kde`, `elbo` are other readings.
+            around them, half the squared distance (scale does not matter to the rule); `gauss_std`
+            has the policy's spread.
          D11 Eq. 34 has e^{-f}, Eq. 6 adds the gradient of f; taken together guidance goes downhill. CEP's
             code has e^{+f}, as we.
          D12 samples are clamped to the action box (CEP leaves them): they are compared with data and fed to
@@ -38,7 +38,6 @@ Notes    D1, D2, D3, D4, D5, U1 as in iql.py (D2: D4RL-raw rewards are what the 
          U14 support for online rows comes every support_every steps; rows still without are left out of
             f_φ's loss.
          U15 tasks without a row in the tables: guidance scale 3, the rest as in locomotion (large mazes: AntMaze).
-         U16 kde bandwidth 0.2; elbo at four fixed times, without references.
          U17 which pairs are the "top" M: largest d offline against smallest d online.
          Of DARE:
          D13 Eq. 9 in a form without division by σ²_on - σ²_off (float32 loses the textbook root for
@@ -141,8 +140,7 @@ class Args:
     support_every: int = 250  # environment steps between support generations for online rows: U14
     sampler: Literal["cep", "fast"] = "cep"  # of references and support actions: U13, Samplers
     # NEW: split and losses
-    score: Literal["gauss", "gauss_std", "softmax", "kde", "elbo"] = "gauss"  # measure of d [Eq. 7]: D10
-    n_ref: int = 1  # reference actions per row; kde wants 8 or more, elbo uses none
+    score: Literal["gauss", "gauss_std"] = "gauss"  # measure of d [Eq. 7]: D10
     threshold: Literal["gauss", "sort"] = "gauss"  # Eqs. 8-9, or the pooled quantile: direct exchange [§7.5]
     exchange_cap: int = -1  # most pairs exchanged; n [Eq. 10]; -1 = no cap [B.1], 0 = no exchange
     value_loss: Literal["iql", "expectile"] = "iql"  # expectile: Eq. 35, DARE-IV
@@ -578,27 +576,14 @@ class Support:
 
 # Alignment scores and the exchange
 def alignment(kind: str, actions: torch.Tensor, refs: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
-    """d(s, a), higher = less aligned: actions (N, A), references (R, N, A), log_std (A,) -> (N,).  [DARE Eq. 7]: D10"""
-    gap = actions - refs  # (R, N, A)
-    if kind == "gauss":  # KL(N(a, I) || N(â, I)), mean over references
-        return 0.5 * gap.square().sum(-1).mean(0)
-    if kind == "gauss_std":  # the same with the policy's spread
-        return 0.5 * (gap * (-log_std).exp()).square().sum(-1).mean(0)
-    if kind == "softmax":  # KL(softmax(a) || softmax(â)); blind to a common offset, 0 for A = 1
-        log_p, log_q = actions.log_softmax(-1), refs.log_softmax(-1)
-        return (log_p.exp() * (log_p - log_q)).sum(-1).mean(0)
-    assert kind == "kde", kind  # -log of a kernel density estimate at a, up to a constant: U16
-    return -(-0.5 * (gap / 0.2).square().sum(-1)).logsumexp(0)
+    """d(s, a) = KL(N(a, σ²) || N(â, σ²)), higher = less aligned: actions, references (N, A) -> (N,).  [DARE Eq. 7]: D10
 
-
-def elbo_score(eps_fn: EpsFn, actions: torch.Tensor) -> torch.Tensor:
-    """Mean of ||ε̂_g - ε||² over four times, a stand-in for -log π_0(a|s): (N, A) -> (N,).  U16"""
-    errors = []
-    for t in (0.1, 0.3, 0.5, 0.7):
-        noise, alpha = torch.randn_like(actions), math.exp(log_alpha(t))
-        x = alpha * actions + math.sqrt(1 - alpha**2) * noise
-        errors.append((eps_fn(x, t) - noise).square().sum(-1))
-    return torch.stack(errors).mean(0)
+    kind "gauss": σ = 1, half the squared distance; "gauss_std": the policy's spread, log_std (A,) or (N, A).
+    """
+    gap = actions - refs
+    if kind == "gauss_std":
+        gap = gap * (-log_std).exp()
+    return 0.5 * gap.square().sum(-1)
 
 
 def exchange(
@@ -758,18 +743,12 @@ class Guide:
 
     @torch.no_grad()
     def score(self, batch: Batch, log_std: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """d of each row to references drawn at its state (B,); log_std (A,) or (B, A) of the policy.  [DARE Eq. 7]"""
+        """d of each row to a reference drawn at its state (B,); log_std (A,) or (B, A) of the policy.  [DARE Eq. 7]"""
         args = self.args
-        if args.score == "elbo":
-            eps_fn = guided_eps(self.batch_behavior, self.energy, batch.obs, args.guidance_scale)
-            return elbo_score(eps_fn, batch.actions), {}
-        obs = batch.obs.repeat(args.n_ref, 1)
-        eps_fn = guided_eps(self.batch_behavior, self.energy, obs, args.guidance_scale)
-        noise = torch.randn(len(obs), self.act_dim, device=obs.device)
-        refs = SAMPLERS[args.sampler](eps_fn, noise)
+        eps_fn = guided_eps(self.batch_behavior, self.energy, batch.obs, args.guidance_scale)
+        refs = SAMPLERS[args.sampler](eps_fn, torch.randn_like(batch.actions))
         logs = {"ref/clip_frac": (refs.abs() > 1).float().mean()}
-        refs = refs.clamp(-1, 1).view(args.n_ref, *batch.actions.shape)  # D12
-        return alignment(args.score, batch.actions, refs, log_std), logs
+        return alignment(args.score, batch.actions, refs.clamp(-1, 1), log_std), logs  # D12
 
     def online_energy_step(
         self, obs: torch.Tensor, offline_index: torch.Tensor, online_index: torch.Tensor

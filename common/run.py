@@ -52,7 +52,7 @@ LIMITS = {  # setting -> (least, most) allowed, "(" at an end excludes it; every
     "behavior_steps": "[0, inf)", "behavior_batch": "[1, inf)", "behavior_lr": "(0, inf)", "behavior_width": "[4, inf)",
     "energy_steps": "[0, inf)", "energy_batch": "[1, inf)", "energy_lr": "(0, inf)", "energy_hidden": "[1, inf)",
     "energy_beta": "[0, inf)", "support_k": "[2, inf)", "support_every": "[1, inf)", "guidance_scale": "[0, inf)",
-    "n_ref": "[1, inf)", "exchange_cap": "[-1, inf)", "online_expectile": "(0, 1)", "sac_alpha": "[0, inf)",
+    "exchange_cap": "[-1, inf)", "online_expectile": "(0, 1)", "sac_alpha": "[0, inf)",
     "max_q_samples": "[1, inf)",
     "synthetic_frac": "(0, 1)", "regenerate_every": "[1, inf)", "synthetic_rows": "[1, inf)",
     "diffusion_steps": "[1, inf)", "diffusion_batch": "[1, inf)", "diffusion_lr": "(0, inf)",

@@ -226,11 +226,11 @@ ABLATIONS = [
     ("calql_stratdiff", dict(exchange_cap=4)),
     ("calql_stratdiff", dict(guidance_scale=0.0)),
     ("calql_stratdiff", dict(cql_reduction="subset", utd=2)),
-    ("calql_stratdiff", dict(offline_frac=0.25, score="elbo")),
+    ("calql_stratdiff", dict(offline_frac=0.25, score="gauss_std")),
     ("iql_stratdiff", dict(online_value="advantage")),
     ("iql_stratdiff", dict(exchange_cap=0)),
     ("iql_stratdiff", dict(utd=10, sampler="cep")),
-    ("iql_stratdiff", dict(guidance_scale=0.0, n_ref=3)),
+    ("iql_stratdiff", dict(guidance_scale=0.0, score="gauss_std")),
 ]
 
 
