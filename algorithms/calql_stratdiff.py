@@ -23,7 +23,7 @@ Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py (D2: twice Eq. 11
             Q.
          U10 Q in f_φ's labels: min of the target twins.
          U11 its unit: β = 3 is QGPO's, whose rewards are r · 1000 / return range (AntMaze: r - 1), so Q is divided
-            by our reward unit over theirs: --energy-units qgpo, for AntMaze reward; raw does not.
+            by our reward unit over theirs: --energy-units qgpo, for AntMaze reward.
          U12 f_φ gets energy_steps on the offline Q first, then one step per gradient step, on the batch at
             hand.
          U13 sampler and schedule of the behavior model are CEP's.
@@ -134,7 +134,7 @@ class Args:
     energy_lr: float = 3e-4  # Adam [B.3]
     energy_hidden: int = 256  # width of the four hidden layers [B.3]
     energy_beta: float = 3.0  # β [B.3]
-    energy_units: Literal["qgpo", "reward", "raw"] = "qgpo"  # unit of Q in the labels: U11
+    energy_units: Literal["qgpo", "reward"] = "qgpo"  # unit of Q in the labels: U11
     support_k: int = 16  # K, support actions per state [B.3]
     support_every: int = 250  # environment steps between support generations for online rows: U14
     sampler: Literal["cep", "fast"] = "cep"  # of references and support actions: U13, Samplers
@@ -754,12 +754,12 @@ class Guide:
         self.behavior_loss, self.energy_loss = r.compiled(behavior_loss), r.compiled(energy_loss)
         self.batch_behavior = r.compiled(self.behavior)  # for `score`, where the number of rows never changes
         self.guided = args.guidance_scale > 0
-        self.beta = args.energy_beta  # over Q's unit: U11
-        if self.guided and args.energy_units != "raw":
-            if args.energy_units == "qgpo" and len(set(dataset.episode_returns())) == 1:
-                raise run.UsageError("--energy-units", "qgpo", "reward or raw: all returns are the same")
-            unit = dataset.return_range() / 1_000 if args.energy_units == "qgpo" else 1.0
-            self.beta /= reward_scale * unit
+        unit = reward_scale  # of Q in the labels, our rewards' over theirs: U11
+        if self.guided and args.energy_units == "qgpo":
+            if len(set(dataset.episode_returns())) == 1:
+                raise run.UsageError("--energy-units", "qgpo", "reward: all returns are the same")
+            unit *= dataset.return_range() / 1_000
+        self.beta = args.energy_beta / unit
         parts = (
             log_alpha,
             noise_levels,

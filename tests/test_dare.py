@@ -1117,7 +1117,7 @@ SWITCHES = [
     dict(score="gauss_std"),
     dict(utd=3),
     dict(sampler="cep"),
-    dict(energy_units="raw"),
+    dict(energy_units="reward"),
     dict(normalize_obs=True),
     dict(normalize_reward=True),
 ]
@@ -1234,10 +1234,10 @@ def test_references_come_from_the_sampler_and_are_clamped(dataset, tmp_path, mon
 
 @pytest.mark.parametrize(
     ("changes", "unit"),
-    [(dict(), "range"), (dict(energy_units="raw"), "raw"), (dict(normalize_reward=True), "normalised")],
+    [(dict(), "range"), (dict(energy_units="reward"), "reward"), (dict(normalize_reward=True), "normalised")],
 )
 def test_energy_labels_are_target_q_in_qgpos_unit(changes, unit, dataset, tmp_path, monkeypatch):
-    """βQ = 3 min Q̂(s, a_k) / c; c = return range / 1000, or 1 with raw units or with normalised rewards."""
+    """βQ = 3 min Q̂(s, a_k) / c; c = return range / 1000, or 1 in units of raw rewards, or of normalised ones."""
     watch = Watch(monkeypatch)
     dare.train(tiny(dataset, tmp_path, **changes))
     with h5py.File(dataset) as f:
