@@ -1,6 +1,5 @@
 """DARE: every formula against a closed form, rows computed by hand, or an independent brute force."""
 
-import itertools
 import math
 
 import h5py
@@ -53,12 +52,10 @@ def test_noise_levels_are_the_integral_of_the_rate():
     assert torch.allclose(torch.stack([alpha32, sigma32], 1).double(), expected, rtol=2e-5)
 
 
-def test_time_of_inverts_half_log_snr():
-    """To 1e-6 relative over the whole range of times, and it decreases."""
+def test_half_log_snr_is_the_log_of_alpha_over_sigma():
     times = np.geomspace(1e-3, 1.0, 500)
     lams = [math.log(levels(t)[0] / levels(t)[1]) for t in times]
     assert [dare.half_log_snr(t) for t in times] == pytest.approx(lams, rel=1e-9)
-    assert [dare.time_of(v) for v in lams] == pytest.approx(times.tolist(), rel=1e-6)
 
 
 # ---- networks (1.2, 2.1) ----
@@ -156,7 +153,7 @@ def test_state_reaches_the_output_of_its_own_row_only():
             assert (size - size.diagonal().diag()).abs().max() == 0
 
 
-# ---- samplers (1.4, 1.5) ----
+# ---- sampler (1.4, 1.5) ----
 
 
 def gaussian_eps(m: float, v: float, slope: float = 0.0, seen: list | None = None):
@@ -173,32 +170,24 @@ def gaussian_eps(m: float, v: float, slope: float = 0.0, seen: list | None = Non
     return eps_fn
 
 
-TABLE = [("cep", 0.6, 0.91), ("cep", 0.3, 0.79), ("cep", 0.1, 0.49), ("fast", 0.6, 1.03), ("fast", 0.3, 1.03)]
-
-
-@pytest.mark.parametrize(("sampler", "sd", "ratio"), [*TABLE, ("fast", 0.1, 1.01)])
+@pytest.mark.parametrize(("sd", "ratio"), [(0.6, 0.91), (0.3, 0.79), (0.1, 0.49)])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 5.0])
-def test_samplers_reach_the_moments_of_a_guided_gaussian(sampler, sd, ratio, scale):
-    """The sampler is affine in its start x = b + a z: mean b, std |a|, exactly; the mean is m + s β v q."""
+def test_sampler_reaches_the_moments_of_a_guided_gaussian(sd, ratio, scale):
+    """It is affine in its start x = b + a z: mean b, std |a|, exactly; the mean is m + s β v q, the std too small."""
     m, q, beta = 0.3, 0.7, 3.0
     start = torch.tensor([[0.0], [1.0], [-2.0]], dtype=torch.float64)
-    out = dare.SAMPLERS[sampler](gaussian_eps(m, sd * sd, scale * beta * q), start)[:, 0].tolist()
+    out = dare.sample_actions(gaussian_eps(m, sd * sd, scale * beta * q), start)[:, 0].tolist()
     assert out[2] - out[0] == pytest.approx(-2 * (out[1] - out[0]), rel=1e-9)
     assert out[0] == pytest.approx(m + scale * beta * sd * sd * q, rel=0.005)
     assert (out[1] - out[0]) / sd == pytest.approx(ratio, abs=0.01)
 
 
-@pytest.mark.parametrize(("sampler", "calls"), [("cep", 15), ("fast", 10)])
-def test_samplers_evaluate_as_often_as_they_say_within_the_trained_times(sampler, calls):
-    """15 and 10 evaluations, times falling from 1, none below 1e-3 or above 1; grids uniform as named."""
+def test_sampler_evaluates_15_times_within_the_trained_times():
+    """At times falling uniformly from 1, none below 1e-3 or above 1."""
     seen: list[float] = []
-    dare.SAMPLERS[sampler](gaussian_eps(0.0, 1.0, seen=seen), torch.zeros(2, 3))
-    assert len(seen) == calls and seen == sorted(seen, reverse=True)
-    assert seen[0] == pytest.approx(1.0) and max(seen) <= 1 + 1e-9 and min(seen) >= 1e-3
-    at = seen if sampler == "cep" else [math.log(levels(t)[0] / levels(t)[1]) for t in seen]
-    end = 1e-3 if sampler == "cep" else math.log(levels(1e-3)[0] / levels(1e-3)[1])
-    steps = np.diff([*at, end])
-    assert np.allclose(steps, steps.mean(), rtol=1e-6)
+    dare.sample_actions(gaussian_eps(0.0, 1.0, seen=seen), torch.zeros(2, 3))
+    assert len(seen) == 15 and seen[0] == pytest.approx(1.0) and max(seen) <= 1 + 1e-9 and min(seen) >= 1e-3
+    assert np.allclose(np.diff([*seen, 1e-3]), -0.999 / 15, rtol=1e-6)
 
 
 def mixture_eps(x, t: float):
@@ -211,8 +200,8 @@ def mixture_eps(x, t: float):
     return sigma * ((1 - weight) * z1 / v1 + weight * z2 / v2)
 
 
-def textbook_sampler(name: str, x: np.ndarray) -> np.ndarray:
-    """DPM-Solver++ as in section 1.4, times of equal log-SNR found by bisection."""
+def textbook_sampler(x: np.ndarray) -> np.ndarray:
+    """DPM-Solver++ 2S as in section 1.4: seven steps of two grid intervals, then one of first order."""
 
     def lam(t: float) -> float:
         return math.log(levels(t)[0]) - math.log(levels(t)[1])
@@ -223,40 +212,21 @@ def textbook_sampler(name: str, x: np.ndarray) -> np.ndarray:
     def first(x, d, s, t):
         return levels(t)[1] / levels(s)[1] * x - levels(t)[0] * (math.exp(lam(s) - lam(t)) - 1) * d
 
-    def solve(target: float) -> float:
-        low, high = 1e-4, 1.1
-        for _ in range(200):
-            mid = (low + high) / 2
-            low, high = (mid, high) if lam(mid) > target else (low, mid)
-        return low
-
-    if name == "cep":
-        grid = np.linspace(1, 1e-3, 16)
-        for i in range(0, 14, 2):
-            s, s1, t = grid[i : i + 3]
-            r = (lam(s1) - lam(s)) / (lam(t) - lam(s))
-            d = clean(x, s)
-            u = first(x, d, s, s1)
-            x = first(x, d + (clean(u, s1) - d) / (2 * r), s, t)
-        return first(x, clean(x, grid[14]), grid[14], grid[15])
-    grid = [solve(v) for v in np.linspace(lam(1.0), lam(1e-3), 11)]
-    for i in range(10):
-        d = clean(x, grid[i])
-        if i == 0:
-            step = d
-        else:
-            r = (lam(grid[i]) - lam(grid[i - 1])) / (lam(grid[i + 1]) - lam(grid[i]))
-            step = d + (d - old) / (2 * r)  # noqa: F821
-        x, old = first(x, step, grid[i], grid[i + 1]), d  # noqa: F841
-    return x
+    grid = np.linspace(1, 1e-3, 16)
+    for i in range(0, 14, 2):
+        s, s1, t = grid[i : i + 3]
+        r = (lam(s1) - lam(s)) / (lam(t) - lam(s))
+        d = clean(x, s)
+        u = first(x, d, s, s1)
+        x = first(x, d + (clean(u, s1) - d) / (2 * r), s, t)
+    return first(x, clean(x, grid[14]), grid[14], grid[15])
 
 
-@pytest.mark.parametrize("sampler", ["cep", "fast"])
-def test_samplers_equal_a_textbook_loop_on_a_nonlinear_score(sampler):
+def test_sampler_equals_a_textbook_loop_on_a_nonlinear_score():
     """Two-component mixture in float64, numpy against torch."""
     x = np.random.default_rng(0).normal(size=(50, 2))
-    out = dare.SAMPLERS[sampler](mixture_eps, torch.from_numpy(x)).numpy()
-    assert np.allclose(out, textbook_sampler(sampler, x), atol=1e-7)
+    out = dare.sample_actions(mixture_eps, torch.from_numpy(x)).numpy()
+    assert np.allclose(out, textbook_sampler(x), atol=1e-7)
 
 
 # ---- guidance ----
@@ -300,7 +270,7 @@ def test_split_path_has_no_gradient_to_parameters_and_does_not_touch_its_input()
     kept = x.clone()
     with torch.no_grad():
         out = dare.guided_eps(behavior, energy, obs, 5.0)(x, 0.3)
-        refs = dare.sample_fast(dare.guided_eps(behavior, energy, obs, 5.0), x)
+        refs = dare.sample_actions(dare.guided_eps(behavior, energy, obs, 5.0), x)
     assert not out.requires_grad and not refs.requires_grad and not x.requires_grad
     assert torch.equal(x, kept)
     assert all(p.grad is None for p in [*behavior.parameters(), *energy.parameters()])
@@ -352,10 +322,10 @@ def test_guided_samples_of_modules_have_the_exact_mean():
         alpha, _, var = scales(t)
         return x @ (slope * alpha * v / var)
 
-    for name, s in itertools.product(("cep", "fast"), (0.0, 1.0, 5.0)):
+    for s in (0.0, 1.0, 5.0):
         with torch.no_grad():
             eps_fn = dare.guided_eps(behavior, energy, torch.zeros(1, 1), s)
-            mean = dare.SAMPLERS[name](eps_fn, torch.zeros(1, 2))[0]
+            mean = dare.sample_actions(eps_fn, torch.zeros(1, 2))[0]
         assert torch.allclose(mean, m + s * v * slope, rtol=0.005)
 
 
@@ -1057,23 +1027,19 @@ class OwnMean(nn.Module):
         return sigma * (x - alpha * obs[:, :2]) / (alpha**2 * self.v + sigma**2)
 
 
-@pytest.mark.parametrize(("sampler", "ratio"), [("cep", 0.487), ("fast", 1.013)])
-def test_support_actions_belong_to_their_states(sampler, ratio):
+def test_support_actions_belong_to_their_states():
     """Row i, all K of them, around the mean of state i with the sampler's own spread; clamped; repeatable."""
     torch.manual_seed(0)
     obs = torch.rand(40, 3) * 1.2 - 0.6
-    out = dare.support_actions(OwnMean(0.01), obs, 100, 2, sampler)
+    out = dare.support_actions(OwnMean(0.01), obs, 100, 2)
     assert out.shape == (40, 100, 2) and not out.requires_grad
     assert (out.mean(1) - obs[:, :2]).abs().max() < 0.05
-    assert out.std(1).mean().item() == pytest.approx(0.1 * ratio, rel=0.05)
-    far = dare.support_actions(OwnMean(0.01), obs + 3, 5, 2, sampler)
+    assert out.std(1).mean().item() == pytest.approx(0.0487, rel=0.05)
+    far = dare.support_actions(OwnMean(0.01), obs + 3, 5, 2)
     assert (far == 1).all()
-    wide = dare.support_actions(OwnMean(1.0), obs, 100, 2, sampler)
+    wide = dare.support_actions(OwnMean(1.0), obs, 100, 2)
     assert wide.abs().max() == 1 and (wide.abs() < 1).float().mean() > 0.5
-    again = [
-        dare.support_actions(OwnMean(0.01), obs, 4, 2, sampler, torch.Generator().manual_seed(7))
-        for _ in "ab"
-    ]
+    again = [dare.support_actions(OwnMean(0.01), obs, 4, 2, torch.Generator().manual_seed(7)) for _ in "ab"]
     assert torch.equal(*again)
 
 
@@ -1116,7 +1082,6 @@ SWITCHES = [
     dict(value_loss="expectile"),
     dict(score="gauss_std"),
     dict(utd=3),
-    dict(sampler="cep"),
     dict(energy_units="reward"),
     dict(normalize_obs=True),
     dict(normalize_reward=True),
@@ -1199,7 +1164,7 @@ class Watch:
 def test_online_steps_are_wired_as_algorithm_1(dataset, tmp_path, monkeypatch):
     """Half dataset, half own rows; references score those rows; the mask that trains is the one exchanged."""
     watch = Watch(monkeypatch)
-    monkeypatch.setitem(dare.SAMPLERS, "fast", lambda _, x: torch.arange(x.numel()).view(x.shape) / 60)
+    monkeypatch.setattr(dare, "sample_actions", lambda _, x: torch.arange(x.numel()).view(x.shape) / 60)
     dare.train(tiny(dataset, tmp_path, guidance_scale=1.5))
     assert len(watch.exchange) == len(watch.losses) == len(watch.guided) == 20  # steps 11 to 30
     refs = torch.arange(48).view(16, 3) / 60
@@ -1225,7 +1190,7 @@ def test_online_steps_are_wired_as_algorithm_1(dataset, tmp_path, monkeypatch):
 def test_references_come_from_the_sampler_and_are_clamped(dataset, tmp_path, monkeypatch):
     """Samples far outside the box count as its corner: d = ½ ||a - 1||², clip_frac 1."""
     watch = Watch(monkeypatch)
-    monkeypatch.setitem(dare.SAMPLERS, "fast", lambda _, x: torch.full_like(x, 7.0))
+    monkeypatch.setattr(dare, "sample_actions", lambda _, x: torch.full_like(x, 7.0))
     dare.train(tiny(dataset, tmp_path))
     for (scores, *_), (batch, *_) in zip(watch.exchange, watch.losses, strict=True):
         assert torch.allclose(scores, 0.5 * (batch.actions - 1).square().sum(-1), atol=1e-5)

@@ -230,7 +230,7 @@ ABLATIONS = [
     ("calql_stratdiff", dict(offline_frac=0.25, score="gauss_std")),
     ("iql_stratdiff", dict(online_value="advantage")),
     ("iql_stratdiff", dict(exchange_cap=0)),
-    ("iql_stratdiff", dict(utd=10, sampler="cep")),
+    ("iql_stratdiff", dict(utd=10)),
     ("iql_stratdiff", dict(guidance_scale=0.0, score="gauss_std")),
 ]
 
@@ -352,7 +352,7 @@ def test_whatever_shapes_the_behavior_model_gives_another_key(dataset, tmp_path,
 
     seen = keys()
     assert len(seen) == 1
-    assert keys(expectile=0.9, guidance_scale=0.0, sampler="cep", energy_beta=1.0, support_k=2) == seen
+    assert keys(expectile=0.9, guidance_scale=0.0, energy_beta=1.0, support_k=2) == seen
     for changes in (
         dict(behavior_steps=4),
         dict(behavior_batch=8),
