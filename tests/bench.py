@@ -416,7 +416,7 @@ def guide(offline: ReplayBuffer, device: torch.device, compiled: bool, **setting
     """DARE's: `behavior_step`, and `score` of a batch."""
     r, mini = begin_run(iql_dare, device, compiled, **settings), data.load("hopper-mini-v0")
     q_target = iql.make_nets(OBS, ACT, 256).to(device)["q_target"]
-    return iql_dare.Guide(r, r.args, mini, offline, q_target, 1.0)
+    return iql_dare.Guide(r, mini, offline, q_target, 1.0)
 
 
 def references_step(offline: ReplayBuffer, device: torch.device, compiled: bool) -> Step:
@@ -620,8 +620,10 @@ def measure_file(stem: str, args: Args) -> dict[str, float]:
     phase, run.Run.phase = run.Run.phase, timed_phase
     steps_of = lambda result, evaluator, *_: evaluator.episodes * result["eval/length"]  # noqa: E731
     data.Evaluator.__call__ = timed(data.Evaluator.__call__, "evaluation", steps_of)
-    if hasattr(module, "dataset_support"):
-        module.dataset_support = timed(module.dataset_support, "support", lambda support, *_: support.rows)
+    if hasattr(module, "Guide"):
+        module.Guide.dataset_support = timed(
+            module.Guide.dataset_support, "support", lambda _, guide: guide.support.fixed
+        )
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         rows = Path(folder) / "rows.hdf5"
         with h5py.File(data.get_task("hopper-mini-v0").path) as mini, h5py.File(rows, "w") as f:

@@ -1031,36 +1031,40 @@ def test_support_actions_belong_to_their_states():
     """Row i, all K of them, around the mean of state i with the sampler's own spread; clamped; repeatable."""
     torch.manual_seed(0)
     obs = torch.rand(40, 3) * 1.2 - 0.6
-    out = dare.support_actions(OwnMean(0.01), obs, 100, 2)
+    out = dare.support_actions(OwnMean(0.01), obs, torch.randn(40, 100, 2))
     assert out.shape == (40, 100, 2) and not out.requires_grad
     assert (out.mean(1) - obs[:, :2]).abs().max() < 0.05
     assert out.std(1).mean().item() == pytest.approx(0.0487, rel=0.05)
-    far = dare.support_actions(OwnMean(0.01), obs + 3, 5, 2)
+    far = dare.support_actions(OwnMean(0.01), obs + 3, torch.randn(40, 5, 2))
     assert (far == 1).all()
-    wide = dare.support_actions(OwnMean(1.0), obs, 100, 2)
+    noise = torch.randn(40, 100, 2)
+    wide = dare.support_actions(OwnMean(1.0), obs, noise)
     assert wide.abs().max() == 1 and (wide.abs() < 1).float().mean() > 0.5
-    again = [dare.support_actions(OwnMean(0.01), obs, 4, 2, torch.Generator().manual_seed(7)) for _ in "ab"]
-    assert torch.equal(*again)
+    one = dare.support_actions(OwnMean(1.0), obs[7:8], noise[7:8])
+    assert torch.allclose(one, wide[7:8], atol=1e-6)
 
 
 def test_support_grows_and_survives_a_checkpoint():
-    """extend appends, size counts on the device, state_dict holds the rows there are, loading keeps addresses."""
-    a, b = torch.rand(3, 2, 1), torch.rand(4, 2, 1)
-    support = dare.Support(10, 2, 1, CPU)
-    assert support.rows == 0 and support.size.item() == 0 and not support.actions.any()
+    """extend appends own rows, size counts on the device, state_dict holds them alone, loading keeps addresses."""
+    data, a, b = torch.rand(2, 2, 1), torch.rand(3, 2, 1), torch.rand(4, 2, 1)
+    support = dare.Support(2, 10, 2, 1, CPU)
+    assert support.rows == 2 and support.size.item() == 2 and support.actions.shape == (12, 2, 1)
+    support.actions[:2] = data
     support.extend(a)
     support.extend(b)
-    assert support.rows == 7 and support.size.item() == 7
-    assert torch.equal(support.actions[:7], torch.cat([a, b])) and not support.actions[7:].any()
+    assert support.rows == 9 and support.size.item() == 9
+    assert torch.equal(support.actions[:9], torch.cat([data, a, b])) and not support.actions[9:].any()
     state = support.state_dict()
     assert state["actions"].shape == (7, 2, 1)
     support.extend(a)
     support.actions.zero_()
-    other = dare.Support(10, 2, 1, CPU)
+    other = dare.Support(2, 10, 2, 1, CPU)
+    other.actions[:2] = data
     other.extend(b)
     address = other.actions.data_ptr(), other.size.data_ptr()
     other.load_state_dict(state)
-    assert other.rows == 7 and other.size.item() == 7 and torch.equal(other.actions[:7], torch.cat([a, b]))
+    assert other.rows == 9 and other.size.item() == 9
+    assert torch.equal(other.actions[:9], torch.cat([data, a, b]))
     assert (other.actions.data_ptr(), other.size.data_ptr()) == address
 
 

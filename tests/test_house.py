@@ -182,7 +182,7 @@ def test_no_host_reads_in_updates(stem):
     tree = ast.parse(SOURCES[stem])
     step = (
         "losses update dare_losses stratdiff_losses exchange sorted_exchange gaussian_threshold split alignment score "
-        "behavior_loss behavior_step energy_loss energy_step online_energy_step guided_eps offline_step "
+        "behavior_loss behavior_step energy_loss energy_step guided_eps offline_step "
         "online_step train_step sample_step union_rows draw_labelled next_labels begin_labelled conservative_gap "
         "squash squashed_log_std q_of_many draw_noise max_target_q frozen_q "
         "pool_step replacement_step groups group_losses gradient sample_given noised_groups info_nce "

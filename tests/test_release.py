@@ -17,6 +17,7 @@ from conftest import forget_cached, log_rows, module, tiny_args
 
 from algorithms import calql_dare, calql_stratdiff, iql_dare, iql_stratdiff
 from common import run
+from common.buffer import ReplayBuffer
 
 RELEASE = ["calql_dare", "calql_stratdiff", "iql_dare", "iql_stratdiff"]
 
@@ -173,11 +174,15 @@ def test_labels_in_antmaze_are_as_soft_as_the_papers(stem, tmp_path):
         obs=np.zeros((2, 29)), actions=np.zeros((2, 8)), sha256="", path=tmp_path / "maze.hdf5",
         episode_returns=lambda: np.array([0.0, 1.0]), return_range=lambda: 1.0,
     )  # fmt: skip
-    r = SimpleNamespace(seed=lambda _: torch.manual_seed(0), device=torch.device("cpu"), compiled=lambda f: f)
+    r = SimpleNamespace(
+        args=args, seed=lambda _: torch.manual_seed(0), device=torch.device("cpu"), compiled=lambda f: f
+    )
     q = scale * (delta * torch.randn(500, args.support_k) - 40)  # of 500 states
-    guide = algorithm.Guide(r, args, dataset, None, lambda *_: q.flatten()[None], scale)
-    obs, support = torch.randn(500, 29), torch.rand(500, args.support_k, 8)
-    entropy = guide.energy_step(obs, support, torch.ones(500))["energy/label_entropy"].item()
+    offline = ReplayBuffer(500, 29, 8, r.device)
+    offline.append(torch.randn(500, 68))
+    guide = algorithm.Guide(r, dataset, offline, lambda *_: q.flatten()[None], scale)
+    guide.support.actions.uniform_(-1, 1)
+    entropy = guide.energy_step(offline.obs, torch.arange(500))["energy/label_entropy"].item()
     assert entropy == pytest.approx(math.log(32) - (1 - 1 / 32) * (3 * delta) ** 2 / 2, abs=2e-3)
     assert entropy == pytest.approx(3.448, abs=2e-3)
 
@@ -271,13 +276,13 @@ def test_order_and_wiring_of_an_online_step(stem, dataset, tmp_path, monkeypatch
         monkeypatch.setattr(owner, name, call)
 
     spy(algorithm.Guide, "score")
-    spy(algorithm.Guide, "online_energy_step")
+    spy(algorithm.Guide, "energy_step")
     spy(algorithm, splitter, lambda args, out: masks.append((args[1].clone(), out[0].clone())))
     spy(algorithm, loss_name, lambda args, _: used.append(args[2 if stem == "iql_stratdiff" else 3]))
     spy(algorithm, "update")
     args = tiny_args(stem, dataset=dataset, out_dir=tmp_path, offline_frac=0.25)
     algorithm.train(args)
-    energy = ["online_energy_step"]
+    energy = ["energy_step"]
     before, after = ([], energy) if stem == "calql_dare" else (energy, [])
     step = ["score", *before, splitter, loss_name, "update", *after]
     online = calls[calls.index("score") :]
