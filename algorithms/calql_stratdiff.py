@@ -44,9 +44,8 @@ Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py (D2: twice Eq. 11
          U24 losses of actor and temperature: on all rows, as in Cal-QL.
          U25 R online is uncalibrated (D3), so exchanged online rows need no return; with --calibrate-online they
             have theirs.
-Cache    the behavior model is kept beside the dataset, as <file>.behavior-<key>.pt; the key holds dataset, settings,
-         seed, device kind and the code that trains it, so a change of any of these trains anew. Each phase
-         draws random numbers of its own: a run is the same with and without the cache.
+Cache    <out-dir>/.behavior/<dataset>-<key>.pt: the behavior model, for every method with this --out-dir. The key holds
+         dataset, settings, seed, kind of device and the code that trains it; a run is the same with and without.
 Metrics  those of calql.py; cql/gap is over all rows; split/exchanged pairs per batch, half of ρN when the halves
          overlap; split/tau the quantile; ref/clip_frac of
          reference coordinates at the box; energy/loss; energy/label_entropy, near 0 when labels are one-hot:
@@ -63,7 +62,6 @@ import hashlib
 import inspect
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -743,7 +741,7 @@ class Guide:
         self.settings = behavior_settings(args, dataset)
         shaped = json.dumps([self.settings, args.seed, r.device.type])
         key = hashlib.sha256(shaped.encode()).hexdigest()[:16]
-        self.cache = dataset.path.with_name(f"{dataset.path.stem}.behavior-{key}.pt")
+        self.cache = Path(args.out_dir) / ".behavior" / f"{dataset.path.stem}-{key}.pt"
 
     def state(self) -> dict:
         """What a checkpoint holds, by name."""
@@ -789,10 +787,8 @@ class Guide:
         if r.once("behavior_end"):
             state = r.export_phase("behavior", self.settings, behavior=self.behavior)
             if not args.from_behavior and not self.cache.exists():
-                try:
-                    run.save_atomically(state, self.cache)
-                except OSError as e:
-                    print(f"note: behavior model not kept at {self.cache}: {e.strerror}", file=sys.stderr)
+                self.cache.parent.mkdir(exist_ok=True)
+                run.save_atomically(state, self.cache)
         if self.guided:
             self.dataset_support()
             step_fn = r.capture(self.offline_energy_step)

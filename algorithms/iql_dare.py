@@ -53,9 +53,8 @@ Notes    D1, D2, D3, D4, D5, U1 as in iql.py (D2: D4RL-raw rewards are what the 
          U20 critics in the SAC term: online twins, frozen.
          U21 DARE-IV [App. G] is told as the alternative to the SAC-style actor loss: it has Eq. 15's Q-target,
             Eq. 35's value loss, and AWR on all rows.
-Cache    the behavior model is kept beside the dataset, as <file>.behavior-<key>.pt; the key holds dataset, settings,
-         seed, device kind and the code that trains it, so a change of any of these trains anew. Each phase
-         draws random numbers of its own: a run is the same with and without the cache.
+Cache    <out-dir>/.behavior/<dataset>-<key>.pt: the behavior model, for every method with this --out-dir. The key holds
+         dataset, settings, seed, kind of device and the code that trains it; a run is the same with and without.
 Metrics  split/exchanged M, typically < 70 of 128; split/root_valid share with a crossing between the means
          (else midpoint); split/mu_gap on minus off mean score: negative means the policy is closer to the
          reference than the data are; split/tau, split/off_std, split/on_std; dare/awr_term, dare/sac_term the
@@ -75,7 +74,6 @@ import hashlib
 import inspect
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -707,7 +705,7 @@ class Guide:
         self.settings = behavior_settings(args, dataset)
         shaped = json.dumps([self.settings, args.seed, r.device.type])
         key = hashlib.sha256(shaped.encode()).hexdigest()[:16]
-        self.cache = dataset.path.with_name(f"{dataset.path.stem}.behavior-{key}.pt")
+        self.cache = Path(args.out_dir) / ".behavior" / f"{dataset.path.stem}-{key}.pt"
 
     def state(self) -> dict:
         """What a checkpoint holds, by name."""
@@ -753,10 +751,8 @@ class Guide:
         if r.once("behavior_end"):
             state = r.export_phase("behavior", self.settings, behavior=self.behavior)
             if not args.from_behavior and not self.cache.exists():
-                try:
-                    run.save_atomically(state, self.cache)
-                except OSError as e:
-                    print(f"note: behavior model not kept at {self.cache}: {e.strerror}", file=sys.stderr)
+                self.cache.parent.mkdir(exist_ok=True)
+                run.save_atomically(state, self.cache)
         if self.guided:
             self.dataset_support()
             step_fn = r.capture(self.offline_energy_step)

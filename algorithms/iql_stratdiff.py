@@ -46,9 +46,8 @@ Notes    D1, D2, D3, D4, D5, U1 as in iql.py (D2: D4RL-raw rewards are what the 
          U26 the policy, of which the paper says nothing: AWR on all rows.
          U27 "w/o stratification" [App. G]: losses by origin, --exchange-cap 0; the other reading, IQL's losses
             on all rows, is iql.py.
-Cache    the behavior model is kept beside the dataset, as <file>.behavior-<key>.pt; the key holds dataset, settings,
-         seed, device kind and the code that trains it, so a change of any of these trains anew. Each phase
-         draws random numbers of its own: a run is the same with and without the cache.
+Cache    <out-dir>/.behavior/<dataset>-<key>.pt: the behavior model, for every method with this --out-dir. The key holds
+         dataset, settings, seed, kind of device and the code that trains it; a run is the same with and without.
 Metrics  those of iql.py; split/exchanged pairs per batch, half of ρN when the halves overlap; split/tau the
          quantile; ref/clip_frac of reference coordinates at the box; energy/loss; energy/label_entropy, near 0
          when labels are one-hot: guidance too weak; energy/std_bq; loss/behavior.
@@ -64,7 +63,6 @@ import hashlib
 import inspect
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -649,7 +647,7 @@ class Guide:
         self.settings = behavior_settings(args, dataset)
         shaped = json.dumps([self.settings, args.seed, r.device.type])
         key = hashlib.sha256(shaped.encode()).hexdigest()[:16]
-        self.cache = dataset.path.with_name(f"{dataset.path.stem}.behavior-{key}.pt")
+        self.cache = Path(args.out_dir) / ".behavior" / f"{dataset.path.stem}-{key}.pt"
 
     def state(self) -> dict:
         """What a checkpoint holds, by name."""
@@ -695,10 +693,8 @@ class Guide:
         if r.once("behavior_end"):
             state = r.export_phase("behavior", self.settings, behavior=self.behavior)
             if not args.from_behavior and not self.cache.exists():
-                try:
-                    run.save_atomically(state, self.cache)
-                except OSError as e:
-                    print(f"note: behavior model not kept at {self.cache}: {e.strerror}", file=sys.stderr)
+                self.cache.parent.mkdir(exist_ok=True)
+                run.save_atomically(state, self.cache)
         if self.guided:
             self.dataset_support()
             step_fn = r.capture(self.offline_energy_step)

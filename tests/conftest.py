@@ -54,7 +54,7 @@ def random_rows(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def dataset(random_rows, tmp_path_factory) -> Path:
-    """The same file in a folder of its own: what is cached beside it is this test's."""
+    """The same file in a folder of its own."""
     return Path(shutil.copy(random_rows, tmp_path_factory.mktemp("data")))
 
 
@@ -65,12 +65,9 @@ def log_rows(folder: Path, times: bool = False) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if times or k[:5] != "time/"} for row in csv.DictReader(f)]
 
 
-def forget_cached(dataset: Path) -> int:
-    """Remove the behavior models beside the dataset; returns how many there were."""
-    cached = list(dataset.parent.glob("*.behavior-*.pt"))
-    for path in cached:
-        path.unlink()
-    return len(cached)
+def cached(out_dir: Path) -> list[Path]:
+    """The behavior models that the runs below `out_dir` share."""
+    return sorted(out_dir.glob(".behavior/*.pt"))
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,8 @@
 
 import itertools
 import math
-import os
 import re
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 
 import h5py
@@ -13,10 +12,10 @@ import pytest
 import test_calql
 import test_dare
 import torch
-from conftest import forget_cached, log_rows, module, tiny_args
+from conftest import cached, log_rows, module, tiny_args
 
 from algorithms import calql_dare, calql_stratdiff, iql_dare, iql_stratdiff
-from common import run
+from common import data, report, run
 from common.buffer import ReplayBuffer
 
 RELEASE = ["calql_dare", "calql_stratdiff", "iql_dare", "iql_stratdiff"]
@@ -331,18 +330,18 @@ def test_one_behavior_model_serves_both_backbones(dataset, tmp_path, capsys):
     """The cache is by content: another method finds it, and goes on as if it had trained the model itself."""
     settings = dict(dataset=dataset, normalize_obs=True)
     trained = calql_dare.train(tiny_args("calql_dare", out_dir=tmp_path / "a", **settings))
-    forget_cached(dataset)
-    assert "behavior_seconds" in trained
+    assert "behavior_seconds" in trained and len(cached(tmp_path / "a")) == 1
     iql_dare.train(tiny_args("iql_dare", out_dir=tmp_path / "b", **settings))
-    (kept,) = dataset.parent.glob("*.behavior-*.pt")
-    assert kept.name.startswith("random.behavior-")
+    (kept,) = cached(tmp_path / "b")
+    assert kept.name.startswith("random-")
     capsys.readouterr()
     found = calql_dare.train(tiny_args("calql_dare", out_dir=tmp_path / "b", **settings))
     assert f"behavior phase of {kept}" in capsys.readouterr().out
     assert "behavior_seconds" not in found and found["final_score"] == trained["final_score"]
     calql_stratdiff.train(tiny_args("calql_stratdiff", out_dir=tmp_path / "b", **settings))
     iql_stratdiff.train(tiny_args("iql_stratdiff", out_dir=tmp_path / "b", **settings))
-    assert forget_cached(dataset) == 1
+    assert cached(tmp_path / "b") == [kept] and list(dataset.parent.iterdir()) == [dataset]
+    assert len(report.find(tmp_path / "b")[0]) == 4  # which sees the runs and nothing else
 
 
 def test_whatever_shapes_the_behavior_model_gives_another_key(dataset, tmp_path, monkeypatch):
@@ -351,13 +350,14 @@ def test_whatever_shapes_the_behavior_model_gives_another_key(dataset, tmp_path,
 
     def keys(**changes) -> set[str]:
         few = dict(dataset=dataset, offline_steps=2, online_steps=0, energy_steps=1, behavior_steps=3)
-        iql_dare.train(tiny_args("iql_dare", out_dir=tmp_path / str(next(count)), **few | changes))
-        found = {p.name for p in Path(changes.get("dataset", dataset)).parent.glob("*.behavior-*.pt")}
-        return found
+        out = tmp_path / str(next(count))
+        iql_dare.train(tiny_args("iql_dare", out_dir=out, **few | changes))
+        return {p.name for p in cached(out)}
 
-    seen = keys()
-    assert len(seen) == 1
-    assert keys(expectile=0.9, guidance_scale=0.0, energy_beta=1.0, support_k=2) == seen
+    first = keys()
+    assert len(first) == 1
+    assert keys(expectile=0.9, guidance_scale=0.0, energy_beta=1.0, support_k=2) == first
+    seen = set(first)
     for changes in (
         dict(behavior_steps=4),
         dict(behavior_batch=8),
@@ -367,15 +367,15 @@ def test_whatever_shapes_the_behavior_model_gives_another_key(dataset, tmp_path,
         dict(seed=1),
     ):
         now = keys(**changes)
-        assert len(now - seen) == 1, changes
-        seen = now
+        assert len(now) == 1 and not now & seen, changes
+        seen |= now
     original = iql_dare.noise_levels
 
     def noise_levels(t):
         return original(t)
 
     monkeypatch.setattr(iql_dare, "noise_levels", noise_levels)
-    assert len(keys() - seen) == 1
+    assert not keys() & seen
     other = tmp_path / "more" / dataset.name
     other.parent.mkdir()
     other.write_bytes(dataset.read_bytes() + b"\0")
@@ -387,13 +387,12 @@ def test_from_behavior_takes_another_runs_model_and_refuses_one_of_other_setting
     """Another seed's is allowed, and not kept under this seed's key; a difference is named; so is a missing file."""
     iql_dare.train(tiny_args("iql_dare", dataset=dataset, out_dir=tmp_path, seed=1))
     (source,) = (tmp_path / "iql_dare").glob("**/seed1")
-    assert forget_cached(dataset) == 1
     for path in (source, source / "behavior.pt"):
         out = tmp_path / path.name
         result = iql_stratdiff.train(
             tiny_args("iql_stratdiff", dataset=dataset, out_dir=out, from_behavior=path)
         )
-        assert "behavior_seconds" not in result and forget_cached(dataset) == 0
+        assert "behavior_seconds" not in result and cached(out) == []
         (ours,) = out.glob("**/behavior.pt")
         theirs, mine = (
             torch.load(p, weights_only=True)["objects"]["behavior"] for p in (source / "behavior.pt", ours)
@@ -409,27 +408,23 @@ def test_from_behavior_takes_another_runs_model_and_refuses_one_of_other_setting
         assert not [*(tmp_path / str(i)).glob("**/log.csv")]  # before the offline phase, not after it
 
 
-def test_a_damaged_cache_is_named_and_a_folder_without_rights_is_not_needed(
-    dataset, tmp_path, capsys, monkeypatch
-):
-    args = tiny_args("iql_dare", dataset=dataset, out_dir=tmp_path / "a")
-    trained = iql_dare.train(args)
-    (kept,) = dataset.parent.glob("*.behavior-*.pt")
+def test_a_damaged_cache_is_named(dataset, tmp_path):
+    iql_dare.train(tiny_args("iql_dare", dataset=dataset, out_dir=tmp_path))
+    (kept,) = cached(tmp_path)
     kept.write_bytes(kept.read_bytes()[:1000])
     with pytest.raises(run.UsageError, match=kept.name):
-        iql_dare.train(tiny_args("iql_dare", dataset=dataset, out_dir=tmp_path / "b"))
-    kept.unlink()
-    save = run.save_atomically
+        iql_stratdiff.train(tiny_args("iql_stratdiff", dataset=dataset, out_dir=tmp_path))
 
-    def deny(state, path):
-        if path.parent == dataset.parent:
-            raise PermissionError(13, os.strerror(13), str(path))
-        save(state, path)
 
-    monkeypatch.setattr(run, "save_atomically", deny)
-    again = iql_dare.train(tiny_args("iql_dare", dataset=dataset, out_dir=tmp_path / "c"))
-    assert "not kept" in capsys.readouterr().err
-    assert again["final_score"] == trained["final_score"] and forget_cached(dataset) == 0
+def test_the_installed_tree_stays_as_it_is(tmp_path):
+    """A run on the embedded task writes below its --out-dir and nowhere else."""
+    beside = data.get_task("hopper-mini-v0").path.parent
+    before = sorted(beside.iterdir())
+    args = tiny_args("iql_dare", out_dir=tmp_path, offline_steps=2, online_steps=0, behavior_steps=2)
+    iql_dare.train(replace(args, env="hopper-mini-v0", guidance_scale=0.0))
+    assert sorted(beside.iterdir()) == before
+    (kept,) = cached(tmp_path)
+    assert kept.name.startswith("hopper-mini-v0-")
 
 
 def test_phases_have_random_numbers_of_their_own(tmp_path):
