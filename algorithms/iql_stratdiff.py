@@ -7,29 +7,30 @@ Paper    "Energy-Guided Diffusion Stratification for Offline-to-Online RL" (Stra
 Symbols  μ_0 behavior | ε̂ its noise estimate | f_φ energy | s guidance_scale | β energy_beta | K support_k |
          â reference action d alignment score | ρ offline_frac | n_c exchange_cap | b_off, b_on off_like,
          ~off_like
-Read     what iql.py has; then NEW: behavior model, samplers, energy, scores, exchange, Guide; losses; train
+Read     what iql.py has; then NEW: behavior model, sampler, energy, scores, exchange, Guide; losses; train
 Idea     Each row of an online batch is scored by its action's distance to a reference action of the guided
          behavior model; the ρN nearest are offline-like, wherever they come from, and keep IQL's losses; the
          others have expectile 0.99 for V and a max-Q target for Q.
 Notes    D1, D2, D3, D4, D5, U1 as in iql.py (D2: D4RL-raw rewards are what the paper's base code has).
          Of the guided behavior model, in every file that has it (D10: Eq. 10; D11: Eqs. 7, 9):
          D10 Eq. 10: KL between two points is 0 or infinite; `gauss` is the KL of equal-variance Gaussians
-            around them, half the squared distance (scale does not matter to the rule); `gauss_std`,
-            `softmax`, `kde`, `elbo` are other readings.
+            around them, half the squared distance (scale does not matter to the rule); `gauss_std`
+            has the policy's spread.
          D11 Eq. 7 has e^{-f}, Eq. 9 adds the gradient of f; taken together guidance goes downhill. CEP's
             code has e^{+f}, as we.
          D12 samples are clamped to the action box (CEP leaves them): they are compared with data and fed to
             Q.
          U10 Q in f_φ's labels: min of the target twins.
          U11 its unit: β = 3 is QGPO's, whose rewards are r · 1000 / return range (AntMaze: r - 1), so Q is divided
-            by our reward unit over theirs: --energy-units qgpo, for AntMaze reward; raw does not.
+            by our reward unit over theirs: --energy-units qgpo, for AntMaze reward.
          U12 f_φ gets energy_steps on the offline Q first, then one step per gradient step, on the batch at
             hand.
-         U13 sampler and schedule of the behavior model are CEP's.
+         U13 behavior schedule and sampler are CEP's: DPM-Solver++ 2S, uniform time, 15 evaluations.
+            It narrows peaks: N(m, 0.3²) to a spread of 0.24 (2M, uniform log-SNR, 10 evaluations: 0.31); 91 of 100
+            rows are split as with 2M, where two draws of one sampler agree on 68.
          U14 support for online rows comes every support_every steps; rows still without are left out of
             f_φ's loss.
          U15 tasks without a row in the tables: guidance scale 3, the rest as in locomotion (large mazes: AntMaze).
-         U16 kde bandwidth 0.2; elbo at four fixed times, without references.
          U17 which pairs are the "top" M: largest d offline against smallest d online.
          Of StratDiff:
          D17 Alg. 1 draws â, updates f_φ, scores: the score needs no f_φ, so here â and score come first, and
@@ -45,12 +46,8 @@ Notes    D1, D2, D3, D4, D5, U1 as in iql.py (D2: D4RL-raw rewards are what the 
          U26 the policy, of which the paper says nothing: AWR on all rows.
          U27 "w/o stratification" [App. G]: losses by origin, --exchange-cap 0; the other reading, IQL's losses
             on all rows, is iql.py.
-Cache    the behavior model is kept beside the dataset, as <file>.behavior-<key>.pt; the key holds dataset, settings,
-         seed, device kind and the code that trains it, so a change of any of these trains anew. Each phase
-         draws random numbers of its own: a run is the same with and without the cache.
-Samplers cep: DPM-Solver++ 2S, uniform time, 15 evaluations, what the papers most likely ran; contracts
-         narrow distributions (std ratio 0.79 at 0.3). fast: 2M, uniform log-SNR, 10 evaluations, ratio
-         1.03: cheaper and more accurate.
+Cache    <out-dir>/.behavior/<dataset>-<key>.pt: the behavior model, for every method with this --out-dir. The key holds
+         dataset, settings, seed, kind of device and the code that trains it; a run is the same with and without.
 Metrics  those of iql.py; split/exchanged pairs per batch, half of ρN when the halves overlap; split/tau the
          quantile; ref/clip_frac of reference coordinates at the box; energy/loss; energy/label_entropy, near 0
          when labels are one-hot: guidance too weak; energy/std_bq; loss/behavior.
@@ -66,7 +63,6 @@ import hashlib
 import inspect
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -126,14 +122,14 @@ class Args:
     energy_lr: Positive = 3e-4  # Adam [B.3]
     energy_hidden: Count = 256  # width of the four hidden layers [B.3]
     energy_beta: Weight = 3.0  # β [B.3]
-    energy_units: Literal["qgpo", "reward", "raw"] = "qgpo"  # unit of Q in the labels: U11
+    energy_units: Literal["qgpo", "reward"] = "qgpo"  # unit of Q in the labels: U11
     support_k: Several = 16  # K, support actions per state [B.3]
     support_every: Count = 250  # environment steps between support generations for online rows: U14
-    sampler: Literal["cep", "fast"] = "cep"  # of references and support actions: U13, Samplers
     # NEW: split and losses
-    score: Literal["gauss", "gauss_std", "softmax", "kde", "elbo"] = "gauss"  # measure of d [Eq. 10]: D10
-    n_ref: Count = 1  # reference actions per row; kde wants 8 or more, elbo uses none
-    exchange_cap: Annotated[int, "[-1, inf)"] = -1  # most pairs exchanged, n [App. F]; -1 all, 0 none
+    score: Literal["gauss", "gauss_std"] = "gauss"  # measure of d [Eq. 10]: D10
+    exchange_cap: Annotated[
+        int, "[-1, inf)"
+    ] = -1  # most pairs exchanged; n_c [App. F]; -1 = no cap, 0 = no exchange
     online_value: Literal["expectile", "advantage"] = "expectile"  # V's loss on online-like rows [App. E]
     online_expectile: Fraction = 0.99  # τ of online-like rows [Eq. 12]
     max_q_samples: Count = 10  # policy actions behind max_a' Q: U19
@@ -165,7 +161,7 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
         offline_steps=15_000, online_steps=5_000, warmup_steps=2_000, lr=5e-4, polyak=0.01, hidden=64,
         normalize_obs=True, normalize_reward=True,
         behavior_steps=3_000, behavior_batch=512, behavior_lr=1e-3, behavior_width=64,
-        energy_steps=1_000, energy_hidden=32, support_k=4, sampler="fast",
+        energy_steps=1_000, energy_hidden=32, support_k=4,
     ),
 }  # fmt: skip
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
@@ -175,6 +171,17 @@ OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the datase
 BEHAVIOR_SETTINGS = (  # NEW: what a behavior model depends on, beside the dataset and the code
     "behavior_steps", "behavior_batch", "behavior_lr", "behavior_width", "normalize_obs",
 )  # fmt: skip
+NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
+    "exchange_cap != 0": (
+        "from_behavior", "behavior_steps", "behavior_batch", "behavior_lr", "behavior_width", "guidance_scale",
+        "score",
+    ),
+    "exchange_cap != 0 and guidance_scale > 0": (
+        "energy_steps", "energy_batch", "energy_lr", "energy_hidden", "energy_beta", "energy_units", "support_k",
+        "support_every",
+    ),
+    "online_value == 'expectile'": ("online_expectile",),
+}  # fmt: skip
 
 
 # --- shared: iql.actor ---
@@ -342,7 +349,92 @@ def restart_optimizer(opt: torch.optim.Adam, lr: float) -> None:
 # --- end shared: iql.training ---
 
 
-# NEW: the behavior model ν(a|s), a diffusion over actions, and its guidance. Outside NEW this file is iql.py.
+# NEW: from here to `train`, the method; the rest is iql.py. First the split of a batch: scores, exchange.
+# --- shared: iql_dare.exchange ---
+Logs = dict[str, torch.Tensor]  # metric -> detached 0-d tensor
+
+
+def alignment(kind: str, actions: torch.Tensor, refs: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+    """d(s, a) = KL(N(a, σ²) || N(â, σ²)), higher = less aligned: actions, references (N, A) -> (N,).  [DARE Eq. 7]: D10
+
+    kind "gauss": σ = 1, half the squared distance; "gauss_std": the policy's spread, log_std (A,) or (N, A).
+    """
+    gap = actions - refs
+    if kind == "gauss_std":
+        gap = gap * (-log_std).exp()
+    return 0.5 * gap.square().sum(-1)
+
+
+def exchange(
+    scores: torch.Tensor, off: torch.Tensor, tau: torch.Tensor | int, cap: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Swap the top-M pairs: scores (N,), off (N,) bool by origin, τ () -> off_like (N,) bool, M ().  [DARE Eq. 10]
+
+    Candidates are off rows with d >= τ and on rows with d < τ; M = min(both counts, cap); the most extreme go: U17.
+    Flips labels instead of moving rows: fixed shapes, nothing read back. cap < 0 is no cap.
+    """
+    high, low = off & (scores >= tau), ~off & (scores < tau)
+    m = torch.minimum(high.sum(), low.sum()).clamp(max=len(scores) if cap < 0 else cap)
+    rank_high = torch.where(high, -scores, torch.inf).argsort().argsort()
+    rank_low = torch.where(low, scores, torch.inf).argsort().argsort()
+    return (off & ~(high & (rank_high < m))) | (low & (rank_low < m)), m
+
+
+def sorted_exchange(
+    scores: torch.Tensor, off: torch.Tensor, n_offline: int, cap: int
+) -> tuple[torch.Tensor, Logs]:
+    """The n_offline lowest scores become offline-like, by at most `cap` swaps: (N,), off (N,) bool -> off_like (N,).
+
+    The exchange at the pooled quantile, on ranks, so that ties do not matter.  [StratDiff §3.2, App. F]
+    """
+    order = scores.argsort(stable=True)
+    rank = order.argsort()
+    off_like, m = exchange(rank.to(scores), off, n_offline, cap)
+    return off_like, {"split/tau": scores[order][n_offline], "split/exchanged": m}
+
+
+# --- end shared: iql_dare.exchange ---
+
+
+# NEW: losses of the online phase
+# --- shared: iql_dare.max_target ---
+def max_target_q(q_target: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """max over S actions of min Q̂: obs (B, O), actions (S, B, A) -> (B,).  [DARE Eq. 15]: U19"""
+    samples, rows, _ = actions.shape
+    q = q_target(obs.repeat(samples, 1), actions.flatten(0, 1)).amin(0)
+    return q.view(samples, rows).amax(0)
+
+
+# --- end shared: iql_dare.max_target ---
+
+
+def stratdiff_losses(
+    nets: nn.ModuleDict, batch: Batch, off_like: torch.Tensor, noise: torch.Tensor, args: Args
+) -> tuple[torch.Tensor, Logs]:
+    """`losses`, constraint released on the rows that are not off_like (B,) bool; noise (S, B, A) ~ N(0, I)."""
+    mean, log_std = nets["actor"](batch.obs)
+    with torch.no_grad():
+        q_hat = nets["q_target"](batch.obs, batch.actions).amin(0)  # (2, B) -> (B,)
+        v_next = nets["vf"](batch.next_obs)
+        next_actions = nets["actor"](batch.next_obs)[0] + log_std.exp() * noise  # (S, B, A)
+        max_q = max_target_q(nets["q_target"], batch.next_obs, next_actions.clamp(-1, 1))
+        v_next = torch.where(off_like, v_next, max_q)  # [Eq. 13]
+    adv = q_hat - nets["vf"](batch.obs)
+    if args.online_value == "expectile":
+        expectile = torch.where(off_like, args.expectile, args.online_expectile)
+        v_loss = value_loss(adv, expectile)  # [Eq. 12]: D15
+    else:  # [App. E, Eq. 14]: D19
+        v_loss = value_loss(off_like * adv, args.expectile) + (~off_like * adv).mean()
+    target = td_target(batch.rewards, batch.terminations, v_next, args.gamma)
+    q = nets["qf"](batch.obs, batch.actions)
+    q_loss = (q - target).square().mean()  # [Eq. 13]: D15, D16
+    actor_loss = -(awr_weight(adv, args.inv_temp) * log_prob(mean, log_std, batch.actions)).mean()  # U26
+    logs = {"loss/v": v_loss, "loss/q": q_loss, "loss/actor": actor_loss}
+    logs |= {"q/mean": q.mean(), "adv/mean": adv.mean(), "log_std/mean": log_std.mean()}
+    return v_loss + q_loss + actor_loss, {k: v.detach() for k, v in logs.items()}
+
+
+# NEW: what the scores are distances to, samples of π_0(a|s) ∝ ν(a|s) e^{s f(s, a)}: ν is a diffusion over actions.
 # --- shared: iql_dare.guidance ---
 T_MIN = 1e-3  # smallest diffusion time [CEP]
 
@@ -375,11 +467,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width_in: int, width: int):
         super().__init__()
-        self.first, self.cond, self.second = (
-            nn.Linear(width_in, width),
-            nn.Linear(128, width),
-            nn.Linear(width, width),
-        )
+        self.first, self.cond = nn.Linear(width_in, width), nn.Linear(128, width)
+        self.second = nn.Linear(width, width)
         self.skip = nn.Linear(width_in, width) if width_in != width else nn.Identity()
 
     def forward(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
@@ -430,12 +519,6 @@ def half_log_snr(t: float) -> float:
     return log_alpha(t) - 0.5 * math.log(-math.expm1(2 * log_alpha(t)))
 
 
-def time_of(lam: float) -> float:
-    """The inverse: t with λ_t = lam."""
-    u = 2 * (20.0 - 0.1) * (math.log1p(math.exp(-2 * lam)) if lam > -300 else -2 * lam)
-    return u / ((20.0 - 0.1) * (math.sqrt(0.1**2 + u) + 0.1))
-
-
 def denoise(eps_fn: EpsFn, x: torch.Tensor, t: float) -> torch.Tensor:
     """Estimate of the clean action, (x - σ_t ε̂) / α_t."""
     alpha = math.exp(log_alpha(t))
@@ -449,8 +532,8 @@ def solver_step(x: torch.Tensor, denoised: torch.Tensor, s: float, t: float) -> 
     return (sigma_t / sigma_s) * x - math.exp(log_alpha(t)) * math.expm1(-h) * denoised
 
 
-def sample_cep(eps_fn: EpsFn, x: torch.Tensor) -> torch.Tensor:
-    """Singlestep second order, uniform in time, 15 evaluations: CEP's sampler.  x ~ N(0, I) (B, A) -> (B, A)."""
+def sample_actions(eps_fn: EpsFn, x: torch.Tensor) -> torch.Tensor:
+    """Singlestep second order, uniform in time, 15 evaluations: x ~ N(0, I) (B, A) -> (B, A).  [CEP]: U13"""
     times = [1.0 + i / 15 * (T_MIN - 1.0) for i in range(16)]
     for s, mid, t in zip(times[0:13:2], times[1:14:2], times[2:15:2], strict=True):
         d = denoise(eps_fn, x, s)
@@ -458,23 +541,6 @@ def sample_cep(eps_fn: EpsFn, x: torch.Tensor) -> torch.Tensor:
         d_mid = denoise(eps_fn, solver_step(x, d, s, mid), mid)
         x = solver_step(x, d + (d_mid - d) / (2 * r), s, t)
     return solver_step(x, denoise(eps_fn, x, times[14]), times[14], times[15])
-
-
-def sample_fast(eps_fn: EpsFn, x: torch.Tensor) -> torch.Tensor:
-    """Multistep second order, uniform in log-SNR, 10 evaluations.  x ~ N(0, I) (B, A) -> (B, A)."""
-    low, high = half_log_snr(1.0), half_log_snr(T_MIN)
-    lam = [low + i / 10 * (high - low) for i in range(11)]
-    times, previous = [time_of(v) for v in lam], None
-    for s, t in pairwise(times):
-        d = denoise(eps_fn, x, s)
-        x = solver_step(
-            x, d if previous is None else d + (d - previous) / 2, s, t
-        )  # equal steps: 1 / (2r) = 1/2
-        previous = d
-    return x
-
-
-SAMPLERS = {"cep": sample_cep, "fast": sample_fast}
 
 
 # The energy f_φ(s, a_t, t), trained by contrastive energy prediction
@@ -493,7 +559,7 @@ class EnergyNet(nn.Module):
 
 def energy_loss(
     energy: nn.Module, obs: torch.Tensor, support: torch.Tensor, bq: torch.Tensor, has_support: torch.Tensor
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+) -> tuple[torch.Tensor, Logs]:
     """-E Σ_k softmax(βQ)_k log softmax(f(s, a_t, t))_k over the K support actions of a state.  [DARE Eq. 34, sign: D11]
 
     obs (N, O), support (N, K, A), bq = βQ / unit (N, K), has_support (N,) 0 or 1 -> (). One t per state: the softmax
@@ -528,166 +594,81 @@ def guided_eps(behavior: nn.Module, energy: nn.Module | None, obs: torch.Tensor,
 
 
 @torch.no_grad()
-def support_actions(
-    behavior: nn.Module,
-    obs: torch.Tensor,
-    k: int,
-    act_dim: int,
-    sampler: str,
-    generator: torch.Generator | None = None,
-) -> torch.Tensor:
-    """K unguided behavior actions for each state, clamped: (N, O) -> (N, K, A).  [CEP]: D12"""
-    noise = torch.randn(len(obs) * k, act_dim, device=obs.device, generator=generator)
-    eps_fn = guided_eps(behavior, None, obs.repeat_interleave(k, 0), 0.0)
-    return SAMPLERS[sampler](eps_fn, noise).clamp(-1, 1).view(len(obs), k, act_dim)
+def support_actions(behavior: nn.Module, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """K unguided behavior actions per state, clamped: obs (N, O), noise N(0, I) (N, K, A) -> (N, K, A).  [CEP]: D12"""
+    eps_fn = guided_eps(behavior, None, obs.repeat_interleave(noise.shape[1], 0), 0.0)
+    return sample_actions(eps_fn, noise.flatten(0, 1)).clamp(-1, 1).view_as(noise)
 
 
 class Support:
-    """Support actions of the rows of a buffer, (capacity, K, A); those below the 0-d device tensor `size` exist."""
+    """Support actions (rows, K, A) of the dataset's rows, then of own rows; there are `size` (a device tensor)."""
 
-    def __init__(self, capacity: int, k: int, act_dim: int, device: torch.device):
-        self.actions = torch.zeros(capacity, k, act_dim, device=device)
-        self.size = torch.zeros((), dtype=torch.int64, device=device)
-        self.rows = 0  # the same number, on the host
+    def __init__(self, fixed: int, own: int, k: int, act_dim: int, device: torch.device):
+        self.actions = torch.zeros(fixed + own, k, act_dim, device=device)
+        self.size = torch.tensor(fixed, device=device)
+        self.fixed = self.rows = fixed  # of the dataset; all that there are, on the host
 
     def extend(self, actions: torch.Tensor) -> None:
-        """Append those of the next rows, (N, K, A)."""
+        """Append those of the next own rows, (N, K, A)."""
         self.actions[self.rows : self.rows + len(actions)] = actions
         self.rows += len(actions)
         self.size.fill_(self.rows)
 
     def state_dict(self) -> dict:
-        return {"actions": self.actions[: self.rows].clone()}
+        """Those of own rows; the dataset's have a file of their own."""
+        return {"actions": self.actions[self.fixed : self.rows].clone()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.rows = 0
+        self.rows = self.fixed
         self.extend(state["actions"])
 
 
-# Alignment scores and the exchange
-def alignment(kind: str, actions: torch.Tensor, refs: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
-    """d(s, a), higher = less aligned: actions (N, A), references (R, N, A), log_std (A,) -> (N,).  [DARE Eq. 7]: D10"""
-    gap = actions - refs  # (R, N, A)
-    if kind == "gauss":  # KL(N(a, I) || N(â, I)), mean over references
-        return 0.5 * gap.square().sum(-1).mean(0)
-    if kind == "gauss_std":  # the same with the policy's spread
-        return 0.5 * (gap * (-log_std).exp()).square().sum(-1).mean(0)
-    if kind == "softmax":  # KL(softmax(a) || softmax(â)); blind to a common offset, 0 for A = 1
-        log_p, log_q = actions.log_softmax(-1), refs.log_softmax(-1)
-        return (log_p.exp() * (log_p - log_q)).sum(-1).mean(0)
-    assert kind == "kde", kind  # -log of a kernel density estimate at a, up to a constant: U16
-    return -(-0.5 * (gap / 0.2).square().sum(-1)).logsumexp(0)
-
-
-def elbo_score(eps_fn: EpsFn, actions: torch.Tensor) -> torch.Tensor:
-    """Mean of ||ε̂_g - ε||² over four times, a stand-in for -log π_0(a|s): (N, A) -> (N,).  U16"""
-    errors = []
-    for t in (0.1, 0.3, 0.5, 0.7):
-        noise, alpha = torch.randn_like(actions), math.exp(log_alpha(t))
-        x = alpha * actions + math.sqrt(1 - alpha**2) * noise
-        errors.append((eps_fn(x, t) - noise).square().sum(-1))
-    return torch.stack(errors).mean(0)
-
-
-def exchange(
-    scores: torch.Tensor, off: torch.Tensor, tau: torch.Tensor | int, cap: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Swap the top-M pairs: scores (N,), off (N,) bool by origin, τ () -> off_like (N,) bool, M ().  [DARE Eq. 10]
-
-    Candidates are off rows with d >= τ and on rows with d < τ; M = min(both counts, cap); the most extreme go: U17.
-    Flips labels instead of moving rows: fixed shapes, nothing read back. cap < 0 is no cap.
-    """
-    high, low = off & (scores >= tau), ~off & (scores < tau)
-    m = torch.minimum(high.sum(), low.sum()).clamp(max=len(scores) if cap < 0 else cap)
-    rank_high = torch.where(high, -scores, torch.inf).argsort().argsort()
-    rank_low = torch.where(low, scores, torch.inf).argsort().argsort()
-    return (off & ~(high & (rank_high < m))) | (low & (rank_low < m)), m
-
-
-def sorted_exchange(
-    scores: torch.Tensor, off: torch.Tensor, n_offline: int, cap: int
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The n_offline lowest scores become offline-like, by at most `cap` swaps: (N,), off (N,) bool -> off_like (N,).
-
-    The exchange at the pooled quantile, on ranks, so that ties do not matter.  [StratDiff §3.2, App. F]
-    """
-    order = scores.argsort(stable=True)
-    rank = order.argsort()
-    off_like, m = exchange(rank.to(scores), off, n_offline, cap)
-    return off_like, {"split/tau": scores[order][n_offline], "split/exchanged": m}
-
-
-def dataset_support(
-    r: run.Run, behavior: nn.Module, offline: ReplayBuffer, args: Args, act_dim: int
-) -> Support:
-    """Support actions of every dataset row, generated once and kept as support.pt in the run directory."""
-    support = Support(len(offline), args.support_k, act_dim, r.device)
-    if (r.dir / "support.pt").exists():
-        run.restore(support, run.load_state(r.dir / "support.pt", r.device))
-        return support
-    # a generator of its own: the run goes on alike, whether these are computed or read
-    own = torch.Generator(r.device).manual_seed(args.seed)
-    for obs in tqdm(offline.obs.split(1_024), desc="support", unit="chunk", disable=None):
-        support.extend(support_actions(behavior, obs, args.support_k, act_dim, args.sampler, own))
-    run.save_atomically(support.state_dict(), r.dir / "support.pt")
-    return support
+def unit_of_q(args: Args, dataset: data.Dataset, reward_scale: float) -> float:
+    """Our rewards, raw ones times reward_scale, over those that β is meant for: r · 1000 / return range, or r.  U11"""
+    if args.energy_units == "reward":
+        return reward_scale
+    if len(set(dataset.episode_returns())) == 1:
+        raise run.UsageError("--energy-units", "qgpo", "reward: all returns are the same")
+    return reward_scale * (dataset.return_range() / 1_000)
 
 
 class Guide:
-    """π_0(a|s) ∝ ν(a|s) e^{s f(s, a)}: both models, their support actions, their phases before going online."""
+    """π_0(a|s) ∝ ν(a|s) e^{s f(s, a)}: both models, what trains them before going online and online, and the scores."""
 
     def __init__(
         self,
         r: run.Run,
-        args: Args,
         dataset: data.Dataset,
         offline: ReplayBuffer,
         q_target: nn.Module,
         reward_scale: float,
     ):
         """`offline` is `dataset` as the agent sees it, its rewards multiplied by `reward_scale`."""
-        self.r, self.args, self.offline, self.q_target = r, args, offline, q_target
-        obs_dim, self.act_dim = dataset.obs.shape[1], dataset.actions.shape[1]
+        self.r, self.args, self.offline, self.q_target = r, r.args, offline, q_target
+        args, (obs_dim, act_dim, *_) = r.args, offline.widths
         r.seed("behavior")  # the same behavior model beside any backbone
-        self.behavior = BehaviorNet(obs_dim, self.act_dim, args.behavior_width).to(r.device)
-        self.energy = EnergyNet(obs_dim, self.act_dim, args.energy_hidden).to(r.device)
+        self.behavior = BehaviorNet(obs_dim, act_dim, args.behavior_width).to(r.device)
+        self.energy = EnergyNet(obs_dim, act_dim, args.energy_hidden).to(r.device)
         adam = dict(fused=True, capturable=r.device.type == "cuda")
         self.behavior_opt = torch.optim.Adam(self.behavior.parameters(), lr=args.behavior_lr, **adam)
         self.energy_opt = torch.optim.Adam(self.energy.parameters(), lr=args.energy_lr, **adam)
-        self.online_support = Support(args.online_steps, args.support_k, self.act_dim, r.device)
         self.behavior_loss, self.energy_loss = r.compiled(behavior_loss), r.compiled(energy_loss)
         self.batch_behavior = r.compiled(self.behavior)  # for `score`, where the number of rows never changes
         self.guided = args.guidance_scale > 0
-        self.beta = args.energy_beta  # over Q's unit: U11
-        if self.guided and args.energy_units != "raw":
-            if args.energy_units == "qgpo" and len(set(dataset.episode_returns())) == 1:
-                raise run.UsageError("--energy-units", "qgpo", "reward or raw: all returns are the same")
-            unit = dataset.return_range() / 1_000 if args.energy_units == "qgpo" else 1.0
-            self.beta /= reward_scale * unit
-        parts = (
-            log_alpha,
-            noise_levels,
-            FourierTime,
-            ResidualBlock,
-            BehaviorNet,
-            behavior_loss,
-            Guide.behavior_step,
-        )
-        code = "".join(map(inspect.getsource, parts))
-        self.settings = {k: getattr(args, k) for k in BEHAVIOR_SETTINGS} | {
-            "dataset": dataset.sha256,
-            "code": hashlib.sha256(code.encode()).hexdigest()[:16],
-        }
-        content = json.dumps([self.settings, args.seed, r.device.type])
-        key = hashlib.sha256(content.encode()).hexdigest()[:16]
-        self.cache = dataset.path.with_name(f"{dataset.path.stem}.behavior-{key}.pt")
+        rows = (len(offline), args.online_steps) if self.guided else (0, 0)
+        self.support = Support(*rows, args.support_k, act_dim, r.device)
+        self.beta = args.energy_beta / unit_of_q(args, dataset, reward_scale) if self.guided else 0.0
+        self.settings = behavior_settings(args, dataset)
+        shaped = json.dumps([self.settings, args.seed, r.device.type])
+        key = hashlib.sha256(shaped.encode()).hexdigest()[:16]
+        self.cache = Path(args.out_dir) / ".behavior" / f"{dataset.path.stem}-{key}.pt"
 
     def state(self) -> dict:
         """What a checkpoint holds, by name."""
-        names = ("behavior", "behavior_opt", "energy", "energy_opt", "online_support")
+        names = ("behavior", "behavior_opt", "energy", "energy_opt", "support")
         return {k: getattr(self, k) for k in names}
 
-    def behavior_step(self) -> dict[str, torch.Tensor]:
+    def behavior_step(self) -> Logs:
         """One gradient step of the behavior model, in bf16 on a GPU."""
         batch = self.offline.sample(self.args.behavior_batch)
         on_gpu = batch.obs.is_cuda
@@ -698,10 +679,9 @@ class Guide:
         self.behavior_opt.step()
         return {"loss/behavior": loss.detach()}
 
-    def energy_step(
-        self, obs: torch.Tensor, support: torch.Tensor, has_support: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """One gradient step of f_φ on states (N, O) with support (N, K, A)."""
+    def energy_step(self, obs: torch.Tensor, index: torch.Tensor) -> Logs:
+        """One gradient step of f_φ on states (N, O), rows `index` of `support`; rows without any are left out: U14."""
+        support, has_support = self.support.actions[index], (index < self.support.size).to(obs)
         with torch.no_grad():  # U10
             q = self.q_target(obs.repeat_interleave(support.shape[1], 0), support.flatten(0, 1)).amin(0)
         bq = q.view(support.shape[:2]) * self.beta
@@ -711,10 +691,9 @@ class Guide:
         self.energy_opt.step()
         return logs
 
-    def offline_energy_step(self) -> dict[str, torch.Tensor]:
+    def offline_energy_step(self) -> Logs:
         index = self.offline.draw(self.args.energy_batch)
-        everywhere = torch.ones(self.args.energy_batch, device=self.r.device)
-        return self.energy_step(self.offline.obs[index], self.support.actions[index], everywhere)
+        return self.energy_step(self.offline.obs[index], index)
 
     def pretrain(self) -> None:
         """Behavior model (unless imported or cached), support actions, energy on the offline Q: U12."""
@@ -728,93 +707,64 @@ class Guide:
         if r.once("behavior_end"):
             state = r.export_phase("behavior", self.settings, behavior=self.behavior)
             if not args.from_behavior and not self.cache.exists():
-                try:
-                    run.save_atomically(state, self.cache)
-                except OSError as e:
-                    print(f"note: behavior model not kept at {self.cache}: {e.strerror}", file=sys.stderr)
+                self.cache.parent.mkdir(exist_ok=True)
+                run.save_atomically(state, self.cache)
         if self.guided:
-            self.support = dataset_support(r, self.behavior, self.offline, args, self.act_dim)
+            self.dataset_support()
             step_fn = r.capture(self.offline_energy_step)
             for step in r.phase("energy", args.energy_steps):
                 r.log(step, step_fn())
 
+    def dataset_support(self) -> None:
+        """Support actions of the dataset's rows, generated once and kept as support.pt in the run directory."""
+        path, all_actions = self.r.dir / "support.pt", self.support.actions[: self.support.fixed]
+        if path.exists():
+            all_actions.copy_(run.load_state(path, self.r.device)["actions"])
+            return
+        # a generator of its own: the run goes on alike, whether these are computed or read
+        own = torch.Generator(self.r.device).manual_seed(self.args.seed)
+        chunks = list(zip(all_actions.split(1_024), self.offline.obs.split(1_024), strict=True))
+        for actions, obs in tqdm(chunks, desc="support", unit="chunk", disable=None):
+            noise = torch.randn(actions.shape, device=self.r.device, generator=own)
+            actions.copy_(support_actions(self.behavior, obs, noise))
+        run.save_atomically({"actions": all_actions.clone()}, path)
+
     def extend_support(self, online: ReplayBuffer) -> None:
-        """Support actions of the online rows that have none yet: U14."""
-        new_obs = online.obs[self.online_support.rows :]
-        chunk = support_actions(self.behavior, new_obs, self.args.support_k, self.act_dim, self.args.sampler)
-        self.online_support.extend(chunk)
+        """Support actions of the own rows that have none yet: U14."""
+        obs = online.obs[self.support.rows - self.support.fixed :]
+        noise = torch.randn(len(obs), *self.support.actions.shape[1:], device=self.r.device)
+        self.support.extend(support_actions(self.behavior, obs, noise))
 
     @torch.no_grad()
-    def score(self, batch: Batch, log_std: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """d of each row to references drawn at its state (B,); log_std (A,) or (B, A) of the policy.  [DARE Eq. 7]"""
-        args = self.args
-        if args.score == "elbo":
-            eps_fn = guided_eps(self.batch_behavior, self.energy, batch.obs, args.guidance_scale)
-            return elbo_score(eps_fn, batch.actions), {}
-        obs = batch.obs.repeat(args.n_ref, 1)
-        eps_fn = guided_eps(self.batch_behavior, self.energy, obs, args.guidance_scale)
-        noise = torch.randn(len(obs), self.act_dim, device=obs.device)
-        refs = SAMPLERS[args.sampler](eps_fn, noise)
+    def score(self, batch: Batch, log_std: torch.Tensor) -> tuple[torch.Tensor, Logs]:
+        """d of each row to a reference drawn at its state (B,); log_std (A,) or (B, A) of the policy.  [DARE Eq. 7]"""
+        eps_fn = guided_eps(self.batch_behavior, self.energy, batch.obs, self.args.guidance_scale)
+        refs = sample_actions(eps_fn, torch.randn_like(batch.actions))
         logs = {"ref/clip_frac": (refs.abs() > 1).float().mean()}
-        refs = refs.clamp(-1, 1).view(args.n_ref, *batch.actions.shape)  # D12
-        return alignment(args.score, batch.actions, refs, log_std), logs
+        return alignment(self.args.score, batch.actions, refs.clamp(-1, 1), log_std), logs  # D12
 
-    def online_energy_step(
-        self, obs: torch.Tensor, offline_index: torch.Tensor, online_index: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """One step of f_φ on the batch at hand, whose rows have these indices: U12, U14."""
-        support = torch.cat([self.support.actions[offline_index], self.online_support.actions[online_index]])
-        known = torch.cat([torch.ones_like(offline_index), (online_index < self.online_support.size).long()])
-        return self.energy_step(obs, support, known.to(obs))
+
+def behavior_settings(args: Args, dataset: data.Dataset) -> dict:
+    """What a behavior model depends on, beside its seed: settings, data, code."""
+    parts = (
+        log_alpha,
+        noise_levels,
+        FourierTime,
+        ResidualBlock,
+        BehaviorNet,
+        behavior_loss,
+        Guide.behavior_step,
+    )
+    code = hashlib.sha256("".join(map(inspect.getsource, parts)).encode()).hexdigest()[:16]
+    return {k: getattr(args, k) for k in BEHAVIOR_SETTINGS} | {"dataset": dataset.sha256, "code": code}
 
 
 # --- end shared: iql_dare.guidance ---
 
 
-# NEW: losses of the online phase
-# --- shared: iql_dare.max_target ---
-def max_target_q(q_target: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """max over S actions of min Q̂: obs (B, O), actions (S, B, A) -> (B,).  [DARE Eq. 15]: U19"""
-    samples, rows, _ = actions.shape
-    q = q_target(obs.repeat(samples, 1), actions.flatten(0, 1)).amin(0)
-    return q.view(samples, rows).amax(0)
-
-
-# --- end shared: iql_dare.max_target ---
-
-
-def stratdiff_losses(
-    nets: nn.ModuleDict, batch: Batch, off_like: torch.Tensor, noise: torch.Tensor, args: Args
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """`losses`, constraint released on the rows that are not off_like (B,) bool; noise (S, B, A) ~ N(0, I)."""
-    mean, log_std = nets["actor"](batch.obs)
-    with torch.no_grad():
-        q_hat = nets["q_target"](batch.obs, batch.actions).amin(0)  # (2, B) -> (B,)
-        v_next = nets["vf"](batch.next_obs)
-        next_actions = (nets["actor"](batch.next_obs)[0] + log_std.exp() * noise).clamp(-1, 1)  # (S, B, A)
-        max_q = max_target_q(nets["q_target"], batch.next_obs, next_actions)
-        v_next = torch.where(off_like, v_next, max_q)  # [Eq. 13]
-    adv = q_hat - nets["vf"](batch.obs)
-    if args.online_value == "expectile":
-        v_loss = value_loss(
-            adv, torch.where(off_like, args.expectile, args.online_expectile)
-        )  # [Eq. 12]: D15
-    else:
-        v_loss = (
-            value_loss(off_like * adv, args.expectile) + (~off_like * adv).mean()
-        )  # [App. E, Eq. 14]: D19
-    target = td_target(batch.rewards, batch.terminations, v_next, args.gamma)
-    q = nets["qf"](batch.obs, batch.actions)
-    q_loss = (q - target).square().mean()  # [Eq. 13]: D15, D16
-    actor_loss = -(awr_weight(adv, args.inv_temp) * log_prob(mean, log_std, batch.actions)).mean()  # U26
-    logs = {"loss/v": v_loss, "loss/q": q_loss, "loss/actor": actor_loss}
-    logs |= {"q/mean": q.mean(), "adv/mean": adv.mean(), "log_std/mean": log_std.mean()}
-    return v_loss + q_loss + actor_loss, {k: v.detach() for k, v in logs.items()}
-
-
 def train(args: Args) -> dict[str, float]:
     task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
-    r = run.Run(args, __file__, name, ENV_PRESETS)
+    r = run.Run(args, __file__, name, ENV_PRESETS, NEEDS)
     if r.final:
         print(f"{r.dir}: finished; --overwrite starts anew")
         return r.final
@@ -836,7 +786,7 @@ def train(args: Args) -> dict[str, float]:
     evaluate = data.Evaluator(task, args.eval_episodes, args.seed, moments)
     guide = None  # NEW: behavior model and energy
     if args.exchange_cap != 0:
-        guide = Guide(r, args, dataset, offline, nets["q_target"], reward_scale)
+        guide = Guide(r, dataset, offline, nets["q_target"], reward_scale)
     added = guide.state() if guide else {}
     r.register(nets=nets, opt=opt, updates=updates, online=online, interaction=interaction, **added)
     compiled_losses = r.compiled(losses)
@@ -882,18 +832,17 @@ def train(args: Args) -> dict[str, float]:
     def online_step() -> dict[str, torch.Tensor]:
         index = offline.draw(n_offline), online.draw(args.batch_size - n_offline)
         batch = mix(offline.take(index[0]), online.take(index[1]))
-        off_like = from_dataset  # NEW U27
+        off_like, more = from_dataset, {}  # NEW U27
         if guide:  # NEW [Alg. 1, l. 7, 9, 10]: D17, D18
-            scores, score_logs = guide.score(batch, nets["actor"].log_std.clamp(-5.0, 2.0))
+            scores, more = guide.score(batch, nets["actor"].log_std.clamp(-5.0, 2.0))
             if guide.guided:  # [Alg. 1, l. 8]: U12
-                score_logs |= guide.online_energy_step(batch.obs, *index)
+                more |= guide.energy_step(batch.obs, torch.cat([index[0], len(offline) + index[1]]))
             off_like, split_logs = sorted_exchange(scores, from_dataset, n_offline, args.exchange_cap)
+            more |= split_logs
         noise = torch.randn(args.max_q_samples, *batch.actions.shape, device=r.device)  # NEW
         loss, logs = compiled_stratdiff_losses(nets, batch, off_like, noise, args)  # NEW
         update(nets, opt, loss, args.polyak)
-        if guide:  # NEW
-            logs = logs | score_logs | split_logs
-        return logs
+        return logs | more  # NEW
 
     step_fn = r.capture(online_step)
     for step in r.phase("online", args.online_steps):

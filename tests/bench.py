@@ -416,11 +416,11 @@ def guide(offline: ReplayBuffer, device: torch.device, compiled: bool, **setting
     """DARE's: `behavior_step`, and `score` of a batch."""
     r, mini = begin_run(iql_dare, device, compiled, **settings), data.load("hopper-mini-v0")
     q_target = iql.make_nets(OBS, ACT, 256).to(device)["q_target"]
-    return iql_dare.Guide(r, r.args, mini, offline, q_target, 1.0)
+    return iql_dare.Guide(r, mini, offline, q_target, 1.0)
 
 
-def references_step(offline: ReplayBuffer, device: torch.device, compiled: bool, sampler: str) -> Step:
-    g, log_std = guide(offline, device, compiled, sampler=sampler), torch.zeros(ACT, device=device)
+def references_step(offline: ReplayBuffer, device: torch.device, compiled: bool) -> Step:
+    g, log_std = guide(offline, device, compiled), torch.zeros(ACT, device=device)
     g.behavior.requires_grad_(False)  # as when online
     half = g.args.batch_size // 2
     return lambda: g.score(mix(offline.sample(half), offline.sample(half)), log_std)[1]
@@ -433,24 +433,22 @@ def workloads(table: Batch, offline: ReplayBuffer, device: torch.device) -> dict
     """(what, variant) -> what builds its step, and how many one call makes; ratios are to the variant `textbook`."""
     at, on, chunk = (table, device), (offline, device), CHUNK[device.type]
     both = [
-        ("IQL update", "", partial(iql_textbook, *at), lambda c, capture: capture(iql_step(*on, c))),
-        ("Cal-QL update", "", partial(calql_textbook, *at), lambda c, capture: capture(calql_step(*on, c))),
-        ("EDM training step", "", partial(edm_textbook, *at), lambda c, capture: edm_step(*on, c, capture)),
-        ("EDM sample", "", partial(sampling_textbook, device, chunk),
+        ("IQL update", partial(iql_textbook, *at), lambda c, capture: capture(iql_step(*on, c))),
+        ("Cal-QL update", partial(calql_textbook, *at), lambda c, capture: capture(calql_step(*on, c))),
+        ("EDM training step", partial(edm_textbook, *at), lambda c, capture: edm_step(*on, c, capture)),
+        ("EDM sample", partial(sampling_textbook, device, chunk),
          lambda c, capture: capture(generator(*on, c).sample_step)),
-        ("behavior step", "", partial(behavior_textbook, *at),
+        ("behavior step", partial(behavior_textbook, *at),
          lambda c, capture: capture(guide(*on, c).behavior_step)),
-        ("guided references", " cep", partial(references_textbook, *at),
-         lambda c, capture: capture(references_step(*on, c, "cep"))),
-        ("guided references", " fast", None, lambda c, capture: capture(references_step(*on, c, "fast"))),
+        ("guided references", partial(references_textbook, *at),
+         lambda c, capture: capture(references_step(*on, c))),
     ]  # fmt: skip
     modes = {"plain": (False, as_it_is), "compiled": (True, as_it_is)}
     if device.type == "cuda":
         modes |= {"plain, captured": (False, CapturedStep), "compiled, captured": (True, CapturedStep)}
     found = {}
-    for what, label, textbook, ours in both:
-        builders = {"textbook": textbook} if textbook else {}
-        builders |= {name + label: partial(ours, *mode) for name, mode in modes.items()}
+    for what, textbook, ours in both:
+        builders = {"textbook": textbook} | {name: partial(ours, *mode) for name, mode in modes.items()}
         found |= {(what, k): (make, chunk if what == "EDM sample" else 1) for k, make in builders.items()}
     return found
 
@@ -622,8 +620,10 @@ def measure_file(stem: str, args: Args) -> dict[str, float]:
     phase, run.Run.phase = run.Run.phase, timed_phase
     steps_of = lambda result, evaluator, *_: evaluator.episodes * result["eval/length"]  # noqa: E731
     data.Evaluator.__call__ = timed(data.Evaluator.__call__, "evaluation", steps_of)
-    if hasattr(module, "dataset_support"):
-        module.dataset_support = timed(module.dataset_support, "support", lambda support, *_: support.rows)
+    if hasattr(module, "Guide"):
+        module.Guide.dataset_support = timed(
+            module.Guide.dataset_support, "support", lambda _, guide: guide.support.fixed
+        )
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         rows = Path(folder) / "rows.hdf5"
         with h5py.File(data.get_task("hopper-mini-v0").path) as mini, h5py.File(rows, "w") as f:

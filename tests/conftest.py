@@ -16,7 +16,7 @@ FILES = sorted(p.stem for p in (ROOT / "algorithms").glob("*.py"))
 TINY = dict(  # by setting; a file takes those it has
     device="cpu", offline_steps=20, online_steps=30, warmup_steps=10, eval_every=15, eval_episodes=2,
     batch_size=16, hidden=16, behavior_steps=20, behavior_batch=32, behavior_width=16, energy_steps=10,
-    energy_batch=16, energy_hidden=16, support_k=3, support_every=7, sampler="fast", cql_n_actions=2,
+    energy_batch=16, energy_hidden=16, support_k=3, support_every=7, cql_n_actions=2,
     regenerate_every=11, regenerations=3, synthetic_rows=40, diffusion_steps=15, diffusion_batch=16, diffusion_width=16,
     diffusion_depth=2, diffusion_time_dim=8, sample_steps=6, sample_churn=0.0, sample_batch=25,
     energy_updates=7, energy_groups=8, energy_width=16, energy_pool=45,
@@ -56,7 +56,7 @@ def random_rows(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def dataset(random_rows, tmp_path_factory) -> Path:
-    """The same file in a folder of its own: what is cached beside it is this test's."""
+    """The same file in a folder of its own."""
     return Path(shutil.copy(random_rows, tmp_path_factory.mktemp("data")))
 
 
@@ -67,12 +67,9 @@ def log_rows(folder: Path, times: bool = False) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if times or k[:5] != "time/"} for row in csv.DictReader(f)]
 
 
-def forget_cached(dataset: Path) -> int:
-    """Remove the behavior models beside the dataset; returns how many there were."""
-    cached = list(dataset.parent.glob("*.behavior-*.pt"))
-    for path in cached:
-        path.unlink()
-    return len(cached)
+def cached(out_dir: Path) -> list[Path]:
+    """The behavior models that the runs below `out_dir` share."""
+    return sorted(out_dir.glob(".behavior/*.pt"))
 
 
 @pytest.fixture(autouse=True)

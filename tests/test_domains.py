@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import FILES, TINY, forget_cached, log_rows, module, tiny_args
+from conftest import FILES, TINY, log_rows, module, tiny_args
 
 from common import collect, data, run
 
@@ -57,7 +57,6 @@ def test_compiled_runs_go_through_every_phase(stem, dataset, tmp_path):
     for on in (False, True):
         args = tiny_args(stem, dataset=dataset, out_dir=tmp_path / str(on), compile=on)
         results[on] = module(stem).train(args)
-        forget_cached(dataset)
         last = [r for r in log_rows(tmp_path / str(on)) if r["phase"] == "online" and not r["eval/score"]][-1]
         losses = [float(v) for k, v in last.items() if k.startswith("loss/") and v]
         assert losses and all(map(math.isfinite, losses))

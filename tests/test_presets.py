@@ -119,9 +119,7 @@ GUIDED = dict(
     energy_batch=256,  # there
     energy_steps=100_000,  # [E §9, 10]: U12
     support_every=250,  # [E §6]: U14
-    sampler="cep",  # [E §9, 4]
     score="gauss",  # [E §9, 1]
-    n_ref=1,  # [E §9, 2]
 )  # fmt: skip
 STRATDIFF = GUIDED | dict(exchange_cap=-1)  # §3.2: the sort, without n_c
 STRATDIFF_IQL = STRATDIFF | dict(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FILES, ROOT, TINY, forget_cached, module, tiny_args
+from conftest import FILES, ROOT, TINY, module, tiny_args
 
 from common import buffer, data, run
 
@@ -41,7 +41,6 @@ def test_a_killed_run_resumes_to_the_same_result(stem, dataset, tmp_path, monkey
     """Die in the middle of a gradient step, in every phase, again and again; checkpoints come at random moments."""
     straight = tiny_args(stem, dataset=dataset, out_dir=tmp_path / "straight")
     module(stem).train(straight)
-    forget_cached(dataset)
     monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.05)
     args = tiny_args(stem, dataset=dataset, out_dir=tmp_path / "killed")
     draw = buffer.ReplayBuffer.draw

@@ -52,8 +52,7 @@ OURS: dict[str, Callable] = {
     "EDM": lambda offline: bench.edm_step(offline, CPU, False),
     "EDM sample": lambda offline: bench.generator(offline, CPU, False).sample_step,
     "behavior": lambda offline: bench.guide(offline, CPU, False).behavior_step,
-    "cep": lambda offline: bench.references_step(offline, CPU, False, "cep"),
-    "fast": lambda offline: bench.references_step(offline, CPU, False, "fast"),
+    "references": lambda offline: bench.references_step(offline, CPU, False),
 }
 TEXTBOOKS: dict[str, Callable] = {
     "IQL": lambda: bench.iql_textbook(rows_of(11, 3), CPU),
@@ -83,10 +82,10 @@ def flop(step: Callable) -> int:
 @pytest.mark.usefixtures("small_batch")
 @pytest.mark.parametrize(
     ("name", "most"),
-    # As counted, a little rounded up; a sample is 255 evaluations, references are 15 and 10. Cal-QL's has 22 in the
+    # As counted, a little rounded up; a sample is 255 evaluations, references are 15. Cal-QL's has 22 in the
     # density of the data, which is only logged, EDM's 18 in drawing from several buffers and normalising.
-    [("IQL", 150), ("Cal-QL", 265), ("EDM", 150), ("EDM sample", 12_500), ("behavior", 220), ("cep", 1_600),
-     ("fast", 1_100)],
+    [("IQL", 150), ("Cal-QL", 265), ("EDM", 150), ("EDM sample", 12_500), ("behavior", 220),
+     ("references", 1_600)],
 )  # fmt: skip
 def test_operators_of_a_step_and_nothing_read_back(name, most, offline):
     counted = count(OURS[name](offline))
@@ -95,7 +94,7 @@ def test_operators_of_a_step_and_nothing_read_back(name, most, offline):
 
 
 def test_an_evaluation_of_guided_references_takes_130_operators_at_most(offline):
-    assert count(OURS["cep"](offline)).operators / 15 <= 130
+    assert count(OURS["references"](offline)).operators / 15 <= 130
 
 
 def weights(*sizes: int) -> int:
@@ -162,7 +161,7 @@ def test_textbook_references_are_ours(offline, monkeypatch):
     noise, obs = torch.randn(256, 3), offline.obs[:256]
     with torch.no_grad():
         eps_fn = iql_dare.guided_eps(behavior, energy, obs, iql_dare.Args().guidance_scale)
-        expected = iql_dare.SAMPLERS["cep"](eps_fn, noise)
+        expected = iql_dare.sample_actions(eps_fn, noise)
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
     assert found.std() > 0.1
 
