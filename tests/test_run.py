@@ -4,6 +4,7 @@ import csv
 import errno
 import gc
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import FILES, ROOT, TINY, module, tiny_args
 
+from algorithms import iql
 from common import buffer, data, run
 
 UNTIMED = ("offline_score", "final_score", "score_last4")
@@ -177,6 +179,13 @@ def refused(argv: list[str], monkeypatch, capsys, stem: str = "iql") -> str:
         (["--utd", "0"], ["--utd", "0", "[1, inf)"]),
         (["--eval-episodes", "0"], ["--eval-episodes", "[1, inf)"]),
         (["--offline-frac", "0.001"], ["--offline-frac", "0.001", "256"]),
+        (
+            ["--batch-size", "2", "--offline-frac", "0.1"],
+            ["0 dataset, 2 own", "--batch-size 2", "--offline-frac 0.1"],
+        ),
+        (["--warmup-steps", "9", "--online-steps", "9"], ["--warmup-steps", "9"]),
+        (["--append-online", "--offline-frac", "0.2"], ["--offline-frac", "0.2", "not append_online"]),
+        (["--env", "hopper-mini-v0-gravity-999999"], ["--env", "hopper-mini-v0-gravity-999999", "up to 100"]),
         (["--dataset", "no/such/file.hdf5"], ["--dataset", "no/such/file.hdf5"]),
     ],
 )
@@ -185,6 +194,74 @@ def test_bad_usage_is_one_line(argv, words, monkeypatch, capsys, tmp_path):
         argv = ["--env", "hopper-mini-v0", *argv]
     line = refused([*argv, "--out-dir", str(tmp_path)], monkeypatch, capsys)
     assert all(w in line for w in words), line
+
+
+def test_a_divergence_is_one_line_and_keeps_the_last_finite_checkpoint(
+    dataset, monkeypatch, capsys, tmp_path
+):
+    """Exit 1: what broke, the step, the likely flag; the checkpoint before it is finite, and resumes to the same."""
+    sizes = [
+        "--offline-steps=40",
+        "--online-steps=20",
+        "--warmup-steps=5",
+        "--batch-size=16",
+        "--hidden=16",
+        "--eval-every=10",
+    ]
+    argv = [
+        "iql.py",
+        "--env=hopper-medium-v2",
+        f"--dataset={dataset}",
+        f"--out-dir={tmp_path}",
+        "--device=cpu",
+        *sizes,
+    ]
+    original = iql.losses
+
+    def broken(nets, batch, args):
+        loss, logs = original(nets, batch, args)
+        broken.calls += 1
+        return (loss * float("nan"), logs) if broken.calls == 23 else (loss, logs)
+
+    monkeypatch.setattr(iql, "losses", broken)
+    monkeypatch.setattr(sys, "argv", [*argv, "--lr=0.5"])
+    for _ in range(2):  # and again from the checkpoint
+        broken.calls = 0 if not (tmp_path / "iql").exists() else 20
+        with pytest.raises(SystemExit) as e:
+            run.main(iql.train, iql.Args, iql.ENV_PRESETS)
+        err = capsys.readouterr().err
+        assert e.value.code == 1 and err.count("\n") == 1, err
+        assert (
+            err.startswith("error: ") and "not finite at offline step 25" in err and "likely: --lr 0.5" in err
+        ), err
+        del e
+        gc.collect()
+        (path,) = tmp_path.glob("iql/*/seed0/state.pt")
+        state = torch.load(path, weights_only=True)
+        assert state["done"]["offline"] == 20
+        assert all(x.isfinite().all() for x in state["objects"]["nets"].values())
+
+
+def test_networks_that_are_not_finite_do_not_replace_a_checkpoint(tmp_path):
+    net = torch.nn.Linear(2, 2)
+    r = run.Run(tiny_args("iql", out_dir=tmp_path), "iql.py", "x", {})
+    r.register(net=net)
+    for step in r.phase("offline", 3):
+        if step == 1:
+            r.checkpoint()
+            before = (r.dir / "state.pt").read_bytes()
+            net.weight.data[0, 0] = math.inf
+            with pytest.raises(FloatingPointError, match="net not finite at offline step 1"):
+                r.checkpoint()
+            assert (r.dir / "state.pt").read_bytes() == before
+            break
+
+
+def test_likely_causes_are_the_flags_or_the_learning_rates():
+    args = module("synther").Args(env="hopper-medium-v2", diffusion_lr=1e6, utd=3)
+    assert run.suspects(args, {}) == "likely: --diffusion-lr 1e+06"
+    plain = module("synther").Args(env="hopper-medium-v2")
+    assert run.suspects(plain, {}) == "likely: --policy-lr 0.0001, --critic-lr 0.0003, --diffusion-lr 0.0003"
 
 
 def test_cuda_without_a_gpu_is_refused(monkeypatch, capsys, tmp_path):
