@@ -132,7 +132,7 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     "hopper-mini": dict(  # U1
         offline_steps=15_000, online_steps=8_000, warmup_steps=2_000, lr=5e-4, polyak=0.01, hidden=64,
         normalize_obs=True, normalize_reward=True,
-        regenerations=4, synthetic_rows=10_000, diffusion_steps=2_000, diffusion_width=128, diffusion_depth=3,
+        regenerations=4, synthetic_rows=10_000, diffusion_steps=4_000, diffusion_width=256, diffusion_depth=3,
         diffusion_time_dim=64, diffusion_lr=1e-3, sample_steps=32, sample_churn=0.0, sample_batch=5_000,
     ),
 }  # fmt: skip

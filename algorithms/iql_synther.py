@@ -29,7 +29,8 @@ Metrics  those of iql.py; loss/diffusion (< 1); syn/* of each regeneration: comm
 Run      python algorithms/iql_synther.py --env hopper-medium-v2 --seed 0
          learn from both buffers --synther-data both | four times cheaper sampling --sample-steps 32
          --sample-churn 0 | SynthER's offline mode: --offline-upsample --online-steps 0 --diffusion-steps 100000
-         --synthetic-rows 5000000 --diffusion-width 2048 --diffusion-time-dim 128 --diffusion-batch 1024 (256 below 800,000 rows)
+         --synthetic-rows 5000000 --diffusion-width 2048 --diffusion-time-dim 128 --diffusion-batch 1024
+         (256 below 800,000 rows)
          the common start: --from-offline runs/iql/hopper-medium-v2/seed0
 Cost     hopper-mini-v0: 155 CPU seconds beside other jobs; published sizes want a GPU (not measured there).
 """
