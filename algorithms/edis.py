@@ -28,8 +28,8 @@ Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py.
             are independent: states moved by 1, s' correlated 0.95, come out at (0.76, 0.46) for (1, 0.95); this is
             --energy-form paper. Ours are exact one by one and summed (λ = 1): E_T = -log real / model of noised rows;
             E_s, E_π as weights w of clean real rows, then -log E[w | x_σ] (contrastive energy prediction, Lu et al.,
-            arXiv 2304.12824), with gradients in all features. In hopper-mini-v0 rows of both forms have the same simulator
-            error; actions come nearer to the policy's. Code leaves out σ of slope + σ ∇E; its λ (0.01 to 2) go with that.
+            arXiv 2304.12824), with gradients in all features. In hopper-mini-v0 both forms have the same simulator
+            error; actions come nearer to the policy's. Code omits σ of slope + σ ∇E; its λ (0.01 to 2) go with that.
          D42 inputs: code gives the whole raw transition and the step's number, with noise added to raw features;
             we normalised features and σ times c_in, ln σ / 4; E is c_in times the output, so that σ² ∇E is O(1).
          D43 negatives: code's for E_π and E_T overwrite all features, so they are no samples (replacing (s, a) after
