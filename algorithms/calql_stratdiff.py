@@ -37,7 +37,7 @@ Run      python algorithms/calql_stratdiff.py --env hopper-medium-v2 --seed 0
          n_c = 8, 16 [Table 7]: --exchange-cap 8, 16 | losses by origin --exchange-cap 0 | no energy --guidance-scale 0
          --from-offline runs/calql/hopper-medium-v2/seed0: the papers' common start | --from-behavior RUN: its model
 Cache    behavior models: <out-dir>/.behavior, for all methods, by dataset, settings, seed, kind of device, code.
-Cost     hopper-mini-v0: 4 minutes on one CPU core; published sizes want a GPU (not measured there).
+Cost     hopper-mini-v0: about 6 CPU minutes beside other jobs; published sizes want a GPU (not measured there).
 """
 
 import hashlib

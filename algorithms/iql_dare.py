@@ -41,7 +41,7 @@ Run      python algorithms/iql_dare.py --env hopper-medium-v2 --seed 0
          DARE-IV --value-loss expectile | UTD 10 --utd 10 --online-steps 100000
          --from-offline runs/iql/hopper-medium-v2/seed0: the papers' common start | --from-behavior RUN: its model
 Cache    behavior models: <out-dir>/.behavior, for all methods, by dataset, settings, seed, kind of device, code.
-Cost     hopper-mini-v0: 3 minutes on one CPU core; published sizes want a GPU (not measured there).
+Cost     hopper-mini-v0: about 6 CPU minutes beside other jobs; published sizes want a GPU (not measured there).
 """
 
 import hashlib
