@@ -1,61 +1,43 @@
 """StratDiff on Cal-QL: sort each batch by distance to an energy-guided behavior model, penalise the near half.
 
-Paper    "Energy-Guided Diffusion Stratification for Offline-to-Online RL" (StratDiff), arXiv 2511.03828v1; Eq.,
-         Table, App. below are its, unless DARE's, its successor. Behavior model and guidance: Lu et al.,
-         "Contrastive Energy Prediction" (CEP), ICML 2023, arXiv 2304.12824; score network: Chen et al. (SfBC),
-         ICLR 2023, arXiv 2209.14548. Backbone: calql.py, line for line outside the NEW parts.
-Symbols  μ_0 behavior | ε̂ its noise estimate | f_φ energy | s guidance_scale | β energy_beta | K support_k |
-         â reference action d alignment score | ρ offline_frac | n_c exchange_cap | b_off, b_on off_like,
-         ~off_like | R the regulariser
-Read     what calql.py has; then NEW: behavior model, sampler, energy, scores, exchange, Guide;
-         released_weight; train
-Idea     Each row of an online batch is scored by its action's distance to a reference action of the guided
-         behavior model; the ρN nearest are offline-like, wherever they come from, and keep Cal-QL's
-         regulariser; the others have the TD loss alone.
+Paper    "Energy-Guided Diffusion Stratification for Offline-to-Online RL" (StratDiff), arXiv 2511.03828v1: Eq., Table,
+         App. below are its, unless DARE's, its successor. CEP, the guidance: Lu et al., ICML 2023, arXiv 2304.12824;
+         SfBC, the behavior model's network: Chen et al., ICLR 2023, arXiv 2209.14548. Backbone: calql.py, line for line
+         outside NEW.
+Idea     Each row of an online batch is scored by its action's distance to a reference action of a behavior model
+         guided by Q; the ρN nearest are offline-like, wherever they come from, and keep Cal-QL's regulariser; the
+         others have the TD loss alone.
+Symbols  μ_0 behavior | ε̂ noise estimate | f_φ energy | s guidance_scale | β energy_beta | K support_k | â reference |
+         d score | ρ offline_frac | n_c exchange_cap | b_off, b_on off_like, ~off_like | R the regulariser
+Read     calql.py; then NEW: scores, exchange, weight; behavior model, sampler, energy, Guide; then train
 Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py (D2: twice Eq. 11's TD loss, so its α counts half).
-         Of the guided behavior model, in every file that has it (D10: Eq. 10; D11: Eqs. 7, 9):
-         D10 Eq. 10: KL between two points is 0 or infinite; `gauss` is the KL of equal-variance Gaussians
-            around them, half the squared distance (scale does not matter to the rule); `gauss_std`
-            has the policy's spread.
-         D11 Eq. 7 has e^{-f}, Eq. 9 adds the gradient of f; taken together guidance goes downhill. CEP's
-            code has e^{+f}, as we.
-         D12 samples are clamped to the action box (CEP leaves them): they are compared with data and fed to
-            Q.
+         D10 paper: KL(a || â) (Eq. 10), 0 or infinite; here: of Gaussians around them, `gauss` ½ |a - â|² (scale has no
+            effect), `gauss_std` with the policy's spread: 99 % of mini's rows split alike on IQL, 60 % on Cal-QL, where
+            saturated coordinates rule. Softmax, kernel-density, ELBO readings fit what the papers print as well.
+         D11 paper: e^{-f} in Eq. 7, + ∇f in Eq. 9, together downhill; here: e^{+f}, as CEP's code.
+         D12 CEP: samples unbounded; here: clamped to the action box; because they meet data and Q, which end there.
+         D17 paper: â, f_φ's step, scores (Alg. 1); here: â, scores, f_φ's step; the scores do not read it.
+         D18 paper: a sort (§3.2); here: the exchange at the pooled ρ-quantile, the same; n_c (App. F): extreme pairs.
          U10 Q in f_φ's labels: min of the target twins.
-         U11 its unit: β = 3 is QGPO's, whose rewards are r · 1000 / return range (AntMaze: r - 1), so Q is divided
-            by our reward unit over theirs: --energy-units qgpo, for AntMaze reward.
-         U12 f_φ gets energy_steps on the offline Q first, then one step per gradient step, on the batch at
-            hand.
-         U13 behavior schedule and sampler are CEP's: DPM-Solver++ 2S, uniform time, 15 evaluations.
-            It narrows peaks: N(m, 0.3²) to a spread of 0.24 (2M, uniform log-SNR, 10 evaluations: 0.31); 91 of 100
-            rows are split as with 2M, where two draws of one sampler agree on 68.
-         U14 support for online rows comes every support_every steps; rows still without are left out of
-            f_φ's loss.
-         U15 tasks without a row in the tables: guidance scale 3, the rest as in locomotion (large mazes: AntMaze).
-         U17 which pairs are the "top" M: largest d offline against smallest d online.
-         Of StratDiff:
-         D17 Alg. 1 draws â, updates f_φ, scores: the score needs no f_φ, so here â and score come first, and
-            the f_φ step stays before the update of Q.
-         D18 the swap of §3.2's sort is the exchange at the pooled ρ-quantile; an n_c [App. F] takes the n_c
-            most extreme of its pairs.
-         U22 reduction of R: mean over the whole batch, so that a row keeps its weight; --cql-reduction subset is
-            the mean over the offline-like rows, whose number the exchange keeps.
+         U11 its unit: QGPO's, β = 3 being QGPO's: r · 1000 / return range; in AntMaze r, --energy-units reward.
+         U12 when f_φ learns: energy_steps on the offline Q, then with every gradient step, on its batch.
+         U13 behavior schedule, sampler: CEP's. The sampler narrows peaks (spread 0.3 to 0.24; 2M in log-SNR, 10
+            evaluations: 0.31), but 91 % of mini's rows are split as with 2M; two draws of one sampler: 68 %.
+         U14 support of own rows: every support_every steps; until then they are left out of f_φ's loss.
+         U15 tasks without a row in the tables: s = 3, the rest as in locomotion (large mazes: AntMaze).
+         U17 the "top" M: largest d offline against smallest d online.
+         U22 mean of R: over the batch, a row keeps its weight; --cql-reduction subset: over the offline-like rows.
          U23 Lagrange variant: α' follows the gap of the offline-like rows only.
          U24 losses of actor and temperature: on all rows, as in Cal-QL.
-         U25 R online is uncalibrated (D3), so exchanged online rows need no return; with --calibrate-online they
-            have theirs.
-Cache    <out-dir>/.behavior/<dataset>-<key>.pt: the behavior model, for every method with this --out-dir. The key holds
-         dataset, settings, seed, kind of device and the code that trains it; a run is the same with and without.
-Metrics  those of calql.py; cql/gap is over all rows; split/exchanged pairs per batch, half of ρN when the halves
-         overlap; split/tau the quantile; ref/clip_frac of
-         reference coordinates at the box; energy/loss; energy/label_entropy, near 0 when labels are one-hot:
-         guidance too weak; energy/std_bq; loss/behavior.
+         U25 R online: uncalibrated (D3), exchanged own rows need no return; with --calibrate-online they have theirs.
+Metrics  those of calql.py, cql/gap over all rows; split/exchanged pairs, half of ρN when the halves overlap; split/tau;
+         energy/loss; energy/label_entropy, near 0: one-hot labels, weak guidance; energy/std_bq; ref/clip_frac of
+         reference coordinates at the box; loss/behavior.
 Run      python algorithms/calql_stratdiff.py --env hopper-medium-v2 --seed 0
-         n_c = 8, 16 [Table 7]: --exchange-cap 8, 16 | losses by origin --exchange-cap 0 | no energy
-         --guidance-scale 0
-         the papers' common start: --from-offline runs/calql/hopper-medium-v2/seed0
-         a behavior model of another seed or method: --from-behavior runs/calql_dare/hopper-medium-v2/seed0
-Cost     hopper-mini-v0: 314 CPU seconds beside other jobs; published sizes want a GPU (not measured there).
+         n_c = 8, 16 [Table 7]: --exchange-cap 8, 16 | losses by origin --exchange-cap 0 | no energy --guidance-scale 0
+         --from-offline runs/calql/hopper-medium-v2/seed0: the papers' common start | --from-behavior RUN: its model
+Cache    behavior models: <out-dir>/.behavior, for all methods, by dataset, settings, seed, kind of device, code.
+Cost     hopper-mini-v0: about 6 CPU minutes beside other jobs; published sizes want a GPU (not measured there).
 """
 
 import hashlib
@@ -155,9 +137,9 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     "maze2d-": dict(  # [CORL, offline CQL]; U15
         policy_lr=3e-5, lagrange=True, target_gap=5.0, eval_episodes=100, guidance_scale=3.0,
     ),
-    "hopper-": dict(guidance_scale=3.0),  # U15
-    "halfcheetah-": dict(guidance_scale=3.0),  # U15
-    "walker2d-": dict(guidance_scale=3.0),  # U15
+    "hopper-": dict(guidance_scale=3.0),  # no row in the tables, as the next two: U15
+    "halfcheetah-": dict(guidance_scale=3.0),
+    "walker2d-": dict(guidance_scale=3.0),
     "hopper-medium-v2": dict(guidance_scale=8.0),  # this and the rest: [Table 4]
     "hopper-medium-replay-v2": dict(guidance_scale=3.0),
     "hopper-medium-expert-v2": dict(guidance_scale=2.0),
@@ -509,7 +491,7 @@ def sorted_exchange(
 # --- end shared: iql_dare.exchange ---
 
 
-# NEW: the losses are calql.py's with a weight per row (U23, U24, U25)
+# NEW: calql.py's losses with a weight per row; α' follows those that have one: U23, the actor all: U24; no return: U25
 # --- shared: calql_dare.release ---
 def squashed_log_std(mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
     """log spread of tanh N(mean, σ²) near its centre: log σ + log(1 - tanh² mean), (B, A); for gauss_std: D10."""
@@ -628,7 +610,7 @@ def solver_step(x: torch.Tensor, denoised: torch.Tensor, s: float, t: float) -> 
 
 
 def sample_actions(eps_fn: EpsFn, x: torch.Tensor) -> torch.Tensor:
-    """Singlestep second order, uniform in time, 15 evaluations: x ~ N(0, I) (B, A) -> (B, A).  [CEP]: U13"""
+    """Singlestep second order, uniform in time, 15 evaluations, CEP's: x ~ N(0, I) (B, A) -> (B, A).  U13"""
     times = [1.0 + i / 15 * (T_MIN - 1.0) for i in range(16)]
     for s, mid, t in zip(times[0:13:2], times[1:14:2], times[2:15:2], strict=True):
         d = denoise(eps_fn, x, s)
@@ -718,27 +700,22 @@ class Support:
         self.extend(state["actions"])
 
 
-def unit_of_q(args: Args, dataset: data.Dataset, reward_scale: float) -> float:
-    """Our rewards, raw ones times reward_scale, over those that β is meant for: r · 1000 / return range, or r.  U11"""
+def unit_of_q(args: Args, dataset: data.Dataset, scale: float) -> float:
+    """Our rewards, `scale` r, over those that β is meant for: r · 1000 / return range, or r.  U11"""
     if args.energy_units == "reward":
-        return reward_scale
+        return scale
     if len(set(dataset.episode_returns())) == 1:
         raise run.UsageError("--energy-units", "qgpo", "reward: all returns are the same")
-    return reward_scale * (dataset.return_range() / 1_000)
+    return scale * (dataset.return_range() / 1_000)
 
 
 class Guide:
-    """π_0(a|s) ∝ ν(a|s) e^{s f(s, a)}: both models, what trains them before going online and online, and the scores."""
+    """π_0(a|s) ∝ ν(a|s) e^{s f(s, a)}: both models, what trains them before and while going online, the scores."""
 
     def __init__(
-        self,
-        r: run.Run,
-        dataset: data.Dataset,
-        offline: ReplayBuffer,
-        q_target: nn.Module,
-        reward_scale: float,
+        self, r: run.Run, dataset: data.Dataset, offline: ReplayBuffer, q_target: nn.Module, scale: float
     ):
-        """`offline` is `dataset` as the agent sees it, its rewards multiplied by `reward_scale`."""
+        """`offline` is `dataset` as the agent sees it, its rewards multiplied by `scale`."""
         self.r, self.args, self.offline, self.q_target = r, r.args, offline, q_target
         args, (obs_dim, act_dim, *_) = r.args, offline.widths
         r.seed("behavior")  # the same behavior model beside any backbone
@@ -752,7 +729,7 @@ class Guide:
         self.guided = args.guidance_scale > 0
         rows = (len(offline), args.online_steps) if self.guided else (0, 0)
         self.support = Support(*rows, args.support_k, act_dim, r.device)
-        self.beta = args.energy_beta / unit_of_q(args, dataset, reward_scale) if self.guided else 0.0
+        self.beta = args.energy_beta / unit_of_q(args, dataset, scale) if self.guided else 0.0
         self.settings = behavior_settings(args, dataset)
         shaped = json.dumps([self.settings, args.seed, r.device.type])
         key = hashlib.sha256(shaped.encode()).hexdigest()[:16]
@@ -777,7 +754,7 @@ class Guide:
     def energy_step(self, obs: torch.Tensor, index: torch.Tensor) -> Logs:
         """One gradient step of f_φ on states (N, O), rows `index` of `support`; rows without any are left out: U14."""
         support, has_support = self.support.actions[index], (index < self.support.size).to(obs)
-        with torch.no_grad():  # U10
+        with torch.no_grad():  # min of the target twins: U10
             q = self.q_target(obs.repeat_interleave(support.shape[1], 0), support.flatten(0, 1)).amin(0)
         bq = q.view(support.shape[:2]) * self.beta
         loss, logs = self.energy_loss(self.energy, obs, support, bq, has_support)
@@ -836,20 +813,13 @@ class Guide:
         eps_fn = guided_eps(self.batch_behavior, self.energy, batch.obs, self.args.guidance_scale)
         refs = sample_actions(eps_fn, torch.randn_like(batch.actions))
         logs = {"ref/clip_frac": (refs.abs() > 1).float().mean()}
-        return alignment(self.args.score, batch.actions, refs.clamp(-1, 1), log_std), logs  # D12
+        return alignment(self.args.score, batch.actions, refs.clamp(-1, 1), log_std), logs  # clamped: D12
 
 
 def behavior_settings(args: Args, dataset: data.Dataset) -> dict:
     """What a behavior model depends on, beside its seed: settings, data, code."""
-    parts = (
-        log_alpha,
-        noise_levels,
-        FourierTime,
-        ResidualBlock,
-        BehaviorNet,
-        behavior_loss,
-        Guide.behavior_step,
-    )
+    nets = (FourierTime, ResidualBlock, BehaviorNet)
+    parts = (log_alpha, noise_levels, *nets, behavior_loss, Guide.behavior_step)
     code = hashlib.sha256("".join(map(inspect.getsource, parts)).encode()).hexdigest()[:16]
     return {k: getattr(args, k) for k in BEHAVIOR_SETTINGS} | {"dataset": dataset.sha256, "code": code}
 
@@ -953,11 +923,11 @@ def train(args: Args) -> dict[str, float]:
             torch.cat([offline_mc[index[0]], online_mc[index[1]]]) if args.calibrate_online else None
         )  # D3
         off_like, more = from_dataset, {}  # NEW
-        if guide:  # NEW [Alg. 1, l. 7, 9, 10]: D17, D18
+        if guide:  # NEW [Alg. 1, l. 7, 9, 10], scores before f_φ's step: D17, sort: D18
             with torch.no_grad():
                 log_std = squashed_log_std(*nets["actor"](batch.obs))
             scores, more = guide.score(batch, log_std)
-            if guide.guided:  # [Alg. 1, l. 8]: U12
+            if guide.guided:  # [Alg. 1, l. 8], on this batch: U12
                 more |= guide.energy_step(batch.obs, torch.cat([index[0], len(offline) + index[1]]))
             off_like, split_logs = sorted_exchange(scores, from_dataset, n_offline, args.exchange_cap)
             more |= split_logs

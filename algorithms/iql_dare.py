@@ -1,73 +1,47 @@
 """DARE on IQL: release the offline constraint per sample, by distance to an energy-guided behavior model.
 
-Paper    "DARE: Dynamic Alignment for RElease", ICLR 2026 submission (later arXiv 2511.03828v2); Eq., Table,
-         App. below are its. Behavior model and guidance: Lu et al., "Contrastive Energy Prediction" (CEP),
-         ICML 2023, arXiv 2304.12824; score network: Chen et al. (SfBC), ICLR 2023, arXiv 2209.14548.
-         Backbone: iql.py, line for line outside the NEW parts.
-Symbols  ν behavior | ε̂ its noise estimate | f_φ energy | s guidance_scale | β energy_beta | K support_k |
-         â reference action d alignment score | τ separation point | M exchanged pairs | n exchange_cap |
-         b'_off, b'_on off_like, ~off_like
-Read     what iql.py has; then NEW: behavior model, sampler, energy, scores, exchange, Guide; threshold;
-         losses; train
-Idea     Offline and online batches overlap: some dataset rows look like new behavior, some new rows like
-         the dataset. Each row is scored by its action's distance to a reference action of the guided
-         behavior model; a threshold between the two score distributions exchanges the rows on its wrong
-         sides; rows that end up offline-like keep IQL's losses, the others get a max-Q target and SAC's
-         actor loss.
-Theory   Theorem 1 (the exchange shrinks the divergence of the two score distributions) does not hold for
-         the exchange as specified: Eq. 22 moves one distribution only. Moving both, F_off - F_on grows by
-         2/N on [y, x) with each exchanged pair y < τ <= x; where it was >= 0 everywhere, the divergence
-         cannot shrink. {1, 4} | {2, 5} with τ = 3 goes from 1 to 2, its maximum (tests/test_dare.py). The
-         exchange separates the halves; that is its use. Theorem 2's ingredient (one swap moves the mixed
-         residual by at most |2α - 1| B / N) holds.
-Notes    D1, D2, D3, D4, D5, U1 as in iql.py (D2: D4RL-raw rewards are what the paper's base code has).
-         Of the guided behavior model, in every file that has it:
-         D10 Eq. 7: KL between two points is 0 or infinite; `gauss` is the KL of equal-variance Gaussians
-            around them, half the squared distance (scale does not matter to the rule); `gauss_std`
-            has the policy's spread.
-         D11 Eq. 34 has e^{-f}, Eq. 6 adds the gradient of f; taken together guidance goes downhill. CEP's
-            code has e^{+f}, as we.
-         D12 samples are clamped to the action box (CEP leaves them): they are compared with data and fed to
-            Q.
+Paper    "DARE: Dynamic Alignment for RElease", ICLR 2026 submission (later arXiv 2511.03828v2): Eq., Table, App. below
+         are its. CEP, the guidance: Lu et al., ICML 2023, arXiv 2304.12824; SfBC, the behavior model's network: Chen et
+         al., ICLR 2023, arXiv 2209.14548. Backbone: iql.py, line for line outside NEW.
+Idea     Some dataset rows look like new behavior, some new rows like the dataset. Each row is scored by its action's
+         distance to a reference action of a behavior model guided by Q; a threshold between the scores of dataset and
+         own rows exchanges those on its wrong sides. Offline-like rows keep IQL's losses, the others get a max-Q target
+         and SAC's actor loss. Theorem 1 fails: the exchange separates the halves ({1, 4} | {2, 5}: tests/test_dare.py).
+Symbols  ν behavior | ε̂ noise estimate | f_φ energy | s guidance_scale | β energy_beta | K support_k | â reference |
+         d score | τ threshold | M exchanged pairs | n exchange_cap | b'_off, b'_on off_like, ~off_like
+Read     iql.py; then NEW: scores, exchange, threshold, losses; behavior model, sampler, energy, Guide; then train
+Notes    D1, D2, D3, D4, D5, U1 as in iql.py (D2: the paper's base code has raw rewards too).
+         D10 paper: KL(a || â) (Eq. 7), 0 or infinite; here: of Gaussians around them, `gauss` ½ |a - â|² (scale has no
+            effect), `gauss_std` with the policy's spread: 99 % of mini's rows split alike on IQL, 60 % on Cal-QL, where
+            saturated coordinates rule. Softmax, kernel-density, ELBO readings fit what the papers print as well.
+         D11 paper: e^{-f} in Eq. 34, + ∇f in Eq. 6, together downhill; here: e^{+f}, as CEP's code.
+         D12 CEP: samples unbounded; here: clamped to the action box; because they meet data and Q, which end there.
+         D13 paper: Eq. 9's two roots; here: the one between the means, without dividing by σ²_on - σ²_off (float32).
+         D14 paper: Eq. 16 adds a maximised AWR term to a minimised SAC term; here: both are minimised.
+         D15 paper: means over b'_off, b'_on; here: masked means over the batch; the split does not weigh rows.
+         D16 paper: Eq. 3 without the square, Eq. 15 without the terminal mask; here: both are there.
          U10 Q in f_φ's labels: min of the target twins.
-         U11 its unit: β = 3 is QGPO's, whose rewards are r · 1000 / return range (AntMaze: r - 1), so Q is divided
-            by our reward unit over theirs: --energy-units qgpo, for AntMaze reward.
-         U12 f_φ gets energy_steps on the offline Q first, then one step per gradient step, on the batch at
-            hand.
-         U13 K, β, behavior schedule and sampler are CEP's: DPM-Solver++ 2S, uniform time, 15 evaluations.
-            It narrows peaks: N(m, 0.3²) to a spread of 0.24 (2M, uniform log-SNR, 10 evaluations: 0.31); 91 of 100
-            rows are split as with 2M, where two draws of one sampler agree on 68.
-         U14 support for online rows comes every support_every steps; rows still without are left out of
-            f_φ's loss.
-         U15 tasks without a row in the tables: guidance scale 3, the rest as in locomotion (large mazes: AntMaze).
-         U17 which pairs are the "top" M: largest d offline against smallest d online.
-         Of DARE:
-         D13 Eq. 9 in a form without division by σ²_on - σ²_off (float32 loses the textbook root for
-            near-equal spreads).
-         D14 Eq. 16 adds a maximised AWR term to a minimised SAC term; here both are minimised.
-         D15 Eqs. 15, 16 as masked means over the whole batch, so a sample's weight does not depend on the
-            split.
-         D16 Eq. 3 lacks the square, Eq. 15 the terminal mask; both are here.
-         U18 spreads are population standard deviations with a floor of 1e-6 of the pooled one.
-         U19 max over a' [Eq. 15]: best of max_q_samples policy actions under min Q̂.
+         U11 its unit: QGPO's, β = 3 being QGPO's: r · 1000 / return range; in AntMaze r, --energy-units reward.
+         U12 when f_φ learns: energy_steps on the offline Q, then with every gradient step, on its batch.
+         U13 K, β, behavior schedule, sampler: CEP's. The sampler narrows peaks (spread 0.3 to 0.24; 2M in log-SNR, 10
+            evaluations: 0.31), but 91 % of mini's rows are split as with 2M; two draws of one sampler: 68 %.
+         U14 support of own rows: every support_every steps; until then they are left out of f_φ's loss.
+         U15 tasks without a row in the tables: s = 3, the rest as in locomotion (large mazes: AntMaze).
+         U17 the "top" M: largest d offline against smallest d online.
+         U18 spreads: of the population, at least 1e-6 of the pooled one.
+         U19 max over a' in Eq. 15: the best of max_q_samples policy actions under min Q̂.
          U20 critics in the SAC term: online twins, frozen.
-         U21 DARE-IV [App. G] is told as the alternative to the SAC-style actor loss: it has Eq. 15's Q-target,
-            Eq. 35's value loss, and AWR on all rows.
-Cache    <out-dir>/.behavior/<dataset>-<key>.pt: the behavior model, for every method with this --out-dir. The key holds
-         dataset, settings, seed, kind of device and the code that trains it; a run is the same with and without.
-Metrics  split/exchanged M, typically < 70 of 128; split/root_valid share with a crossing between the means
-         (else midpoint); split/mu_gap on minus off mean score: negative means the policy is closer to the
-         reference than the data are; split/tau, split/off_std, split/on_std; dare/awr_term, dare/sac_term the
-         two parts of Eq. 16 (raw rewards: the second dominates); energy/loss; energy/label_entropy, near 0
-         when labels are one-hot: guidance too weak; energy/std_bq; ref/clip_frac of reference coordinates
-         at the box; loss/behavior.
+         U21 DARE-IV (App. G): Eq. 15's Q-target, Eq. 35's value loss, AWR on all rows in place of the SAC term.
+Metrics  split/exchanged M, often < 70 of 128; dare/awr_term, dare/sac_term of Eq. 16, far larger on raw rewards;
+         split/tau; split/root_valid: the fits cross between the means, else midpoint; split/mu_gap on minus off mean,
+         negative: own rows are nearer; split/off_std, split/on_std; energy/loss; energy/label_entropy, near 0: one-hot
+         labels, weak guidance; energy/std_bq; ref/clip_frac of reference coordinates at the box; loss/behavior.
 Run      python algorithms/iql_dare.py --env hopper-medium-v2 --seed 0
-         no energy --guidance-scale 0 | no exchange --exchange-cap 0 | capped exchange --exchange-cap 32 |
-         direct exchange --threshold sort | DARE-IV --value-loss expectile | UTD 10 --utd 10 --online-steps 100000
-         the papers' common start: --from-offline runs/iql/hopper-medium-v2/seed0
-         a behavior model of another seed or method: --from-behavior runs/iql_dare/hopper-medium-v2/seed0
-Cost     hopper-mini-v0: 2.4 minutes on one CPU core. Published sizes want a GPU (not measured there): one core does
-         3 behavior steps or 8 reference batches a second (tests/bench.py).
+         no energy --guidance-scale 0 | no exchange --exchange-cap 0, capped 32 | direct exchange --threshold sort |
+         DARE-IV --value-loss expectile | UTD 10 --utd 10 --online-steps 100000
+         --from-offline runs/iql/hopper-medium-v2/seed0: the papers' common start | --from-behavior RUN: its model
+Cache    behavior models: <out-dir>/.behavior, for all methods, by dataset, settings, seed, kind of device, code.
+Cost     hopper-mini-v0: about 6 CPU minutes beside other jobs; published sizes want a GPU (not measured there).
 """
 
 import hashlib
@@ -154,9 +128,9 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     **{k: dict(expectile=0.8, dropout=0.1, normalize_obs=True, guidance_scale=3.0)
        for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL]; U15
     "maze2d-": dict(normalize_obs=True, eval_episodes=100, guidance_scale=3.0),  # [CORL, offline IQL]; U15
-    "hopper-": dict(guidance_scale=3.0),  # U15
-    "halfcheetah-": dict(guidance_scale=3.0),  # U15
-    "walker2d-": dict(guidance_scale=3.0),  # U15
+    "hopper-": dict(guidance_scale=3.0),  # no row in the tables, as the next two: U15
+    "halfcheetah-": dict(guidance_scale=3.0),
+    "walker2d-": dict(guidance_scale=3.0),
     "hopper-medium-v2": dict(guidance_scale=8.0),  # this and the rest: [Table 7]
     "hopper-medium-replay-v2": dict(guidance_scale=3.0),
     "hopper-medium-expert-v2": dict(guidance_scale=2.0),
@@ -414,7 +388,7 @@ def gaussian_threshold(off: torch.Tensor, on: torch.Tensor) -> tuple[torch.Tenso
     off, on (N,) -> (). Between the means the log-ratio is monotone; with Δ = μ_on - μ_off, L = ln(σ_on / σ_off), v = σ²
     its only root there is μ_off + v_off (Δ² + 2 v_on L) / (v_off Δ + sign(Δ) σ_off σ_on √(Δ² + 2 (v_on - v_off) L)).
     """
-    floor = 1e-6 * torch.cat([off, on]).std(correction=0) + 1e-30  # U18
+    floor = 1e-6 * torch.cat([off, on]).std(correction=0) + 1e-30  # for halves without spread: U18
     m1, m2 = off.mean(), on.mean()
     s1, s2 = (torch.maximum(x.std(correction=0), floor) for x in (off, on))
     v1, v2, gap, ratio = s1.square(), s2.square(), m2 - m1, (s2 / s1).log()
@@ -476,14 +450,14 @@ def dare_losses(
     v_loss = value_loss(adv, expectile)  # [Eq. 2]
     target = td_target(batch.rewards, batch.terminations, v_next, args.gamma)
     q = nets["qf"](batch.obs, batch.actions)
-    q_loss = (q - target).square().mean()  # [Eq. 15]: D15, D16
+    q_loss = (q - target).square().mean()  # [Eq. 15], squared: D16, over the batch: D15
     awr = -awr_weight(adv, args.inv_temp) * log_prob(mean, log_std, batch.actions)  # [Eq. 4]
     new_actions = mean + log_std.exp() * noise[0]  # reparameterised
-    q_new = frozen_q(nets["qf"], batch.obs, new_actions.clamp(-1, 1)).amin(0)  # U20
+    q_new = frozen_q(nets["qf"], batch.obs, new_actions.clamp(-1, 1)).amin(0)  # online twins: U20
     sac = args.sac_alpha * log_prob(mean, log_std, new_actions) - q_new
-    awr_rows = off_like if args.value_loss == "iql" else torch.ones_like(off_like)  # U21
+    awr_rows = off_like if args.value_loss == "iql" else torch.ones_like(off_like)  # DARE-IV: U21
     awr_term, sac_term = (awr_rows * awr).mean(), (~awr_rows * sac).mean()
-    actor_loss = awr_term + sac_term  # [Eq. 16]: D14, D15
+    actor_loss = awr_term + sac_term  # [Eq. 16], both minimised: D14, over the batch: D15
     logs = {"loss/v": v_loss, "loss/q": q_loss, "loss/actor": actor_loss}
     logs |= {"q/mean": q.mean(), "adv/mean": adv.mean(), "log_std/mean": log_std.mean()}
     logs |= {"dare/awr_term": awr_term, "dare/sac_term": sac_term}
@@ -589,7 +563,7 @@ def solver_step(x: torch.Tensor, denoised: torch.Tensor, s: float, t: float) -> 
 
 
 def sample_actions(eps_fn: EpsFn, x: torch.Tensor) -> torch.Tensor:
-    """Singlestep second order, uniform in time, 15 evaluations: x ~ N(0, I) (B, A) -> (B, A).  [CEP]: U13"""
+    """Singlestep second order, uniform in time, 15 evaluations, CEP's: x ~ N(0, I) (B, A) -> (B, A).  U13"""
     times = [1.0 + i / 15 * (T_MIN - 1.0) for i in range(16)]
     for s, mid, t in zip(times[0:13:2], times[1:14:2], times[2:15:2], strict=True):
         d = denoise(eps_fn, x, s)
@@ -679,27 +653,22 @@ class Support:
         self.extend(state["actions"])
 
 
-def unit_of_q(args: Args, dataset: data.Dataset, reward_scale: float) -> float:
-    """Our rewards, raw ones times reward_scale, over those that β is meant for: r · 1000 / return range, or r.  U11"""
+def unit_of_q(args: Args, dataset: data.Dataset, scale: float) -> float:
+    """Our rewards, `scale` r, over those that β is meant for: r · 1000 / return range, or r.  U11"""
     if args.energy_units == "reward":
-        return reward_scale
+        return scale
     if len(set(dataset.episode_returns())) == 1:
         raise run.UsageError("--energy-units", "qgpo", "reward: all returns are the same")
-    return reward_scale * (dataset.return_range() / 1_000)
+    return scale * (dataset.return_range() / 1_000)
 
 
 class Guide:
-    """π_0(a|s) ∝ ν(a|s) e^{s f(s, a)}: both models, what trains them before going online and online, and the scores."""
+    """π_0(a|s) ∝ ν(a|s) e^{s f(s, a)}: both models, what trains them before and while going online, the scores."""
 
     def __init__(
-        self,
-        r: run.Run,
-        dataset: data.Dataset,
-        offline: ReplayBuffer,
-        q_target: nn.Module,
-        reward_scale: float,
+        self, r: run.Run, dataset: data.Dataset, offline: ReplayBuffer, q_target: nn.Module, scale: float
     ):
-        """`offline` is `dataset` as the agent sees it, its rewards multiplied by `reward_scale`."""
+        """`offline` is `dataset` as the agent sees it, its rewards multiplied by `scale`."""
         self.r, self.args, self.offline, self.q_target = r, r.args, offline, q_target
         args, (obs_dim, act_dim, *_) = r.args, offline.widths
         r.seed("behavior")  # the same behavior model beside any backbone
@@ -713,7 +682,7 @@ class Guide:
         self.guided = args.guidance_scale > 0
         rows = (len(offline), args.online_steps) if self.guided else (0, 0)
         self.support = Support(*rows, args.support_k, act_dim, r.device)
-        self.beta = args.energy_beta / unit_of_q(args, dataset, reward_scale) if self.guided else 0.0
+        self.beta = args.energy_beta / unit_of_q(args, dataset, scale) if self.guided else 0.0
         self.settings = behavior_settings(args, dataset)
         shaped = json.dumps([self.settings, args.seed, r.device.type])
         key = hashlib.sha256(shaped.encode()).hexdigest()[:16]
@@ -738,7 +707,7 @@ class Guide:
     def energy_step(self, obs: torch.Tensor, index: torch.Tensor) -> Logs:
         """One gradient step of f_φ on states (N, O), rows `index` of `support`; rows without any are left out: U14."""
         support, has_support = self.support.actions[index], (index < self.support.size).to(obs)
-        with torch.no_grad():  # U10
+        with torch.no_grad():  # min of the target twins: U10
             q = self.q_target(obs.repeat_interleave(support.shape[1], 0), support.flatten(0, 1)).amin(0)
         bq = q.view(support.shape[:2]) * self.beta
         loss, logs = self.energy_loss(self.energy, obs, support, bq, has_support)
@@ -797,20 +766,13 @@ class Guide:
         eps_fn = guided_eps(self.batch_behavior, self.energy, batch.obs, self.args.guidance_scale)
         refs = sample_actions(eps_fn, torch.randn_like(batch.actions))
         logs = {"ref/clip_frac": (refs.abs() > 1).float().mean()}
-        return alignment(self.args.score, batch.actions, refs.clamp(-1, 1), log_std), logs  # D12
+        return alignment(self.args.score, batch.actions, refs.clamp(-1, 1), log_std), logs  # clamped: D12
 
 
 def behavior_settings(args: Args, dataset: data.Dataset) -> dict:
     """What a behavior model depends on, beside its seed: settings, data, code."""
-    parts = (
-        log_alpha,
-        noise_levels,
-        FourierTime,
-        ResidualBlock,
-        BehaviorNet,
-        behavior_loss,
-        Guide.behavior_step,
-    )
+    nets = (FourierTime, ResidualBlock, BehaviorNet)
+    parts = (log_alpha, noise_levels, *nets, behavior_loss, Guide.behavior_step)
     code = hashlib.sha256("".join(map(inspect.getsource, parts)).encode()).hexdigest()[:16]
     return {k: getattr(args, k) for k in BEHAVIOR_SETTINGS} | {"dataset": dataset.sha256, "code": code}
 
@@ -896,7 +858,7 @@ def train(args: Args) -> dict[str, float]:
         noise = torch.randn(1 + args.max_q_samples, *batch.actions.shape, device=r.device)  # NEW
         loss, logs = compiled_dare_losses(nets, batch, off_like, noise, args)  # NEW
         update(nets, opt, loss, args.polyak)
-        if guide and guide.guided:  # NEW [Alg. 1, l. 10]: U12
+        if guide and guide.guided:  # NEW [Alg. 1, l. 10], on this batch: U12
             more |= guide.energy_step(batch.obs, torch.cat([index[0], len(offline) + index[1]]))
         return logs | more  # NEW
 

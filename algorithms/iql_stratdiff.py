@@ -1,62 +1,46 @@
 """StratDiff on IQL: sort each batch by distance to an energy-guided behavior model, release the far half.
 
-Paper    "Energy-Guided Diffusion Stratification for Offline-to-Online RL" (StratDiff), arXiv 2511.03828v1; Eq.,
-         Table, App. below are its, unless DARE's, its successor. Behavior model and guidance: Lu et al.,
-         "Contrastive Energy Prediction" (CEP), ICML 2023, arXiv 2304.12824; score network: Chen et al. (SfBC),
-         ICLR 2023, arXiv 2209.14548. Backbone: iql.py, line for line outside the NEW parts.
-Symbols  μ_0 behavior | ε̂ its noise estimate | f_φ energy | s guidance_scale | β energy_beta | K support_k |
-         â reference action d alignment score | ρ offline_frac | n_c exchange_cap | b_off, b_on off_like,
-         ~off_like
-Read     what iql.py has; then NEW: behavior model, sampler, energy, scores, exchange, Guide; losses; train
-Idea     Each row of an online batch is scored by its action's distance to a reference action of the guided
-         behavior model; the ρN nearest are offline-like, wherever they come from, and keep IQL's losses; the
-         others have expectile 0.99 for V and a max-Q target for Q.
-Notes    D1, D2, D3, D4, D5, U1 as in iql.py (D2: D4RL-raw rewards are what the paper's base code has).
-         Of the guided behavior model, in every file that has it (D10: Eq. 10; D11: Eqs. 7, 9):
-         D10 Eq. 10: KL between two points is 0 or infinite; `gauss` is the KL of equal-variance Gaussians
-            around them, half the squared distance (scale does not matter to the rule); `gauss_std`
-            has the policy's spread.
-         D11 Eq. 7 has e^{-f}, Eq. 9 adds the gradient of f; taken together guidance goes downhill. CEP's
-            code has e^{+f}, as we.
-         D12 samples are clamped to the action box (CEP leaves them): they are compared with data and fed to
-            Q.
+Paper    "Energy-Guided Diffusion Stratification for Offline-to-Online RL" (StratDiff), arXiv 2511.03828v1: Eq., Table,
+         App. below are its, unless DARE's, its successor. CEP, the guidance: Lu et al., ICML 2023, arXiv 2304.12824;
+         SfBC, the behavior model's network: Chen et al., ICLR 2023, arXiv 2209.14548. Backbone: iql.py, line for line
+         outside NEW.
+Idea     Each row of an online batch is scored by its action's distance to a reference action of a behavior model
+         guided by Q; the ρN nearest are offline-like, wherever they come from, and keep IQL's losses; the others have
+         expectile 0.99 for V and a max-Q target for Q.
+Symbols  μ_0 behavior | ε̂ noise estimate | f_φ energy | s guidance_scale | β energy_beta | K support_k | â reference |
+         d score | ρ offline_frac | n_c exchange_cap | b_off, b_on off_like, ~off_like
+Read     iql.py; then NEW: scores, exchange, losses; behavior model, sampler, energy, Guide; then train
+Notes    D1, D2, D3, D4, D5, U1 as in iql.py (D2: the paper's base code has raw rewards too).
+         D10 paper: KL(a || â) (Eq. 10), 0 or infinite; here: of Gaussians around them, `gauss` ½ |a - â|² (scale has no
+            effect), `gauss_std` with the policy's spread: 99 % of mini's rows split alike on IQL, 60 % on Cal-QL, where
+            saturated coordinates rule. Softmax, kernel-density, ELBO readings fit what the papers print as well.
+         D11 paper: e^{-f} in Eq. 7, + ∇f in Eq. 9, together downhill; here: e^{+f}, as CEP's code.
+         D12 CEP: samples unbounded; here: clamped to the action box; because they meet data and Q, which end there.
+         D17 paper: â, f_φ's step, scores (Alg. 1); here: â, scores, f_φ's step; the scores do not read it.
+         D18 paper: a sort (§3.2); here: the exchange at the pooled ρ-quantile, the same; n_c (App. F): extreme pairs.
+         D15 paper: means over b_off, b_on; here: masked means over the batch; the split does not weigh rows.
+         D16 paper: Eq. 13's Q without a hat and without terminal mask; here: both, and Eq. 12's Q is min Q̂, as in IQL.
+         D19 paper: Q - V in place of the expectile (App. E), unbounded below; here: as it stands.
          U10 Q in f_φ's labels: min of the target twins.
-         U11 its unit: β = 3 is QGPO's, whose rewards are r · 1000 / return range (AntMaze: r - 1), so Q is divided
-            by our reward unit over theirs: --energy-units qgpo, for AntMaze reward.
-         U12 f_φ gets energy_steps on the offline Q first, then one step per gradient step, on the batch at
-            hand.
-         U13 behavior schedule and sampler are CEP's: DPM-Solver++ 2S, uniform time, 15 evaluations.
-            It narrows peaks: N(m, 0.3²) to a spread of 0.24 (2M, uniform log-SNR, 10 evaluations: 0.31); 91 of 100
-            rows are split as with 2M, where two draws of one sampler agree on 68.
-         U14 support for online rows comes every support_every steps; rows still without are left out of
-            f_φ's loss.
-         U15 tasks without a row in the tables: guidance scale 3, the rest as in locomotion (large mazes: AntMaze).
-         U17 which pairs are the "top" M: largest d offline against smallest d online.
-         Of StratDiff:
-         D17 Alg. 1 draws â, updates f_φ, scores: the score needs no f_φ, so here â and score come first, and
-            the f_φ step stays before the update of Q.
-         D18 the swap of §3.2's sort is the exchange at the pooled ρ-quantile; an n_c [App. F] takes the n_c
-            most extreme of its pairs.
-         D15 Eqs. 12, 13 as masked means over the whole batch, so a sample's weight does not depend on the
-            split.
-         D16 Eq. 13 prints Q without a target's hat and without the terminal mask; both are here, and Eq. 12's Q
-            is IQL's min of the target twins.
-         D19 App. E replaces the expectile by the difference Q - V, unbounded below; taken as it stands.
-         U19 max over a' [Eq. 13]: best of max_q_samples policy actions under min Q̂.
-         U26 the policy, of which the paper says nothing: AWR on all rows.
-         U27 "w/o stratification" [App. G]: losses by origin, --exchange-cap 0; the other reading, IQL's losses
-            on all rows, is iql.py.
-Cache    <out-dir>/.behavior/<dataset>-<key>.pt: the behavior model, for every method with this --out-dir. The key holds
-         dataset, settings, seed, kind of device and the code that trains it; a run is the same with and without.
-Metrics  those of iql.py; split/exchanged pairs per batch, half of ρN when the halves overlap; split/tau the
-         quantile; ref/clip_frac of reference coordinates at the box; energy/loss; energy/label_entropy, near 0
-         when labels are one-hot: guidance too weak; energy/std_bq; loss/behavior.
+         U11 its unit: QGPO's, β = 3 being QGPO's: r · 1000 / return range; in AntMaze r, --energy-units reward.
+         U12 when f_φ learns: energy_steps on the offline Q, then with every gradient step, on its batch.
+         U13 behavior schedule, sampler: CEP's. The sampler narrows peaks (spread 0.3 to 0.24; 2M in log-SNR, 10
+            evaluations: 0.31), but 91 % of mini's rows are split as with 2M; two draws of one sampler: 68 %.
+         U14 support of own rows: every support_every steps; until then they are left out of f_φ's loss.
+         U15 tasks without a row in the tables: s = 3, the rest as in locomotion (large mazes: AntMaze).
+         U17 the "top" M: largest d offline against smallest d online.
+         U19 max over a' in Eq. 13: the best of max_q_samples policy actions under min Q̂.
+         U26 the policy's loss, of which the paper says nothing: AWR on all rows.
+         U27 "w/o stratification" (App. G): losses by origin; the other reading, IQL's losses on all rows, is iql.py.
+Metrics  those of iql.py; split/exchanged pairs per batch, half of ρN when the halves overlap; split/tau;
+         energy/loss; energy/label_entropy, near 0: one-hot labels, weak guidance; energy/std_bq; ref/clip_frac of
+         reference coordinates at the box; loss/behavior.
 Run      python algorithms/iql_stratdiff.py --env hopper-medium-v2 --seed 0
-         no expectile --online-value advantage | no stratification --exchange-cap 0 | no energy
-         --guidance-scale 0 | UTD 10 --utd 10 --online-steps 120000 [Table 5]
-         the papers' common start: --from-offline runs/iql/hopper-medium-v2/seed0
-         a behavior model of another seed or method: --from-behavior runs/iql_dare/hopper-medium-v2/seed0
-Cost     hopper-mini-v0: 291 CPU seconds beside other jobs; published sizes want a GPU (not measured there).
+         no expectile --online-value advantage | no stratification --exchange-cap 0 | no energy --guidance-scale 0 |
+         UTD 10 --utd 10 --online-steps 120000 [Table 5]
+         --from-offline runs/iql/hopper-medium-v2/seed0: the papers' common start | --from-behavior RUN: its model
+Cache    behavior models: <out-dir>/.behavior, for all methods, by dataset, settings, seed, kind of device, code.
+Cost     hopper-mini-v0: about 6 CPU minutes beside other jobs; published sizes want a GPU (not measured there).
 """
 
 import hashlib
@@ -143,9 +127,9 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     **{k: dict(expectile=0.8, dropout=0.1, normalize_obs=True, guidance_scale=3.0)
        for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL]; U15
     "maze2d-": dict(normalize_obs=True, eval_episodes=100, guidance_scale=3.0),  # [CORL, offline IQL]; U15
-    "hopper-": dict(guidance_scale=3.0),  # U15
-    "halfcheetah-": dict(guidance_scale=3.0),  # U15
-    "walker2d-": dict(guidance_scale=3.0),  # U15
+    "hopper-": dict(guidance_scale=3.0),  # no row in the tables, as the next two: U15
+    "halfcheetah-": dict(guidance_scale=3.0),
+    "walker2d-": dict(guidance_scale=3.0),
     "hopper-medium-v2": dict(guidance_scale=8.0),  # this and the rest: [Table 4]
     "hopper-medium-replay-v2": dict(guidance_scale=3.0),
     "hopper-medium-expert-v2": dict(guidance_scale=2.0),
@@ -422,13 +406,15 @@ def stratdiff_losses(
     adv = q_hat - nets["vf"](batch.obs)
     if args.online_value == "expectile":
         expectile = torch.where(off_like, args.expectile, args.online_expectile)
-        v_loss = value_loss(adv, expectile)  # [Eq. 12]: D15
-    else:  # [App. E, Eq. 14]: D19
+        v_loss = value_loss(adv, expectile)  # [Eq. 12], over the batch: D15
+    else:  # [App. E, Eq. 14], unbounded below: D19
         v_loss = value_loss(off_like * adv, args.expectile) + (~off_like * adv).mean()
     target = td_target(batch.rewards, batch.terminations, v_next, args.gamma)
     q = nets["qf"](batch.obs, batch.actions)
-    q_loss = (q - target).square().mean()  # [Eq. 13]: D15, D16
-    actor_loss = -(awr_weight(adv, args.inv_temp) * log_prob(mean, log_std, batch.actions)).mean()  # U26
+    q_loss = (q - target).square().mean()  # [Eq. 13], target with a hat: D16, over the batch: D15
+    actor_loss = -(
+        awr_weight(adv, args.inv_temp) * log_prob(mean, log_std, batch.actions)
+    ).mean()  # all rows: U26
     logs = {"loss/v": v_loss, "loss/q": q_loss, "loss/actor": actor_loss}
     logs |= {"q/mean": q.mean(), "adv/mean": adv.mean(), "log_std/mean": log_std.mean()}
     return v_loss + q_loss + actor_loss, {k: v.detach() for k, v in logs.items()}
@@ -533,7 +519,7 @@ def solver_step(x: torch.Tensor, denoised: torch.Tensor, s: float, t: float) -> 
 
 
 def sample_actions(eps_fn: EpsFn, x: torch.Tensor) -> torch.Tensor:
-    """Singlestep second order, uniform in time, 15 evaluations: x ~ N(0, I) (B, A) -> (B, A).  [CEP]: U13"""
+    """Singlestep second order, uniform in time, 15 evaluations, CEP's: x ~ N(0, I) (B, A) -> (B, A).  U13"""
     times = [1.0 + i / 15 * (T_MIN - 1.0) for i in range(16)]
     for s, mid, t in zip(times[0:13:2], times[1:14:2], times[2:15:2], strict=True):
         d = denoise(eps_fn, x, s)
@@ -623,27 +609,22 @@ class Support:
         self.extend(state["actions"])
 
 
-def unit_of_q(args: Args, dataset: data.Dataset, reward_scale: float) -> float:
-    """Our rewards, raw ones times reward_scale, over those that β is meant for: r · 1000 / return range, or r.  U11"""
+def unit_of_q(args: Args, dataset: data.Dataset, scale: float) -> float:
+    """Our rewards, `scale` r, over those that β is meant for: r · 1000 / return range, or r.  U11"""
     if args.energy_units == "reward":
-        return reward_scale
+        return scale
     if len(set(dataset.episode_returns())) == 1:
         raise run.UsageError("--energy-units", "qgpo", "reward: all returns are the same")
-    return reward_scale * (dataset.return_range() / 1_000)
+    return scale * (dataset.return_range() / 1_000)
 
 
 class Guide:
-    """π_0(a|s) ∝ ν(a|s) e^{s f(s, a)}: both models, what trains them before going online and online, and the scores."""
+    """π_0(a|s) ∝ ν(a|s) e^{s f(s, a)}: both models, what trains them before and while going online, the scores."""
 
     def __init__(
-        self,
-        r: run.Run,
-        dataset: data.Dataset,
-        offline: ReplayBuffer,
-        q_target: nn.Module,
-        reward_scale: float,
+        self, r: run.Run, dataset: data.Dataset, offline: ReplayBuffer, q_target: nn.Module, scale: float
     ):
-        """`offline` is `dataset` as the agent sees it, its rewards multiplied by `reward_scale`."""
+        """`offline` is `dataset` as the agent sees it, its rewards multiplied by `scale`."""
         self.r, self.args, self.offline, self.q_target = r, r.args, offline, q_target
         args, (obs_dim, act_dim, *_) = r.args, offline.widths
         r.seed("behavior")  # the same behavior model beside any backbone
@@ -657,7 +638,7 @@ class Guide:
         self.guided = args.guidance_scale > 0
         rows = (len(offline), args.online_steps) if self.guided else (0, 0)
         self.support = Support(*rows, args.support_k, act_dim, r.device)
-        self.beta = args.energy_beta / unit_of_q(args, dataset, reward_scale) if self.guided else 0.0
+        self.beta = args.energy_beta / unit_of_q(args, dataset, scale) if self.guided else 0.0
         self.settings = behavior_settings(args, dataset)
         shaped = json.dumps([self.settings, args.seed, r.device.type])
         key = hashlib.sha256(shaped.encode()).hexdigest()[:16]
@@ -682,7 +663,7 @@ class Guide:
     def energy_step(self, obs: torch.Tensor, index: torch.Tensor) -> Logs:
         """One gradient step of f_φ on states (N, O), rows `index` of `support`; rows without any are left out: U14."""
         support, has_support = self.support.actions[index], (index < self.support.size).to(obs)
-        with torch.no_grad():  # U10
+        with torch.no_grad():  # min of the target twins: U10
             q = self.q_target(obs.repeat_interleave(support.shape[1], 0), support.flatten(0, 1)).amin(0)
         bq = q.view(support.shape[:2]) * self.beta
         loss, logs = self.energy_loss(self.energy, obs, support, bq, has_support)
@@ -741,20 +722,13 @@ class Guide:
         eps_fn = guided_eps(self.batch_behavior, self.energy, batch.obs, self.args.guidance_scale)
         refs = sample_actions(eps_fn, torch.randn_like(batch.actions))
         logs = {"ref/clip_frac": (refs.abs() > 1).float().mean()}
-        return alignment(self.args.score, batch.actions, refs.clamp(-1, 1), log_std), logs  # D12
+        return alignment(self.args.score, batch.actions, refs.clamp(-1, 1), log_std), logs  # clamped: D12
 
 
 def behavior_settings(args: Args, dataset: data.Dataset) -> dict:
     """What a behavior model depends on, beside its seed: settings, data, code."""
-    parts = (
-        log_alpha,
-        noise_levels,
-        FourierTime,
-        ResidualBlock,
-        BehaviorNet,
-        behavior_loss,
-        Guide.behavior_step,
-    )
+    nets = (FourierTime, ResidualBlock, BehaviorNet)
+    parts = (log_alpha, noise_levels, *nets, behavior_loss, Guide.behavior_step)
     code = hashlib.sha256("".join(map(inspect.getsource, parts)).encode()).hexdigest()[:16]
     return {k: getattr(args, k) for k in BEHAVIOR_SETTINGS} | {"dataset": dataset.sha256, "code": code}
 
@@ -832,10 +806,10 @@ def train(args: Args) -> dict[str, float]:
     def online_step() -> dict[str, torch.Tensor]:
         index = offline.draw(n_offline), online.draw(args.batch_size - n_offline)
         batch = mix(offline.take(index[0]), online.take(index[1]))
-        off_like, more = from_dataset, {}  # NEW U27
-        if guide:  # NEW [Alg. 1, l. 7, 9, 10]: D17, D18
+        off_like, more = from_dataset, {}  # NEW by origin: U27
+        if guide:  # NEW [Alg. 1, l. 7, 9, 10], scores before f_φ's step: D17, sort: D18
             scores, more = guide.score(batch, nets["actor"].log_std.clamp(-5.0, 2.0))
-            if guide.guided:  # [Alg. 1, l. 8]: U12
+            if guide.guided:  # [Alg. 1, l. 8], on this batch: U12
                 more |= guide.energy_step(batch.obs, torch.cat([index[0], len(offline) + index[1]]))
             off_like, split_logs = sorted_exchange(scores, from_dataset, n_offline, args.exchange_cap)
             more |= split_logs

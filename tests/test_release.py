@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -313,6 +314,7 @@ def test_an_imported_offline_phase_continues_as_ones_own(stem, dataset, tmp_path
     own = module(stem).train(tiny_args(stem, dataset=dataset, out_dir=tmp_path / "own"))
     module(backbone).train(tiny_args(backbone, dataset=dataset, out_dir=tmp_path))
     (source,) = (tmp_path / backbone).glob("**/offline.pt")
+    shutil.copytree(tmp_path / "own" / ".behavior", tmp_path / ".behavior")
     args = tiny_args(stem, dataset=dataset, out_dir=tmp_path, from_offline=source)
     imported = module(stem).train(args)
     assert "offline_seconds" not in imported and "behavior_seconds" not in imported
