@@ -166,6 +166,7 @@ NEEDS = {  # condition -> settings that have no effect without it: a flag for on
         "support_every",
     ),
     "value_loss == 'expectile'": ("online_expectile",),
+    "value_loss == 'iql'": ("sac_alpha",),
 }  # fmt: skip
 
 

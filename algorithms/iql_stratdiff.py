@@ -111,9 +111,7 @@ class Args:
     support_every: Count = 250  # environment steps between support generations for online rows: U14
     # NEW: split and losses
     score: Literal["gauss", "gauss_std"] = "gauss"  # measure of d [Eq. 10]: D10
-    exchange_cap: Annotated[
-        int, "[-1, inf)"
-    ] = -1  # most pairs exchanged; n_c [App. F]; -1 = no cap, 0 = no exchange
+    exchange_cap: Annotated[int, "[-1, inf)"] = -1  # most pairs exchanged, n [App. F]; -1 all, 0 none
     online_value: Literal["expectile", "advantage"] = "expectile"  # V's loss on online-like rows [App. E]
     online_expectile: Fraction = 0.99  # τ of online-like rows [Eq. 12]
     max_q_samples: Count = 10  # policy actions behind max_a' Q: U19

@@ -387,11 +387,12 @@ def as_it_is(step: Step) -> Step:
 
 def generator(offline: ReplayBuffer, device: torch.device, compiled: bool) -> synther.Generator:
     """SynthER's: `train_step`, and `sample_step` for a chunk of rows."""
-    rows, features = CHUNK[device.type], synther.Generator.features(offline)
+    rows = CHUNK[device.type]
     r = begin_run(synther, device, compiled, synthetic_rows=rows, sample_batch=rows)
     a = r.args
+    features = synther.Generator.features(a, offline)
     net = synther.TransitionNet(features, a.diffusion_width, a.diffusion_depth, a.diffusion_time_dim)
-    g = synther.Generator(r, a, net, offline, OBS, ACT)
+    g = synther.Generator(r, a, net, [offline])
     g.draw = lambda: (synther.union_rows([offline], a.diffusion_batch)[0][:, :features],)
     g.begin = lambda n: (g.denoiser(n), g.noise(n), 0)
     return g
