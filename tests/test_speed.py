@@ -116,9 +116,9 @@ def test_iql_does_the_arithmetic_it_should(offline):
 
 
 def test_edm_does_the_arithmetic_it_should(offline):
-    """10.22 GFLOP with 27 features and 256 numbers for the time; 9.94 with 26 and 128, as SynthER has them offline."""
-    assert flop(OURS["EDM"](offline)) == pytest.approx(edm_flop(27, 256), rel=1e-6)
-    assert edm_flop(27, 256) == pytest.approx(10.22e9, rel=0.001)
+    """10.22 GFLOP with 26 features and 256 numbers for the time; 9.94 with 128, as SynthER has them offline."""
+    assert flop(OURS["EDM"](offline)) == pytest.approx(edm_flop(26, 256), rel=1e-6)
+    assert edm_flop(26, 256) == pytest.approx(10.22e9, rel=0.001)
     net, x = synther.TransitionNet(26, 1_024, 6, 128), torch.zeros(256, 26)
     found = flop(lambda: edm.loss(net, x, torch.ones(256)).backward())
     assert found == pytest.approx(edm_flop(26, 128), rel=1e-6) == pytest.approx(9.94e9, rel=0.02)
