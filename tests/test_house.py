@@ -4,6 +4,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import json
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 import shared_blocks
 import torch
-from conftest import FILES, ROOT, log_rows, module, tiny_args
+from conftest import FILES, ROOT, TINY, log_rows, module, tiny_args
 
 from common import data, run
 
@@ -155,6 +156,35 @@ def test_help_by_path_from_another_directory(stem, tmp_path):
     script = str(ROOT / "algorithms" / f"{stem}.py")
     done = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "--gamma" in done.stdout
+
+
+def test_a_new_algorithm_edits_no_other_file(dataset, tmp_path):
+    """A copy of iql.py with a setting and a loss term of its own runs from anywhere, and its range is kept."""
+    copy, source = tmp_path / "iql_mine.py", SOURCES["iql"]
+    changes = {
+        "    # online\n": "    pull: Weight = 0.1  # NEW: weight of the actor's mean, squared\n    # online\n",
+        "actor_loss = ": "actor_loss = args.pull * mean.square().mean() + ",
+    }
+    for old, new in changes.items():
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    copy.write_text(source)
+
+    def start(*flags: str) -> subprocess.CompletedProcess:
+        sizes = [
+            f"--{k.replace('_', '-')}={v}"
+            for k, v in TINY.items()
+            if k in module("iql").Args.__dataclass_fields__
+        ]
+        command = [sys.executable, copy, "--env=hopper-medium-v2", f"--dataset={dataset}", *sizes, *flags]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    done = start("--pull=0.5")
+    assert done.returncode == 0, done.stderr
+    (args,) = tmp_path.glob("runs/iql_mine/*/seed0/args.json")
+    assert json.loads(args.read_text())["settings"]["pull"] == {"value": 0.5, "origin": "flag"}
+    refused = start("--pull=-1", "--overwrite")
+    assert refused.returncode == 2 and refused.stderr == "error: --pull: got -1.0; allowed: [0, inf)\n"
 
 
 # ---- settings without effect ----
