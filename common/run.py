@@ -101,7 +101,7 @@ def check_needs(args: Any, presets: dict[str, dict], needs: dict[str, tuple[str,
     """Raise UsageError for a flag without effect. `needs`: condition on the settings -> what has none without it."""
     idle = {name: x for x, names in needs.items() if not eval(x, {}, vars(args)) for name in names}
     for name, value in given(args, presets).items():
-        if name in idle:
+        if name in idle and value != type(args).__dataclass_fields__[name].default:  # as Args(env=...) has it
             raise UsageError(flag(name), value, f"its default, as it has no effect unless {idle[name]}")
 
 

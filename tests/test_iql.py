@@ -128,7 +128,7 @@ def test_dropout_works_in_losses_and_never_without_gradients():
 def test_reward_bias_reaches_stored_rewards_and_no_logged_return(dataset, tmp_path):
     """The first online episode's stored rewards are the raw ones - 1, in the units of the dataset's."""
     args = tiny_args("iql", dataset=dataset, out_dir=tmp_path, reward_bias=-1.0, offline_steps=1, warmup_steps=60,
-                     online_steps=60)  # fmt: skip
+                     online_steps=61)  # fmt: skip
     iql.train(args)
     (checkpoint,) = tmp_path.glob("iql/*/seed0/state.pt")
     rows = torch.load(checkpoint, weights_only=True)["objects"]["online"]["rows"]

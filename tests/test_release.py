@@ -211,7 +211,7 @@ def test_a_dataset_without_a_return_range_is_refused_with_advice_that_helps(stem
         (
             "iql_stratdiff",
             dict(offline_frac=0.0),
-            r"offline-frac: got 0.0; allowed: some of 16 rows, not all",
+            r"rows of a batch: got 0 dataset, 16 own; .*--offline-frac 0",
         ),
         ("calql_dare", dict(exchange_cap=-2), r"exchange-cap: got -2; allowed: \[-1, inf\)"),
         ("calql_dare", dict(support_k=1), r"support-k: got 1; allowed: \[2, inf\)"),
@@ -351,14 +351,15 @@ def test_whatever_shapes_the_behavior_model_gives_another_key(dataset, tmp_path,
     count = itertools.count()
 
     def keys(**changes) -> set[str]:
-        few = dict(dataset=dataset, offline_steps=2, online_steps=0, energy_steps=1, behavior_steps=3)
+        few = dict(dataset=dataset, offline_steps=2, online_steps=0, behavior_steps=3)
         out = tmp_path / str(next(count))
         iql_dare.train(tiny_args("iql_dare", out_dir=out, **few | changes))
         return {p.name for p in cached(out)}
 
     first = keys()
     assert len(first) == 1
-    assert keys(expectile=0.9, guidance_scale=0.0, energy_beta=1.0, support_k=2) == first
+    assert keys(expectile=0.9, energy_steps=1, energy_beta=1.0, support_k=2) == first
+    assert keys(guidance_scale=0.0) == first
     seen = set(first)
     for changes in (
         dict(behavior_steps=4),
@@ -422,8 +423,8 @@ def test_the_installed_tree_stays_as_it_is(tmp_path):
     """A run on the embedded task writes below its --out-dir and nowhere else."""
     beside = data.get_task("hopper-mini-v0").path.parent
     before = sorted(beside.iterdir())
-    args = tiny_args("iql_dare", out_dir=tmp_path, offline_steps=2, online_steps=0, behavior_steps=2)
-    iql_dare.train(replace(args, env="hopper-mini-v0", guidance_scale=0.0))
+    few = dict(offline_steps=2, online_steps=0, behavior_steps=2, guidance_scale=0.0)
+    iql_dare.train(replace(tiny_args("iql_dare", out_dir=tmp_path, **few), env="hopper-mini-v0"))
     assert sorted(beside.iterdir()) == before
     (kept,) = cached(tmp_path)
     assert kept.name.startswith("hopper-mini-v0-")

@@ -317,7 +317,11 @@ def test_offline_upsample_learns_from_generated_rows_only(stem, dataset, tmp_pat
 
 def test_bad_settings_are_refused(dataset, tmp_path):
     for stem, changes, words in [
-        ("synther", dict(synthetic_frac=0.99), "synthetic-frac: got 0.99; allowed: some of 16 rows, not all"),
+        (
+            "synther",
+            dict(synthetic_frac=0.99),
+            "rows of a batch: got 0 dataset, 0 own, 16 generated; .*--synthetic-frac 0.99",
+        ),
         ("iql_synther", dict(synthetic_frac=0.01), "synthetic-frac"),
         ("synther", dict(offline_upsample=True), "--no-calibrate"),
         ("iql_synther", dict(sample_steps=1), r"sample-steps: got 1; allowed: \[2, inf\)"),
