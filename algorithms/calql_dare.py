@@ -100,7 +100,6 @@ class Args:
     reward_scale: Positive = 1.0  # rewards in training: scale · r + bias [DARE Table 4]
     reward_bias: Number = 0.0  # added to rewards in training, after scaling [DARE Table 4]
     sparse_reward: bool = False  # an episode that never succeeds fails for ever [DARE Table 4]
-    mc_tail: Literal["zero", "last"] = "zero"  # U2
     # online
     warmup_steps: Natural = 5_000  # environment steps without updates, counted in online_steps: D4
     utd: Count = 1  # gradient steps per environment step
@@ -163,14 +162,14 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
     "offline_steps", "batch_size", "gamma", "polyak", "policy_lr", "critic_lr", "hidden", "critic_layers",
     "cql_weight", "cql_n_actions", "cql_clip_min", "calibrate", "lagrange", "target_gap", "max_target_backup",
-    "normalize_obs", "reward_scale", "reward_bias", "sparse_reward", "mc_tail",
+    "normalize_obs", "reward_scale", "reward_bias", "sparse_reward",
 )  # fmt: skip
 BEHAVIOR_SETTINGS = (  # NEW: what a behavior model depends on, beside the dataset and the code
     "behavior_steps", "behavior_batch", "behavior_lr", "behavior_width", "normalize_obs",
 )  # fmt: skip
 NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
     "lagrange": ("target_gap",),
-    "calibrate": ("mc_tail", "sparse_reward"),
+    "calibrate": ("sparse_reward",),
     "exchange_cap != 0": (
         "from_behavior", "behavior_steps", "behavior_batch", "behavior_lr", "behavior_width", "guidance_scale",
         "score", "threshold",
@@ -183,9 +182,7 @@ NEEDS = {  # condition -> settings that have no effect without it: a flag for on
 
 
 # --- shared: calql.critics ---
-def orthogonal(
-    sizes: tuple[int, ...], gains: list[float], copies: int
-) -> tuple[nn.ParameterList, nn.ParameterList]:
+def orthogonal(sizes: tuple, gains: list[float], copies: int) -> tuple[nn.ParameterList, nn.ParameterList]:
     """Weights (copies, in, out) orthogonal with the layer's gain, biases (copies, 1, out) zero.  [CORL]"""
     weights = [torch.empty(copies, i, o) for i, o in pairwise(sizes)]
     for weight, gain in zip(weights, gains, strict=True):
@@ -235,9 +232,7 @@ class TanhGaussianActor(nn.Module):
         return mean, (self.log_std_scale * log_std + self.log_std_offset).clamp(-20.0, 2.0)
 
 
-def squash(
-    mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def squash(mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Action tanh(u), u = mean + σ · noise, and log π(action): all (..., A) -> (..., A), (...,).
 
     log π = Σ log N(u) - log(1 - tanh² u), with log(1 - tanh² u) = 2 (ln 2 - u - softplus(-2u)).  [SAC App. C]
@@ -319,28 +314,19 @@ def frozen_q(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.T
 
 def draw_noise(rows: int, act_dim: int, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Uniform actions (B, n, A) and N(0, I) (B, 3n + 1, A) for π(s), π(s'), the backup, the actor's own."""
-    return torch.rand(rows, n, act_dim, device=device) * 2 - 1, torch.randn(
-        rows, 3 * n + 1, act_dim, device=device
-    )
+    uniform = torch.rand(rows, n, act_dim, device=device) * 2 - 1
+    return uniform, torch.randn(rows, 3 * n + 1, act_dim, device=device)
 
 
 # --- end shared: calql.losses ---
 
 
 # --- shared: calql.returns ---
-def mc_returns(
-    rewards: np.ndarray,
-    terminations: np.ndarray,
-    ends: np.ndarray,
-    gamma: float,
-    failure: float | None,
-    tail: str,
-) -> np.ndarray:
-    """G_t = r_t + γ G_{t+1} within each episode, (N,) float32; rewards in training units.  [Cal-QL §5]
+def mc_returns(rewards: np.ndarray, ends: np.ndarray, gamma: float, failure: float | None) -> np.ndarray:
+    """G_t = r_t + γ G_{t+1} within each episode, (N,) float32; rewards (N,) in training units.  [Cal-QL §5]
 
-    Episodes end where the file says (D7). One that did not terminate starts from 0, or with tail "last" from
-    r_last / (1 - γ). With `failure`, the training reward of a failing step, an episode of nothing else has
-    failure / (1 - γ) on every row.
+    Episodes end where the file says (D7), and start from 0 there, terminated or not: U2. With `failure`, the training
+    reward of a failing step, an episode of nothing else has failure / (1 - γ) on every row.
     """
     returns, stops = np.zeros(len(rewards)), [*np.flatnonzero(ends), len(rewards) - 1]
     start = 0
@@ -349,11 +335,52 @@ def mc_returns(
         if failure is not None and np.all(rewards[episode] == np.float32(failure)):
             returns[episode] = failure / (1 - gamma)
         else:
-            g = 0.0 if terminations[stop] or tail == "zero" else float(rewards[stop]) / (1 - gamma)
+            g = 0.0
             for t in range(stop, start - 1, -1):
                 g = returns[t] = float(rewards[t]) + gamma * g
         start = stop + 1
     return returns.astype(np.float32)
+
+
+class Returns:
+    """Monte-Carlo returns of the dataset's rows, and of own rows where calibration goes on online: D3.
+
+    Own rows have theirs when their episode is over; only such rows are drawn then.
+    """
+
+    def __init__(self, args: Args, dataset: data.Dataset, units: data.Units, buffer: ReplayBuffer):
+        if args.calibrate_online and not args.calibrate:
+            raise run.UsageError("--calibrate-online", "with --no-calibrate", "calibration offline too")
+        if args.calibrate_online and not dataset.ends.any():
+            got, allowed = "a dataset without episode ends", "one with terminals or timeouts"
+            raise run.UsageError("--calibrate-online", got, allowed)
+        self.args, self.buffer, device = args, buffer, buffer.table.device
+        self.dataset = self.of(units.rewards(dataset.rewards), dataset.ends).to(device)
+        self.own = torch.zeros(len(buffer.table), device=device)
+        self.finished = torch.zeros(
+            (), dtype=torch.int64, device=device
+        )  # own rows of episodes that are over
+
+    def state(self) -> dict:
+        """What a checkpoint holds, by name."""
+        return {"online_mc": self.own, "finished": self.finished}
+
+    def of(self, rewards: np.ndarray, ends: np.ndarray) -> torch.Tensor:
+        failure = self.args.reward_bias if self.args.sparse_reward else None  # training reward of a raw 0
+        return torch.from_numpy(mc_returns(rewards, ends, self.args.gamma, failure))
+
+    @property
+    def drawable(self) -> torch.Tensor | None:
+        """How many own rows may be drawn, on the device; None for all."""
+        return self.finished if self.args.calibrate_online else None
+
+    def add_episode(self, length: int) -> None:
+        """The last `length` own rows are an episode."""
+        if self.args.calibrate_online:
+            rewards, rows = self.buffer.last(length).rewards.cpu().numpy(), self.buffer.rows
+            ends = np.arange(1, length + 1) == length
+            self.own[rows - length : rows] = self.of(rewards, ends).to(self.own.device)
+            self.finished.fill_(rows)
 
 
 # --- end shared: calql.returns ---
@@ -374,28 +401,24 @@ def losses(
     """
     n, (uniform, normal) = args.cql_n_actions, noise
     rows, act_dim = batch.actions.shape
-    mean, log_std = (
+    of_both = [
         x[:, None] for x in nets["actor"](torch.cat([batch.obs, batch.next_obs]))
-    )  # one pass for both
-    (mean, next_mean), (log_std, next_log_std) = mean.split(rows), log_std.split(rows)
-    new_actions, log_pi = squash(
-        mean, log_std, normal[:, 3 * n :]
-    )  # (B, 1, A), (B, 1): the actor's own, with gradient
+    ]  # one pass, (2B, 1, A)
+    (mean, next_mean), (log_std, next_log_std) = (x.split(rows) for x in of_both)
+    # the actor's own action (B, 1, A) and its log π (B, 1), with gradient
+    new_actions, log_pi = squash(mean, log_std, normal[:, 3 * n :])
     backups = n if args.max_target_backup else 1
-    both = lambda a, b: torch.cat([a.expand(-1, n, -1), b.expand(-1, n + backups, -1)], 1)  # noqa: E731
-    with torch.no_grad():
-        sampled, sampled_log_prob = squash(
-            both(mean, next_mean), both(log_std, next_log_std), normal[:, : 2 * n + backups]
-        )  # n of π(s), n of π(s'), the backup's of π(s')
-        q_next = (
-            q_of_many(nets["q_target"], batch.next_obs, sampled[:, 2 * n :]).amin(0).amax(-1)
-        )  # no entropy term [CORL]
+    with torch.no_grad():  # n of π(s), n of π(s'), the backup's of π(s')
+        means = torch.cat([mean.expand(-1, n, -1), next_mean.expand(-1, n + backups, -1)], 1)
+        log_stds = torch.cat([log_std.expand(-1, n, -1), next_log_std.expand(-1, n + backups, -1)], 1)
+        sampled, sampled_log_prob = squash(means, log_stds, normal[:, : 2 * n + backups])
+        q_backups = q_of_many(nets["q_target"], batch.next_obs, sampled[:, 2 * n :])  # (2, B, backups)
+        q_next = q_backups.amin(0).amax(-1)  # no entropy term [CORL]
         target = batch.rewards + args.gamma * (1 - batch.terminations) * q_next
         log_uniform = torch.full((rows, n), -act_dim * math.log(2), device=target.device)
         log_probs = torch.cat([log_uniform, sampled_log_prob[:, : 2 * n]], 1)
-    q = q_of_many(
-        nets["qf"], batch.obs, torch.cat([batch.actions[:, None], uniform, sampled[:, : 2 * n]], 1)
-    )  # (2, B, 1 + 3n)
+    actions = torch.cat([batch.actions[:, None], uniform, sampled[:, : 2 * n]], 1)
+    q = q_of_many(nets["qf"], batch.obs, actions)  # (2, B, 1 + 3n)
     td_loss = (q[..., 0] - target).square().mean(1).sum()  # [DARE Eq. 1], D2
     gap, share = conservative_gap(q[..., 1:], q[..., 0], log_probs, bound, args.cql_clip_min)
     lagrange_loss = torch.zeros((), device=gap.device)
@@ -406,18 +429,16 @@ def losses(
     else:
         cql_loss = (weight * gap).mean(1).sum()  # α R [DARE Eq. 1]
     log_alpha = nets["weights"]["log_alpha"]
-    alpha_loss = -(
-        log_alpha * (log_pi.detach() - act_dim)
-    ).mean()  # [SAC, arXiv 1812.05905 §5], target entropy -A
+    missing = log_pi.detach() - act_dim  # of the target entropy, -A
+    alpha_loss = -(log_alpha * missing).mean()  # [SAC, arXiv 1812.05905 §5]
     q_new = frozen_q(nets["qf"], batch.obs, new_actions[:, 0]).amin(0)
     actor_loss = (log_alpha.detach().exp() * log_pi[:, 0] - q_new).mean()  # [SAC §4.2]
     logs = {"loss/q": td_loss, "loss/actor": actor_loss, "loss/alpha": alpha_loss, "cql/gap": gap.mean()}
     logs |= {"cql/bound_share": share, "q/mean": q[..., 0].mean(), "policy/log_prob": log_pi.mean()}
     logs["policy/data_log_prob"] = squashed_log_prob(mean[:, 0], log_std[:, 0], batch.actions).mean()
     logs |= {"alpha/entropy": log_alpha.exp(), "alpha/lagrange": nets["weights"]["log_alpha_prime"].exp()}
-    return td_loss + cql_loss + lagrange_loss + alpha_loss + actor_loss, {
-        k: v.detach() for k, v in logs.items()
-    }
+    total = td_loss + cql_loss + lagrange_loss + alpha_loss + actor_loss
+    return total, {k: v.detach() for k, v in logs.items()}
 
 
 # --- end shared: calql.training ---
@@ -863,54 +884,25 @@ def behavior_settings(args: Args, dataset: data.Dataset) -> dict:
 
 
 def train(args: Args) -> dict[str, float]:
-    task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
-    r = run.Run(args, __file__, name, ENV_PRESETS, NEEDS)
+    task = data.get_task(args.env)
+    r = run.Run(args, __file__, data.filed_name(args.env, args.dataset), ENV_PRESETS, NEEDS)
     if r.final:
-        print(f"{r.dir}: finished; --overwrite starts anew")
         return r.final
     n_offline = round(args.offline_frac * args.batch_size)
     run.check_batch(args, dataset=n_offline, own=args.batch_size - n_offline)
-    if args.calibrate_online and not args.calibrate:
-        raise run.UsageError("--calibrate-online", "with --no-calibrate", "calibration offline too")
     dataset = data.load(args.env, args.dataset)
-    if args.calibrate_online and not dataset.ends.any():
-        raise run.UsageError(
-            "--calibrate-online", "a dataset without episode ends", "one with terminals or timeouts"
-        )
     r.require(dataset=dataset.sha256)
     moments = dataset.moments() if args.normalize_obs else None
-    offline = ReplayBuffer(len(dataset.rewards), task.obs_dim, task.act_dim, r.device)
-    rows = dataset.batch(args.reward_scale, args.reward_bias, moments)
-    offline.extend(rows)
-    online = ReplayBuffer(args.online_steps, task.obs_dim, task.act_dim, r.device)
-    failure = args.reward_bias if args.sparse_reward else None  # training reward of a raw 0
-    to_returns = lambda x, d, ends: mc_returns(x, d, ends, args.gamma, failure, args.mc_tail)  # noqa: E731
-    offline_mc = torch.from_numpy(to_returns(rows.rewards.numpy(), dataset.terminations, dataset.ends)).to(
-        r.device
-    )
-    online_mc = torch.zeros(max(args.online_steps, 1), device=r.device)
-    finished = torch.zeros((), dtype=torch.int64, device=r.device)  # online rows of episodes that are over
+    units = data.Units(args.reward_scale, args.reward_bias, moments)
+    offline = dataset.buffer(units, r.device)
+    online = offline.like(args.online_steps)
+    returns = Returns(args, dataset, units, online)
+    interaction = data.Interaction(data.make_env(task, units), online, args.seed, units)
+    evaluate = data.Evaluator(task, args.eval_episodes, args.seed, units)
+
+    # networks
     nets = make_calql_nets(task.obs_dim, task.act_dim, args.hidden, args.critic_layers).to(r.device)
     opt = make_calql_optimizer(nets, args.policy_lr, args.critic_lr, r.device)
-    interaction = data.Interaction(
-        data.make_env(task, moments), online, args.seed, args.reward_scale, args.reward_bias
-    )
-    evaluate = data.Evaluator(task, args.eval_episodes, args.seed, moments)
-    guide = None  # NEW: behavior model and energy
-    if args.exchange_cap != 0:
-        guide = Guide(r, dataset, offline, nets["q_target"], args.reward_scale)
-    added = guide.state() if guide else {}
-    r.register(
-        nets=nets,
-        opt=opt,
-        online=online,
-        interaction=interaction,
-        online_mc=online_mc,
-        finished=finished,
-        **added,
-    )
-    compiled_losses = r.compiled(losses)
-    offline_settings = {k: getattr(args, k) for k in OFFLINE_SETTINGS} | {"dataset": dataset.sha256}
 
     @torch.no_grad()
     def act(obs: torch.Tensor) -> torch.Tensor:  # deterministic
@@ -921,11 +913,19 @@ def train(args: Args) -> dict[str, float]:
         mean, log_std = nets["actor"](obs)
         return squash(mean, log_std, torch.randn_like(mean))[0]
 
+    guide = None  # NEW: behavior model and energy
+    if args.exchange_cap != 0:
+        guide = Guide(r, dataset, offline, nets["q_target"], args.reward_scale)
+    added = guide.state() if guide else {}
+    r.register(nets=nets, opt=opt, online=online, interaction=interaction, **returns.state(), **added)
+    compiled_losses = r.compiled(losses)
+    offline_settings = r.settings(OFFLINE_SETTINGS)
+
     # offline: gradient steps on the dataset
     def offline_step() -> dict[str, torch.Tensor]:
         index = offline.draw(args.batch_size)
         noise = draw_noise(args.batch_size, task.act_dim, args.cql_n_actions, r.device)
-        bound = offline_mc[index] if args.calibrate else None
+        bound = returns.dataset[index] if args.calibrate else None
         loss, logs = compiled_losses(nets, offline.take(index), bound, args.cql_weight, noise, args)
         update(nets, opt, loss, args.polyak)
         return logs
@@ -951,12 +951,12 @@ def train(args: Args) -> dict[str, float]:
 
     def online_step() -> dict[str, torch.Tensor]:
         n_online = args.batch_size - n_offline
-        index = offline.draw(n_offline), online.draw(n_online, finished if args.calibrate_online else None)
+        index = offline.draw(n_offline), online.draw(n_online, returns.drawable)
         batch = mix(offline.take(index[0]), online.take(index[1]))
         noise = draw_noise(args.batch_size, task.act_dim, args.cql_n_actions, r.device)
-        bound = (
-            torch.cat([offline_mc[index[0]], online_mc[index[1]]]) if args.calibrate_online else None
-        )  # D3
+        bound = None  # D3
+        if args.calibrate_online:
+            bound = torch.cat([returns.dataset[index[0]], returns.own[index[1]]])
         off_like, more = from_dataset, {}  # NEW
         if guide:  # NEW [Alg. 1, l. 6-8]
             with torch.no_grad():
@@ -975,13 +975,7 @@ def train(args: Args) -> dict[str, float]:
     for step in r.phase("online", args.online_steps):
         if episode := interaction.step(explore):
             r.record(step + 1, episode)
-            if args.calibrate_online:
-                last = slice(online.rows - episode["train/episode_length"], online.rows)
-                over = online.take(torch.arange(last.start, last.stop, device=r.device))
-                ends = np.arange(1, len(over.rewards) + 1) == len(over.rewards)
-                returns = to_returns(over.rewards.cpu().numpy(), over.terminations.cpu().numpy(), ends)
-                online_mc[last] = torch.from_numpy(returns).to(r.device)
-                finished.fill_(online.rows)
+            returns.add_episode(episode["train/episode_length"])
         if guide and guide.guided and (step + 1) % args.support_every == 0:  # NEW
             guide.extend_support(online)
         if step >= args.warmup_steps and (interaction.episode or not args.calibrate_online):

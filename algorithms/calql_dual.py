@@ -107,7 +107,6 @@ class Args:
     reward_scale: Positive = 1.0  # rewards in training: scale · r + bias [DARE Table 4]
     reward_bias: Number = 0.0  # added to rewards in training, after scaling [DARE Table 4]
     sparse_reward: bool = False  # an episode that never succeeds fails for ever [DARE Table 4]
-    mc_tail: Literal["zero", "last"] = "zero"  # U2
     # online
     warmup_steps: Natural = 5_000  # environment steps without updates, counted in online_steps: D4, U60
     utd: Count = 1  # gradient steps per environment step
@@ -164,12 +163,12 @@ PLANNER_SETTINGS = (  # NEW: what a planner depends on, beside the dataset
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
     "offline_steps", "batch_size", "gamma", "polyak", "policy_lr", "critic_lr", "hidden", "critic_layers",
     "cql_weight", "cql_n_actions", "cql_clip_min", "calibrate", "lagrange", "target_gap", "max_target_backup",
-    "normalize_obs", "reward_scale", "reward_bias", "sparse_reward", "mc_tail",
+    "normalize_obs", "reward_scale", "reward_bias", "sparse_reward",
     *PLANNER_SETTINGS[:-1], "teacher_steps", "distill_steps", "halving_steps", "latent", "bc_coef", "fit_transition",
 )  # fmt: skip
 NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
     "lagrange": ("target_gap",),
-    "calibrate": ("mc_tail", "sparse_reward"),
+    "calibrate": ("sparse_reward",),
     "uq == 'laplace'": (
         "laplace_weights", "laplace_noise", "laplace_every", "laplace_rows", "laplace_std", "laplace_prior",
     ),
@@ -179,9 +178,7 @@ NEEDS = {  # condition -> settings that have no effect without it: a flag for on
 
 
 # --- shared: calql.critics ---
-def orthogonal(
-    sizes: tuple[int, ...], gains: list[float], copies: int
-) -> tuple[nn.ParameterList, nn.ParameterList]:
+def orthogonal(sizes: tuple, gains: list[float], copies: int) -> tuple[nn.ParameterList, nn.ParameterList]:
     """Weights (copies, in, out) orthogonal with the layer's gain, biases (copies, 1, out) zero.  [CORL]"""
     weights = [torch.empty(copies, i, o) for i, o in pairwise(sizes)]
     for weight, gain in zip(weights, gains, strict=True):
@@ -859,28 +856,19 @@ def frozen_q(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.T
 
 def draw_noise(rows: int, act_dim: int, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Uniform actions (B, n, A) and N(0, I) (B, 3n + 1, A) for π(s), π(s'), the backup, the actor's own."""
-    return torch.rand(rows, n, act_dim, device=device) * 2 - 1, torch.randn(
-        rows, 3 * n + 1, act_dim, device=device
-    )
+    uniform = torch.rand(rows, n, act_dim, device=device) * 2 - 1
+    return uniform, torch.randn(rows, 3 * n + 1, act_dim, device=device)
 
 
 # --- end shared: calql.losses ---
 
 
 # --- shared: calql.returns ---
-def mc_returns(
-    rewards: np.ndarray,
-    terminations: np.ndarray,
-    ends: np.ndarray,
-    gamma: float,
-    failure: float | None,
-    tail: str,
-) -> np.ndarray:
-    """G_t = r_t + γ G_{t+1} within each episode, (N,) float32; rewards in training units.  [Cal-QL §5]
+def mc_returns(rewards: np.ndarray, ends: np.ndarray, gamma: float, failure: float | None) -> np.ndarray:
+    """G_t = r_t + γ G_{t+1} within each episode, (N,) float32; rewards (N,) in training units.  [Cal-QL §5]
 
-    Episodes end where the file says (D7). One that did not terminate starts from 0, or with tail "last" from
-    r_last / (1 - γ). With `failure`, the training reward of a failing step, an episode of nothing else has
-    failure / (1 - γ) on every row.
+    Episodes end where the file says (D7), and start from 0 there, terminated or not: U2. With `failure`, the training
+    reward of a failing step, an episode of nothing else has failure / (1 - γ) on every row.
     """
     returns, stops = np.zeros(len(rewards)), [*np.flatnonzero(ends), len(rewards) - 1]
     start = 0
@@ -889,11 +877,52 @@ def mc_returns(
         if failure is not None and np.all(rewards[episode] == np.float32(failure)):
             returns[episode] = failure / (1 - gamma)
         else:
-            g = 0.0 if terminations[stop] or tail == "zero" else float(rewards[stop]) / (1 - gamma)
+            g = 0.0
             for t in range(stop, start - 1, -1):
                 g = returns[t] = float(rewards[t]) + gamma * g
         start = stop + 1
     return returns.astype(np.float32)
+
+
+class Returns:
+    """Monte-Carlo returns of the dataset's rows, and of own rows where calibration goes on online: D3.
+
+    Own rows have theirs when their episode is over; only such rows are drawn then.
+    """
+
+    def __init__(self, args: Args, dataset: data.Dataset, units: data.Units, buffer: ReplayBuffer):
+        if args.calibrate_online and not args.calibrate:
+            raise run.UsageError("--calibrate-online", "with --no-calibrate", "calibration offline too")
+        if args.calibrate_online and not dataset.ends.any():
+            got, allowed = "a dataset without episode ends", "one with terminals or timeouts"
+            raise run.UsageError("--calibrate-online", got, allowed)
+        self.args, self.buffer, device = args, buffer, buffer.table.device
+        self.dataset = self.of(units.rewards(dataset.rewards), dataset.ends).to(device)
+        self.own = torch.zeros(len(buffer.table), device=device)
+        self.finished = torch.zeros(
+            (), dtype=torch.int64, device=device
+        )  # own rows of episodes that are over
+
+    def state(self) -> dict:
+        """What a checkpoint holds, by name."""
+        return {"online_mc": self.own, "finished": self.finished}
+
+    def of(self, rewards: np.ndarray, ends: np.ndarray) -> torch.Tensor:
+        failure = self.args.reward_bias if self.args.sparse_reward else None  # training reward of a raw 0
+        return torch.from_numpy(mc_returns(rewards, ends, self.args.gamma, failure))
+
+    @property
+    def drawable(self) -> torch.Tensor | None:
+        """How many own rows may be drawn, on the device; None for all."""
+        return self.finished if self.args.calibrate_online else None
+
+    def add_episode(self, length: int) -> None:
+        """The last `length` own rows are an episode."""
+        if self.args.calibrate_online:
+            rewards, rows = self.buffer.last(length).rewards.cpu().numpy(), self.buffer.rows
+            ends = np.arange(1, length + 1) == length
+            self.own[rows - length : rows] = self.of(rewards, ends).to(self.own.device)
+            self.finished.fill_(rows)
 
 
 # --- end shared: calql.returns ---
@@ -1028,61 +1057,40 @@ def posterior_weight(nets: nn.ModuleDict, batch: Batch) -> torch.Tensor:
 
 
 def train(args: Args) -> dict[str, float]:
-    task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
+    task = data.get_task(args.env)
     if args.time_acting:  # NEW
         return time_acting(args, task)
-    r = run.Run(args, __file__, name, ENV_PRESETS, NEEDS)
+    r = run.Run(args, __file__, data.filed_name(args.env, args.dataset), ENV_PRESETS, NEEDS)
     if r.final:
-        print(f"{r.dir}: finished; --overwrite starts anew")
         return r.final
     n_offline = round(args.offline_frac * args.batch_size)
     run.check_batch(args, dataset=n_offline, own=args.batch_size - n_offline)
     halvings(args)  # NEW: refuses what cannot be
-    if args.calibrate_online and not args.calibrate:
-        raise run.UsageError("--calibrate-online", "with --no-calibrate", "calibration offline too")
     dataset = data.load(args.env, args.dataset)
-    if args.calibrate_online and not dataset.ends.any():
-        raise run.UsageError(
-            "--calibrate-online", "a dataset without episode ends", "one with terminals or timeouts"
-        )
     r.require(dataset=dataset.sha256)
     moments = dataset.moments() if args.normalize_obs else None
-    offline = ReplayBuffer(len(dataset.rewards), task.obs_dim, task.act_dim, r.device)
-    rows = dataset.batch(args.reward_scale, args.reward_bias, moments)
-    offline.extend(rows)
-    online = ReplayBuffer(args.online_steps, task.obs_dim, task.act_dim, r.device)
-    failure = args.reward_bias if args.sparse_reward else None  # training reward of a raw 0
-    to_returns = lambda x, d, ends: mc_returns(x, d, ends, args.gamma, failure, args.mc_tail)  # noqa: E731
-    offline_mc = torch.from_numpy(to_returns(rows.rewards.numpy(), dataset.terminations, dataset.ends)).to(
-        r.device
-    )
-    online_mc = torch.zeros(max(args.online_steps, 1), device=r.device)
-    finished = torch.zeros((), dtype=torch.int64, device=r.device)  # online rows of episodes that are over
+    units = data.Units(args.reward_scale, args.reward_bias, moments)
+    offline = dataset.buffer(units, r.device)
+    online = offline.like(args.online_steps)
+    returns = Returns(args, dataset, units, online)
+    interaction = data.Interaction(data.make_env(task, units), online, args.seed, units)
+    evaluate = data.Evaluator(task, args.eval_episodes, args.seed, units)
+
+    # networks
     windows = Windows(offline, dataset.ends, args.horizon, args.normalize_windows)  # NEW
     planner = Planner(r, args, windows, task.act_dim, dataset.sha256)
     nets = make_calql_dual_nets(planner.net, args, task.obs_dim, task.act_dim).to(r.device)
     opt = make_calql_optimizer(nets, args.policy_lr, args.critic_lr, r.device)
-    interaction = data.Interaction(
-        data.make_env(task, moments), online, args.seed, args.reward_scale, args.reward_bias
-    )
-    evaluate = data.Evaluator(task, args.eval_episodes, args.seed, moments)
-    explorer = Explorer(args, nets["actor"], nets["transition"], windows)  # NEW
-    added = planner.state() | explorer.state()
-    r.register(
-        nets=nets,
-        opt=opt,
-        online=online,
-        interaction=interaction,
-        online_mc=online_mc,
-        finished=finished,
-        **added,
-    )
-    compiled_losses, compiled_planner_loss = r.compiled(dual_losses), r.compiled(planner_loss)
-    offline_settings = {k: getattr(args, k) for k in OFFLINE_SETTINGS} | {"dataset": dataset.sha256}
 
     @torch.no_grad()
     def act(obs: torch.Tensor) -> torch.Tensor:  # deterministic
         return box(nets["actor"](obs)[0])[0]  # U59
+
+    explorer = Explorer(args, nets["actor"], nets["transition"], windows)  # NEW
+    added = planner.state() | explorer.state()
+    r.register(nets=nets, opt=opt, online=online, interaction=interaction, **returns.state(), **added)
+    compiled_losses, compiled_planner_loss = r.compiled(dual_losses), r.compiled(planner_loss)
+    offline_settings = r.settings(OFFLINE_SETTINGS)
 
     def score(net: PlannerNet, steps: int) -> float:  # NEW
         clone = PlanActor(net, steps, "zero").to(r.device)
@@ -1093,7 +1101,7 @@ def train(args: Args) -> dict[str, float]:
     def offline_step() -> dict[str, torch.Tensor]:
         index = offline.draw(args.batch_size)
         noise = draw_noise(args.batch_size, task.act_dim, args.cql_n_actions, r.device)
-        bound = offline_mc[index] if args.calibrate else None
+        bound = returns.dataset[index] if args.calibrate else None
         loss, logs = compiled_losses(nets, offline.take(index), bound, args.cql_weight, noise, args)
         if args.bc_coef > 0:  # NEW [Eq. 3]: U61
             bc = compiled_planner_loss(nets["actor"].net, *windows.draw(args.batch_size))
@@ -1128,12 +1136,12 @@ def train(args: Args) -> dict[str, float]:
     # online: one environment step, then utd gradient steps on half dataset, half own experience
     def online_step() -> dict[str, torch.Tensor]:
         n_online = args.batch_size - n_offline
-        index = offline.draw(n_offline), online.draw(n_online, finished if args.calibrate_online else None)
+        index = offline.draw(n_offline), online.draw(n_online, returns.drawable)
         batch = mix(offline.take(index[0]), online.take(index[1]))
         noise = draw_noise(args.batch_size, task.act_dim, args.cql_n_actions, r.device)
-        bound = (
-            torch.cat([offline_mc[index[0]], online_mc[index[1]]]) if args.calibrate_online else None
-        )  # D3
+        bound = None  # D3
+        if args.calibrate_online:
+            bound = torch.cat([returns.dataset[index[0]], returns.own[index[1]]])
         loss, logs = compiled_losses(nets, batch, bound, args.cql_weight_online, noise, args)
         if args.bc_coef > 0:  # NEW [Eq. 3]: U61
             bc = compiled_planner_loss(nets["actor"].net, *windows.draw(args.batch_size))
@@ -1147,13 +1155,7 @@ def train(args: Args) -> dict[str, float]:
             explorer.shift.zero_()
         if episode := interaction.step(lambda obs: box(explorer.act(obs))[0]):
             r.record(step + 1, episode)
-            if args.calibrate_online:
-                last = slice(online.rows - episode["train/episode_length"], online.rows)
-                over = online.take(torch.arange(last.start, last.stop, device=r.device))
-                ends = np.arange(1, len(over.rewards) + 1) == len(over.rewards)
-                returns = to_returns(over.rewards.cpu().numpy(), over.terminations.cpu().numpy(), ends)
-                online_mc[last] = torch.from_numpy(returns).to(r.device)
-                finished.fill_(online.rows)
+            returns.add_episode(episode["train/episode_length"])
         explorer.observe(online)  # NEW
         if step >= args.warmup_steps and (interaction.episode or not args.calibrate_online):
             for _ in range(args.utd):

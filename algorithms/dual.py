@@ -269,9 +269,8 @@ def losses(nets: nn.ModuleDict, batch: Batch, args: Args) -> tuple[torch.Tensor,
     q = nets["qf"](batch.obs, batch.actions)
     q_loss = (q - target).square().mean()  # [IQL Eq. 6], mean over batch and both critics
     mean, log_std = nets["actor"](batch.obs)
-    actor_loss = -(
-        awr_weight(adv, args.inv_temp) * log_prob(mean, log_std, batch.actions)
-    ).mean()  # [IQL Eq. 7]
+    weight = awr_weight(adv, args.inv_temp)
+    actor_loss = -(weight * log_prob(mean, log_std, batch.actions)).mean()  # [IQL Eq. 7]
     logs = {"loss/v": v_loss, "loss/q": q_loss, "loss/actor": actor_loss}
     logs |= {"q/mean": q.mean(), "adv/mean": adv.mean(), "log_std/mean": log_std.mean()}
     return v_loss + q_loss + actor_loss, {k: v.detach() for k, v in logs.items()}
@@ -916,12 +915,11 @@ def make_dual_nets(net: PlannerNet, args: Args, obs_dim: int, act_dim: int) -> n
 
 
 def train(args: Args) -> dict[str, float]:
-    task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
+    task = data.get_task(args.env)
     if args.time_acting:  # NEW
         return time_acting(args, task)
-    r = run.Run(args, __file__, name, ENV_PRESETS, NEEDS)
+    r = run.Run(args, __file__, data.filed_name(args.env, args.dataset), ENV_PRESETS, NEEDS)
     if r.final:
-        print(f"{r.dir}: finished; --overwrite starts anew")
         return r.final
     n_offline = round(args.offline_frac * args.batch_size)
     run.check_batch(args, own=args.batch_size - n_offline)
@@ -931,36 +929,28 @@ def train(args: Args) -> dict[str, float]:
     moments = dataset.moments() if args.normalize_obs else None
     reward_scale = 1_000 / dataset.return_range() if args.normalize_reward else 1.0  # D2
     reward_scale *= args.reward_scale  # U62
-    offline = ReplayBuffer(
-        len(dataset.rewards) + (args.online_steps if args.append_online else 0),
-        task.obs_dim,
-        task.act_dim,
-        r.device,
-    )
-    offline.extend(dataset.batch(reward_scale, args.reward_bias, moments))
-    online = (
-        offline
-        if args.append_online
-        else ReplayBuffer(args.online_steps, task.obs_dim, task.act_dim, r.device)
-    )
+    units = data.Units(reward_scale, args.reward_bias, moments)
+    offline = dataset.buffer(units, r.device, args.online_steps if args.append_online else 0)
+    online = offline if args.append_online else offline.like(args.online_steps)
+    interaction = data.Interaction(data.make_env(task, units), online, args.seed, units)
+    evaluate = data.Evaluator(task, args.eval_episodes, args.seed, units)
+
+    # networks
     windows = Windows(offline, dataset.ends, args.horizon, args.normalize_windows)  # NEW
     planner = Planner(r, args, windows, task.act_dim, dataset.sha256)
     nets = make_dual_nets(planner.net, args, task.obs_dim, task.act_dim).to(r.device)
     opt = make_optimizer(nets, args.lr, r.device)
     updates = torch.zeros((), device=r.device)  # of the offline phase
-    interaction = data.Interaction(
-        data.make_env(task, moments), online, args.seed, reward_scale, args.reward_bias
-    )
-    evaluate = data.Evaluator(task, args.eval_episodes, args.seed, moments)
-    explorer = Explorer(args, nets["actor"], nets["transition"], windows)  # NEW
-    added = planner.state() | explorer.state()
-    r.register(nets=nets, opt=opt, updates=updates, online=online, interaction=interaction, **added)
-    compiled_losses, compiled_planner_loss = r.compiled(losses), r.compiled(planner_loss)
-    offline_settings = {k: getattr(args, k) for k in OFFLINE_SETTINGS} | {"dataset": dataset.sha256}
 
     @torch.no_grad()
     def act(obs: torch.Tensor) -> torch.Tensor:  # deterministic
         return nets["actor"](obs)[0].clamp(-1, 1)  # U59
+
+    explorer = Explorer(args, nets["actor"], nets["transition"], windows)  # NEW
+    added = planner.state() | explorer.state()
+    r.register(nets=nets, opt=opt, updates=updates, online=online, interaction=interaction, **added)
+    compiled_losses, compiled_planner_loss = r.compiled(losses), r.compiled(planner_loss)
+    offline_settings = r.settings(OFFLINE_SETTINGS)
 
     # NEW: planner and students, unless the offline phase is another run's
     def score(net: PlannerNet, steps: int) -> float:

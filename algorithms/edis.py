@@ -65,6 +65,7 @@ Cost     hopper-mini-v0: 238 CPU seconds beside other jobs; published sizes want
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -116,7 +117,6 @@ class Args:
     reward_scale: Positive = 1.0  # rewards in training: scale · r + bias [DARE Table 4]
     reward_bias: Number = 0.0  # added to rewards in training, after scaling [DARE Table 4]
     sparse_reward: bool = False  # an episode that never succeeds fails for ever [DARE Table 4]
-    mc_tail: Literal["zero", "last"] = "zero"  # U2
     # online
     warmup_steps: Natural = 5_000  # environment steps without updates, counted in online_steps: D4
     utd: Count = 1  # gradient steps per environment step
@@ -182,11 +182,11 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
     "offline_steps", "batch_size", "gamma", "polyak", "policy_lr", "critic_lr", "hidden", "critic_layers",
     "cql_weight", "cql_n_actions", "cql_clip_min", "calibrate", "lagrange", "target_gap", "max_target_backup",
-    "normalize_obs", "reward_scale", "reward_bias", "sparse_reward", "mc_tail",
+    "normalize_obs", "reward_scale", "reward_bias", "sparse_reward",
 )  # fmt: skip
 NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
     "lagrange": ("target_gap",),
-    "calibrate": ("mc_tail", "sparse_reward"),
+    "calibrate": ("sparse_reward",),
     "state_energy + policy_energy + dynamics_energy > 0": (
         "energy_form", "energy_updates", "energy_groups", "energy_lr", "energy_width", "energy_pool",
     ),
@@ -194,9 +194,7 @@ NEEDS = {  # condition -> settings that have no effect without it: a flag for on
 
 
 # --- shared: calql.critics ---
-def orthogonal(
-    sizes: tuple[int, ...], gains: list[float], copies: int
-) -> tuple[nn.ParameterList, nn.ParameterList]:
+def orthogonal(sizes: tuple, gains: list[float], copies: int) -> tuple[nn.ParameterList, nn.ParameterList]:
     """Weights (copies, in, out) orthogonal with the layer's gain, biases (copies, 1, out) zero.  [CORL]"""
     weights = [torch.empty(copies, i, o) for i, o in pairwise(sizes)]
     for weight, gain in zip(weights, gains, strict=True):
@@ -246,9 +244,7 @@ class TanhGaussianActor(nn.Module):
         return mean, (self.log_std_scale * log_std + self.log_std_offset).clamp(-20.0, 2.0)
 
 
-def squash(
-    mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def squash(mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Action tanh(u), u = mean + σ · noise, and log π(action): all (..., A) -> (..., A), (...,).
 
     log π = Σ log N(u) - log(1 - tanh² u), with log(1 - tanh² u) = 2 (ln 2 - u - softplus(-2u)).  [SAC App. C]
@@ -330,28 +326,19 @@ def frozen_q(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.T
 
 def draw_noise(rows: int, act_dim: int, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Uniform actions (B, n, A) and N(0, I) (B, 3n + 1, A) for π(s), π(s'), the backup, the actor's own."""
-    return torch.rand(rows, n, act_dim, device=device) * 2 - 1, torch.randn(
-        rows, 3 * n + 1, act_dim, device=device
-    )
+    uniform = torch.rand(rows, n, act_dim, device=device) * 2 - 1
+    return uniform, torch.randn(rows, 3 * n + 1, act_dim, device=device)
 
 
 # --- end shared: calql.losses ---
 
 
 # --- shared: calql.returns ---
-def mc_returns(
-    rewards: np.ndarray,
-    terminations: np.ndarray,
-    ends: np.ndarray,
-    gamma: float,
-    failure: float | None,
-    tail: str,
-) -> np.ndarray:
-    """G_t = r_t + γ G_{t+1} within each episode, (N,) float32; rewards in training units.  [Cal-QL §5]
+def mc_returns(rewards: np.ndarray, ends: np.ndarray, gamma: float, failure: float | None) -> np.ndarray:
+    """G_t = r_t + γ G_{t+1} within each episode, (N,) float32; rewards (N,) in training units.  [Cal-QL §5]
 
-    Episodes end where the file says (D7). One that did not terminate starts from 0, or with tail "last" from
-    r_last / (1 - γ). With `failure`, the training reward of a failing step, an episode of nothing else has
-    failure / (1 - γ) on every row.
+    Episodes end where the file says (D7), and start from 0 there, terminated or not: U2. With `failure`, the training
+    reward of a failing step, an episode of nothing else has failure / (1 - γ) on every row.
     """
     returns, stops = np.zeros(len(rewards)), [*np.flatnonzero(ends), len(rewards) - 1]
     start = 0
@@ -360,11 +347,52 @@ def mc_returns(
         if failure is not None and np.all(rewards[episode] == np.float32(failure)):
             returns[episode] = failure / (1 - gamma)
         else:
-            g = 0.0 if terminations[stop] or tail == "zero" else float(rewards[stop]) / (1 - gamma)
+            g = 0.0
             for t in range(stop, start - 1, -1):
                 g = returns[t] = float(rewards[t]) + gamma * g
         start = stop + 1
     return returns.astype(np.float32)
+
+
+class Returns:
+    """Monte-Carlo returns of the dataset's rows, and of own rows where calibration goes on online: D3.
+
+    Own rows have theirs when their episode is over; only such rows are drawn then.
+    """
+
+    def __init__(self, args: Args, dataset: data.Dataset, units: data.Units, buffer: ReplayBuffer):
+        if args.calibrate_online and not args.calibrate:
+            raise run.UsageError("--calibrate-online", "with --no-calibrate", "calibration offline too")
+        if args.calibrate_online and not dataset.ends.any():
+            got, allowed = "a dataset without episode ends", "one with terminals or timeouts"
+            raise run.UsageError("--calibrate-online", got, allowed)
+        self.args, self.buffer, device = args, buffer, buffer.table.device
+        self.dataset = self.of(units.rewards(dataset.rewards), dataset.ends).to(device)
+        self.own = torch.zeros(len(buffer.table), device=device)
+        self.finished = torch.zeros(
+            (), dtype=torch.int64, device=device
+        )  # own rows of episodes that are over
+
+    def state(self) -> dict:
+        """What a checkpoint holds, by name."""
+        return {"online_mc": self.own, "finished": self.finished}
+
+    def of(self, rewards: np.ndarray, ends: np.ndarray) -> torch.Tensor:
+        failure = self.args.reward_bias if self.args.sparse_reward else None  # training reward of a raw 0
+        return torch.from_numpy(mc_returns(rewards, ends, self.args.gamma, failure))
+
+    @property
+    def drawable(self) -> torch.Tensor | None:
+        """How many own rows may be drawn, on the device; None for all."""
+        return self.finished if self.args.calibrate_online else None
+
+    def add_episode(self, length: int) -> None:
+        """The last `length` own rows are an episode."""
+        if self.args.calibrate_online:
+            rewards, rows = self.buffer.last(length).rewards.cpu().numpy(), self.buffer.rows
+            ends = np.arange(1, length + 1) == length
+            self.own[rows - length : rows] = self.of(rewards, ends).to(self.own.device)
+            self.finished.fill_(rows)
 
 
 # --- end shared: calql.returns ---
@@ -385,28 +413,24 @@ def losses(
     """
     n, (uniform, normal) = args.cql_n_actions, noise
     rows, act_dim = batch.actions.shape
-    mean, log_std = (
+    of_both = [
         x[:, None] for x in nets["actor"](torch.cat([batch.obs, batch.next_obs]))
-    )  # one pass for both
-    (mean, next_mean), (log_std, next_log_std) = mean.split(rows), log_std.split(rows)
-    new_actions, log_pi = squash(
-        mean, log_std, normal[:, 3 * n :]
-    )  # (B, 1, A), (B, 1): the actor's own, with gradient
+    ]  # one pass, (2B, 1, A)
+    (mean, next_mean), (log_std, next_log_std) = (x.split(rows) for x in of_both)
+    # the actor's own action (B, 1, A) and its log π (B, 1), with gradient
+    new_actions, log_pi = squash(mean, log_std, normal[:, 3 * n :])
     backups = n if args.max_target_backup else 1
-    both = lambda a, b: torch.cat([a.expand(-1, n, -1), b.expand(-1, n + backups, -1)], 1)  # noqa: E731
-    with torch.no_grad():
-        sampled, sampled_log_prob = squash(
-            both(mean, next_mean), both(log_std, next_log_std), normal[:, : 2 * n + backups]
-        )  # n of π(s), n of π(s'), the backup's of π(s')
-        q_next = (
-            q_of_many(nets["q_target"], batch.next_obs, sampled[:, 2 * n :]).amin(0).amax(-1)
-        )  # no entropy term [CORL]
+    with torch.no_grad():  # n of π(s), n of π(s'), the backup's of π(s')
+        means = torch.cat([mean.expand(-1, n, -1), next_mean.expand(-1, n + backups, -1)], 1)
+        log_stds = torch.cat([log_std.expand(-1, n, -1), next_log_std.expand(-1, n + backups, -1)], 1)
+        sampled, sampled_log_prob = squash(means, log_stds, normal[:, : 2 * n + backups])
+        q_backups = q_of_many(nets["q_target"], batch.next_obs, sampled[:, 2 * n :])  # (2, B, backups)
+        q_next = q_backups.amin(0).amax(-1)  # no entropy term [CORL]
         target = batch.rewards + args.gamma * (1 - batch.terminations) * q_next
         log_uniform = torch.full((rows, n), -act_dim * math.log(2), device=target.device)
         log_probs = torch.cat([log_uniform, sampled_log_prob[:, : 2 * n]], 1)
-    q = q_of_many(
-        nets["qf"], batch.obs, torch.cat([batch.actions[:, None], uniform, sampled[:, : 2 * n]], 1)
-    )  # (2, B, 1 + 3n)
+    actions = torch.cat([batch.actions[:, None], uniform, sampled[:, : 2 * n]], 1)
+    q = q_of_many(nets["qf"], batch.obs, actions)  # (2, B, 1 + 3n)
     td_loss = (q[..., 0] - target).square().mean(1).sum()  # [DARE Eq. 1], D2
     gap, share = conservative_gap(q[..., 1:], q[..., 0], log_probs, bound, args.cql_clip_min)
     lagrange_loss = torch.zeros((), device=gap.device)
@@ -417,18 +441,16 @@ def losses(
     else:
         cql_loss = (weight * gap).mean(1).sum()  # α R [DARE Eq. 1]
     log_alpha = nets["weights"]["log_alpha"]
-    alpha_loss = -(
-        log_alpha * (log_pi.detach() - act_dim)
-    ).mean()  # [SAC, arXiv 1812.05905 §5], target entropy -A
+    missing = log_pi.detach() - act_dim  # of the target entropy, -A
+    alpha_loss = -(log_alpha * missing).mean()  # [SAC, arXiv 1812.05905 §5]
     q_new = frozen_q(nets["qf"], batch.obs, new_actions[:, 0]).amin(0)
     actor_loss = (log_alpha.detach().exp() * log_pi[:, 0] - q_new).mean()  # [SAC §4.2]
     logs = {"loss/q": td_loss, "loss/actor": actor_loss, "loss/alpha": alpha_loss, "cql/gap": gap.mean()}
     logs |= {"cql/bound_share": share, "q/mean": q[..., 0].mean(), "policy/log_prob": log_pi.mean()}
     logs["policy/data_log_prob"] = squashed_log_prob(mean[:, 0], log_std[:, 0], batch.actions).mean()
     logs |= {"alpha/entropy": log_alpha.exp(), "alpha/lagrange": nets["weights"]["log_alpha_prime"].exp()}
-    return td_loss + cql_loss + lagrange_loss + alpha_loss + actor_loss, {
-        k: v.detach() for k, v in logs.items()
-    }
+    total = td_loss + cql_loss + lagrange_loss + alpha_loss + actor_loss
+    return total, {k: v.detach() for k, v in logs.items()}
 
 
 # --- end shared: calql.training ---
@@ -530,8 +552,7 @@ def leaf_shares(tree: tuple | float, x: torch.Tensor) -> torch.Tensor:
 class Generator:
     """An EDM of transitions [s, a, r, s'], and the buffer of what it generates.
 
-    The method sets `draw`, () -> rows (B, D) in training units and conditions for the network, and `begin`, n -> the
-    denoiser, x (n, D) at noise level `first` of the grid and that step. `real` are the buffers of dataset and own rows.
+    `real` are the buffers of dataset and own rows. A method with conditions has a `draw` and a `begin` of its own.
     """
 
     TREE_DEPTH = 12  # at most; the robots' rules need 2 or 3 cuts, a goal's disc more: D21
@@ -552,7 +573,6 @@ class Generator:
         self.totals = torch.zeros(4, device=r.device)  # rows, clipped actions, clipped rewards, rows dropped
         self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)
         self.tree: tuple | float = 0.0  # p(terminal | s')
-        self.draw = self.begin = None
 
     @staticmethod
     def features(args: Args, buffer: ReplayBuffer) -> int:
@@ -563,6 +583,14 @@ class Generator:
         """What a checkpoint holds, by name."""
         names = ("net", "ema", "opt", "count", "moments", "bounds", "totals", "synthetic")
         return {f"generator_{k}": getattr(self, k) for k in names}
+
+    def draw(self) -> tuple[torch.Tensor, ...]:
+        """For a gradient step: rows (B, D) in training units, and conditions for the network (none here)."""
+        return (union_rows(self.sources, self.args.diffusion_batch)[0][:, : self.features],)
+
+    def begin(self, n: int) -> tuple[edm.Denoiser, torch.Tensor, int]:
+        """For n samples: the denoiser, x (n, D) at a noise level of the grid, and that step."""
+        return self.denoiser(n), self.noise(n), 0
 
     def train_step(self) -> dict[str, torch.Tensor]:
         """One gradient step of the EDM: cosine learning rate, gradient norm at most 1.  [SynthER]"""
@@ -592,10 +620,11 @@ class Generator:
         return edm.SIGMA_MAX * torch.randn(rows, self.features, device=self.r.device)
 
     @torch.no_grad()
-    def sample_step(self) -> dict[str, torch.Tensor]:
-        """A chunk of generated rows (sample_batch, D), as they come."""
+    def sample_step(self, gradient: edm.Denoiser | None = None) -> dict[str, torch.Tensor]:
+        """A chunk of generated rows (sample_batch, D), as they come; `gradient` of an energy guides them."""
         args = self.args
         denoiser, x, first = self.begin(min(args.sample_batch, args.synthetic_rows))
+        denoiser = edm.with_energy(denoiser, gradient) if gradient else denoiser
         with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda, cache_enabled=False):
             x = edm.sample(denoiser, x, args.sample_steps, args.sample_churn, first)
         return {"rows": self.moments.denormalize(x)}
@@ -655,12 +684,15 @@ class Generator:
         weight = torch.where(ends, 1 / ends.sum(), 1 / (~ends).sum()).double()
         return grow_tree(next_obs, ends, weight, self.TREE_DEPTH)
 
-    def refill(self, k: int) -> None:
-        """The sampling half of `regenerate`."""
+    def refill(self, k: int, gradient: edm.Denoiser | None = None) -> None:
+        """The sampling half of `regenerate`; `gradient` of an energy guides it."""
         r, args = self.r, self.args
         if args.terminal_flag == "classifier":
             self.tree = self.terminal_tree()
-        chunks, sample_fn = -(-args.synthetic_rows // args.sample_batch), r.capture(self.sample_step)
+        chunks, sample_fn = (
+            -(-args.synthetic_rows // args.sample_batch),
+            r.capture(lambda: self.sample_step(gradient)),
+        )
         for chunk in r.phase("sampling", (k + 1) * chunks):
             if chunk == k * chunks:
                 self.synthetic.clear()
@@ -703,16 +735,22 @@ class Energies:
     Form "row": E_s(s) and E_π(s, a), of clean rows, weigh real rows by w = e^{-λ_s E_s - λ_π E_π}; guides are E_T and
     the tilt, -log E[w | x_σ], of whole noised rows. Form "paper": guides are E_s(s), E_π(s, a), E_T(s, a, s') of those
     features, noised, with gradients in s, a and s'.
-    The method sets `act`, obs (B, O) in training units -> actions (B, A) of the current policy.
     """
 
     NEGATIVES = 10  # per positive [code of EDIS]
     CANDIDATES = 20  # real rows for each that is drawn by weight
 
     def __init__(
-        self, r: run.Run, args: Args, generator: Generator, offline: ReplayBuffer, online: ReplayBuffer
+        self,
+        r: run.Run,
+        args: Args,
+        generator: Generator,
+        act: Callable,
+        offline: ReplayBuffer,
+        online: ReplayBuffer,
     ):
-        self.r, self.args, self.generator = r, args, generator
+        """`act`: obs (B, O) in training units -> actions (B, A) of the current policy."""
+        self.r, self.args, self.generator, self.act = r, args, generator, act
         self.online, self.sources = online, [offline, online]
         o, a, d = generator.obs_dim, generator.act_dim, generator.features
         s, action, next_s = slice(0, o), slice(o, o + a), slice(o + a + 1, 2 * o + a + 1)
@@ -740,7 +778,6 @@ class Energies:
         self.effective = torch.zeros((), device=r.device)  # (Σ w)² / Σ w², as a share of rows
         self.guided = torch.zeros(2, device=r.device)  # evaluations of the guidance, how many of them clipped
         self.losses = r.compiled(self.group_losses)
-        self.act = None
 
     def state(self) -> dict:
         """What a checkpoint holds, by name."""
@@ -856,70 +893,35 @@ class Energies:
                     if self.weighers:
                         self.weigh()
                 r.log(step, step_fn())
-        g.begin = lambda n: (edm.with_energy(g.denoiser(n), self.gradient), g.noise(n), 0)
-        g.refill(k)
+        g.refill(k, self.gradient)
 
 
 # --- end shared: edis.energies ---
 
 
 def train(args: Args) -> dict[str, float]:
-    task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
-    r = run.Run(args, __file__, name, ENV_PRESETS, NEEDS)
+    task = data.get_task(args.env)
+    r = run.Run(args, __file__, data.filed_name(args.env, args.dataset), ENV_PRESETS, NEEDS)
     if r.final:
-        print(f"{r.dir}: finished; --overwrite starts anew")
         return r.final
     n_synthetic = int(args.synthetic_frac * args.batch_size)  # NEW [code of EDIS]
     run.check_batch(args, own=args.batch_size - n_synthetic, generated=n_synthetic)
     if args.online_steps and not args.warmup_steps:
         raise run.UsageError("--warmup-steps", 0, "1 or more: energies need own rows")
-    if args.calibrate_online and not args.calibrate:
-        raise run.UsageError("--calibrate-online", "with --no-calibrate", "calibration offline too")
     dataset = data.load(args.env, args.dataset)
-    if args.calibrate_online and not dataset.ends.any():
-        raise run.UsageError(
-            "--calibrate-online", "a dataset without episode ends", "one with terminals or timeouts"
-        )
     r.require(dataset=dataset.sha256)
     moments = dataset.moments() if args.normalize_obs else None
-    offline = ReplayBuffer(len(dataset.rewards), task.obs_dim, task.act_dim, r.device)
-    rows = dataset.batch(args.reward_scale, args.reward_bias, moments)
-    offline.extend(rows)
-    online = ReplayBuffer(args.online_steps, task.obs_dim, task.act_dim, r.device)
+    units = data.Units(args.reward_scale, args.reward_bias, moments)
+    offline = dataset.buffer(units, r.device)
+    online = offline.like(args.online_steps)
+    returns = Returns(args, dataset, units, online)
     known = offline.subset(dataset.known)  # NEW: D24
-    failure = args.reward_bias if args.sparse_reward else None  # training reward of a raw 0
-    to_returns = lambda x, d, ends: mc_returns(x, d, ends, args.gamma, failure, args.mc_tail)  # noqa: E731
-    offline_mc = torch.from_numpy(to_returns(rows.rewards.numpy(), dataset.terminations, dataset.ends)).to(
-        r.device
-    )
-    online_mc = torch.zeros(max(args.online_steps, 1), device=r.device)
-    finished = torch.zeros((), dtype=torch.int64, device=r.device)  # online rows of episodes that are over
+    interaction = data.Interaction(data.make_env(task, units), online, args.seed, units)
+    evaluate = data.Evaluator(task, args.eval_episodes, args.seed, units)
+
+    # networks
     nets = make_calql_nets(task.obs_dim, task.act_dim, args.hidden, args.critic_layers).to(r.device)
     opt = make_calql_optimizer(nets, args.policy_lr, args.critic_lr, r.device)
-    interaction = data.Interaction(
-        data.make_env(task, moments), online, args.seed, args.reward_scale, args.reward_bias
-    )
-    evaluate = data.Evaluator(task, args.eval_episodes, args.seed, moments)
-    # NEW: the model, with no condition, and the energies
-    features = Generator.features(args, offline)
-    net = TransitionNet(features, args.diffusion_width, args.diffusion_depth, args.diffusion_time_dim)
-    generator = Generator(r, args, net, [known, online])
-    synthetic = generator.synthetic
-    energies = Energies(r, args, generator, known, online)
-    generator.draw = lambda: (union_rows([known, online], args.diffusion_batch)[0][:, :features],)
-    report_env, rewards = data.make_env(task, moments), (args.reward_scale, args.reward_bias)
-    r.register(
-        nets=nets,
-        opt=opt,
-        online=online,
-        interaction=interaction,
-        online_mc=online_mc,
-        finished=finished,
-        **generator.state(),
-        **energies.state(),
-    )
-    compiled_losses = r.compiled(losses)
-    offline_settings = {k: getattr(args, k) for k in OFFLINE_SETTINGS} | {"dataset": dataset.sha256}
 
     @torch.no_grad()
     def act(obs: torch.Tensor) -> torch.Tensor:  # deterministic
@@ -930,13 +932,22 @@ def train(args: Args) -> dict[str, float]:
         mean, log_std = nets["actor"](obs)
         return squash(mean, log_std, torch.randn_like(mean))[0]
 
-    energies.act = explore  # NEW
+    # NEW: the model, with no condition, and the energies
+    features = Generator.features(args, offline)
+    net = TransitionNet(features, args.diffusion_width, args.diffusion_depth, args.diffusion_time_dim)
+    generator = Generator(r, args, net, [known, online])
+    synthetic = generator.synthetic
+    energies = Energies(r, args, generator, explore, known, online)
+    added = generator.state() | energies.state()
+    r.register(nets=nets, opt=opt, online=online, interaction=interaction, **returns.state(), **added)
+    compiled_losses = r.compiled(losses)
+    offline_settings = r.settings(OFFLINE_SETTINGS)
 
     # offline: gradient steps on the dataset
     def offline_step() -> dict[str, torch.Tensor]:
         index = offline.draw(args.batch_size)
         noise = draw_noise(args.batch_size, task.act_dim, args.cql_n_actions, r.device)
-        bound = offline_mc[index] if args.calibrate else None
+        bound = returns.dataset[index] if args.calibrate else None
         loss, logs = compiled_losses(nets, offline.take(index), bound, args.cql_weight, noise, args)
         update(nets, opt, loss, args.polyak)
         return logs
@@ -955,13 +966,13 @@ def train(args: Args) -> dict[str, float]:
     # online: one environment step, then utd gradient steps on own experience and generated rows: D47
     def online_step() -> dict[str, torch.Tensor]:
         n_online = args.batch_size - n_synthetic  # NEW
-        index = online.draw(n_online, finished if args.calibrate_online else None)
+        index = online.draw(n_online, returns.drawable)
         batch = mix(online.take(index), synthetic.sample(n_synthetic))
         noise = draw_noise(args.batch_size, task.act_dim, args.cql_n_actions, r.device)
         bound = None  # D3
         if args.calibrate_online:
             unbound = torch.full((n_synthetic,), -torch.inf, device=r.device)  # NEW U44
-            bound = torch.cat([online_mc[index], unbound])
+            bound = torch.cat([returns.own[index], unbound])
         loss, logs = compiled_losses(nets, batch, bound, args.cql_weight_online, noise, args)
         update(nets, opt, loss, args.polyak)
         return logs
@@ -974,13 +985,7 @@ def train(args: Args) -> dict[str, float]:
         for step in r.phase("online", until):
             if episode := interaction.step(explore):
                 r.record(step + 1, episode)
-                if args.calibrate_online:
-                    last = slice(online.rows - episode["train/episode_length"], online.rows)
-                    over = online.take(torch.arange(last.start, last.stop, device=r.device))
-                    ends = np.arange(1, len(over.rewards) + 1) == len(over.rewards)
-                    returns = to_returns(over.rewards.cpu().numpy(), over.terminations.cpu().numpy(), ends)
-                    online_mc[last] = torch.from_numpy(returns).to(r.device)
-                    finished.fill_(online.rows)
+                returns.add_episode(episode["train/episode_length"])
             if step >= args.warmup_steps and (interaction.episode or not args.calibrate_online):
                 for _ in range(args.utd):
                     logs = step_fn()
@@ -990,8 +995,8 @@ def train(args: Args) -> dict[str, float]:
         if until < args.online_steps:
             energies.regenerate(k)
             if r.once(f"report {k}"):
-                logs = judge.generated_rows(generator, k, report_env, rewards, offline, online)
-                r.record(until, logs | judge.guided_rows(energies, report_env))
+                logs = judge.generated_rows(generator, k, task, units, offline, online)
+                r.record(until, logs | judge.guided_rows(energies, task, units))
     return r.finish()
 
 

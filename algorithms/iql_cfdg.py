@@ -141,7 +141,7 @@ OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the datase
     "normalize_reward", "normalize_obs", "reward_bias", "dropout",
 )  # fmt: skip
 NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
-    "labels": ("guidance_w", "label_dropout", "online_label_frac"),
+    "labels": ("guidance_w", "label_dropout", "online_label_frac")
 }
 
 
@@ -269,9 +269,8 @@ def losses(nets: nn.ModuleDict, batch: Batch, args: Args) -> tuple[torch.Tensor,
     q = nets["qf"](batch.obs, batch.actions)
     q_loss = (q - target).square().mean()  # [IQL Eq. 6], mean over batch and both critics
     mean, log_std = nets["actor"](batch.obs)
-    actor_loss = -(
-        awr_weight(adv, args.inv_temp) * log_prob(mean, log_std, batch.actions)
-    ).mean()  # [IQL Eq. 7]
+    weight = awr_weight(adv, args.inv_temp)
+    actor_loss = -(weight * log_prob(mean, log_std, batch.actions)).mean()  # [IQL Eq. 7]
     logs = {"loss/v": v_loss, "loss/q": q_loss, "loss/actor": actor_loss}
     logs |= {"q/mean": q.mean(), "adv/mean": adv.mean(), "log_std/mean": log_std.mean()}
     return v_loss + q_loss + actor_loss, {k: v.detach() for k, v in logs.items()}
@@ -383,8 +382,7 @@ def leaf_shares(tree: tuple | float, x: torch.Tensor) -> torch.Tensor:
 class Generator:
     """An EDM of transitions [s, a, r, s'], and the buffer of what it generates.
 
-    The method sets `draw`, () -> rows (B, D) in training units and conditions for the network, and `begin`, n -> the
-    denoiser, x (n, D) at noise level `first` of the grid and that step. `real` are the buffers of dataset and own rows.
+    `real` are the buffers of dataset and own rows. A method with conditions has a `draw` and a `begin` of its own.
     """
 
     TREE_DEPTH = 12  # at most; the robots' rules need 2 or 3 cuts, a goal's disc more: D21
@@ -405,7 +403,6 @@ class Generator:
         self.totals = torch.zeros(4, device=r.device)  # rows, clipped actions, clipped rewards, rows dropped
         self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)
         self.tree: tuple | float = 0.0  # p(terminal | s')
-        self.draw = self.begin = None
 
     @staticmethod
     def features(args: Args, buffer: ReplayBuffer) -> int:
@@ -416,6 +413,14 @@ class Generator:
         """What a checkpoint holds, by name."""
         names = ("net", "ema", "opt", "count", "moments", "bounds", "totals", "synthetic")
         return {f"generator_{k}": getattr(self, k) for k in names}
+
+    def draw(self) -> tuple[torch.Tensor, ...]:
+        """For a gradient step: rows (B, D) in training units, and conditions for the network (none here)."""
+        return (union_rows(self.sources, self.args.diffusion_batch)[0][:, : self.features],)
+
+    def begin(self, n: int) -> tuple[edm.Denoiser, torch.Tensor, int]:
+        """For n samples: the denoiser, x (n, D) at a noise level of the grid, and that step."""
+        return self.denoiser(n), self.noise(n), 0
 
     def train_step(self) -> dict[str, torch.Tensor]:
         """One gradient step of the EDM: cosine learning rate, gradient norm at most 1.  [SynthER]"""
@@ -445,10 +450,11 @@ class Generator:
         return edm.SIGMA_MAX * torch.randn(rows, self.features, device=self.r.device)
 
     @torch.no_grad()
-    def sample_step(self) -> dict[str, torch.Tensor]:
-        """A chunk of generated rows (sample_batch, D), as they come."""
+    def sample_step(self, gradient: edm.Denoiser | None = None) -> dict[str, torch.Tensor]:
+        """A chunk of generated rows (sample_batch, D), as they come; `gradient` of an energy guides them."""
         args = self.args
         denoiser, x, first = self.begin(min(args.sample_batch, args.synthetic_rows))
+        denoiser = edm.with_energy(denoiser, gradient) if gradient else denoiser
         with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda, cache_enabled=False):
             x = edm.sample(denoiser, x, args.sample_steps, args.sample_churn, first)
         return {"rows": self.moments.denormalize(x)}
@@ -508,12 +514,15 @@ class Generator:
         weight = torch.where(ends, 1 / ends.sum(), 1 / (~ends).sum()).double()
         return grow_tree(next_obs, ends, weight, self.TREE_DEPTH)
 
-    def refill(self, k: int) -> None:
-        """The sampling half of `regenerate`."""
+    def refill(self, k: int, gradient: edm.Denoiser | None = None) -> None:
+        """The sampling half of `regenerate`; `gradient` of an energy guides it."""
         r, args = self.r, self.args
         if args.terminal_flag == "classifier":
             self.tree = self.terminal_tree()
-        chunks, sample_fn = -(-args.synthetic_rows // args.sample_batch), r.capture(self.sample_step)
+        chunks, sample_fn = (
+            -(-args.synthetic_rows // args.sample_batch),
+            r.capture(lambda: self.sample_step(gradient)),
+        )
         for chunk in r.phase("sampling", (k + 1) * chunks):
             if chunk == k * chunks:
                 self.synthetic.clear()
@@ -555,12 +564,11 @@ class LabelledGenerator(Generator):
         self.boundary = torch.zeros((), dtype=torch.int64, device=r.device)
         n = args.diffusion_batch
         self.labels = torch.tensor([OFFLINE] * (n // 2) + [ONLINE] * (n - n // 2), device=r.device)
-        self.draw, self.begin = self.draw_labelled, self.begin_labelled
 
     def state(self) -> dict:
         return super().state() | {"generator_boundary": self.boundary}
 
-    def draw_labelled(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows (B, D), half of each source (U42), and labels (B,), dropped to ∅ with p_uncond.  [§3.2]"""
         half = self.args.diffusion_batch // 2
         sizes = half, self.args.diffusion_batch - half
@@ -574,7 +582,7 @@ class LabelledGenerator(Generator):
         place = self.totals[0] + torch.arange(n, device=self.totals.device)
         return torch.where(place < self.online_rows, ONLINE, OFFLINE)
 
-    def begin_labelled(self, n: int) -> tuple[edm.Denoiser, torch.Tensor, int]:
+    def begin(self, n: int) -> tuple[edm.Denoiser, torch.Tensor, int]:
         """(1 + w) D(x; σ, c) - w D(x; σ, ∅), noise, and the first step.  [Eq. 7], D43"""
         labels = self.next_labels(n)
         denoiser = self.denoiser(n, torch.full_like(labels, NULL))
@@ -588,8 +596,8 @@ class LabelledGenerator(Generator):
         self.boundary.mul_(self.totals[0] > 0).add_(stay.sum())
         super().keep(rows)
 
-    def refill(self, k: int) -> None:
-        super().refill(k)
+    def refill(self, k: int, gradient: edm.Denoiser | None = None) -> None:
+        super().refill(k, gradient)
         end, rows = int(self.boundary), self.synthetic.rows
         if not end or (rows == end and batch_counts(self.args)[3]):
             raise FloatingPointError("no generated row of one label is finite")
@@ -618,10 +626,9 @@ def batch_counts(args: Args) -> tuple[int, int, int, int]:
 
 
 def train(args: Args) -> dict[str, float]:
-    task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
-    r = run.Run(args, __file__, name, ENV_PRESETS, NEEDS)
+    task = data.get_task(args.env)
+    r = run.Run(args, __file__, data.filed_name(args.env, args.dataset), ENV_PRESETS, NEEDS)
     if r.final:
-        print(f"{r.dir}: finished; --overwrite starts anew")
         return r.final
     n_offline = round(args.offline_frac * args.batch_size)
     run.check_batch(args, dataset=n_offline, own=args.batch_size - n_offline)
@@ -633,27 +640,17 @@ def train(args: Args) -> dict[str, float]:
     r.require(dataset=dataset.sha256)
     moments = dataset.moments() if args.normalize_obs else None
     reward_scale = 1_000 / dataset.return_range() if args.normalize_reward else 1.0  # D2
-    offline = ReplayBuffer(len(dataset.rewards), task.obs_dim, task.act_dim, r.device)
-    offline.extend(dataset.batch(reward_scale, args.reward_bias, moments))
-    online = ReplayBuffer(args.online_steps, task.obs_dim, task.act_dim, r.device)
+    units = data.Units(reward_scale, args.reward_bias, moments)
+    offline = dataset.buffer(units, r.device)
+    online = offline.like(args.online_steps)
     known = offline.subset(dataset.known)  # NEW: D24
+    interaction = data.Interaction(data.make_env(task, units), online, args.seed, units)
+    evaluate = data.Evaluator(task, args.eval_episodes, args.seed, units)
+
+    # networks
     nets = make_nets(task.obs_dim, task.act_dim, args.hidden, args.dropout).to(r.device)
     opt = make_optimizer(nets, args.lr, r.device)
     updates = torch.zeros((), device=r.device)  # of the offline phase
-    interaction = data.Interaction(
-        data.make_env(task, moments), online, args.seed, reward_scale, args.reward_bias
-    )
-    evaluate = data.Evaluator(task, args.eval_episodes, args.seed, moments)
-    # NEW: the model
-    generator = LabelledGenerator(r, args, known, online)
-    if counts[3] and not 0 < generator.online_rows < args.synthetic_rows:
-        raise run.UsageError("--synthetic-rows", args.synthetic_rows, "enough for rows of both labels")
-    report_env, rewards = data.make_env(task, moments), (reward_scale, args.reward_bias)
-    r.register(
-        nets=nets, opt=opt, updates=updates, online=online, interaction=interaction, **generator.state()
-    )
-    compiled_losses = r.compiled(losses)
-    offline_settings = {k: getattr(args, k) for k in OFFLINE_SETTINGS} | {"dataset": dataset.sha256}
 
     @torch.no_grad()
     def act(obs: torch.Tensor) -> torch.Tensor:  # deterministic
@@ -663,6 +660,16 @@ def train(args: Args) -> dict[str, float]:
     def explore(obs: torch.Tensor) -> torch.Tensor:
         mean, log_std = nets["actor"](obs)
         return (mean + log_std.exp() * torch.randn_like(mean)).clamp(-1, 1)  # D4
+
+    # NEW: the model
+    generator = LabelledGenerator(r, args, known, online)
+    if counts[3] and not 0 < generator.online_rows < args.synthetic_rows:
+        raise run.UsageError("--synthetic-rows", args.synthetic_rows, "enough for rows of both labels")
+    r.register(
+        nets=nets, opt=opt, updates=updates, online=online, interaction=interaction, **generator.state()
+    )
+    compiled_losses = r.compiled(losses)
+    offline_settings = r.settings(OFFLINE_SETTINGS)
 
     # offline: gradient steps on the dataset
     def offline_step() -> dict[str, torch.Tensor]:
@@ -713,7 +720,7 @@ def train(args: Args) -> dict[str, float]:
         if until < args.online_steps:
             generator.regenerate(k, [known, online], weights=[1, 1])  # U42
             if r.once(f"report {k}"):
-                of_all = judge.generated_rows(generator, k, report_env, rewards, offline, online)
+                of_all = judge.generated_rows(generator, k, task, units, offline, online)
                 r.record(until, of_all | judge.labelled_rows(generator, offline, online))
     return r.finish()
 

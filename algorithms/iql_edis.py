@@ -63,6 +63,7 @@ Cost     hopper-mini-v0: 219 CPU seconds beside other jobs; published sizes want
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -300,9 +301,8 @@ def losses(nets: nn.ModuleDict, batch: Batch, args: Args) -> tuple[torch.Tensor,
     q = nets["qf"](batch.obs, batch.actions)
     q_loss = (q - target).square().mean()  # [IQL Eq. 6], mean over batch and both critics
     mean, log_std = nets["actor"](batch.obs)
-    actor_loss = -(
-        awr_weight(adv, args.inv_temp) * log_prob(mean, log_std, batch.actions)
-    ).mean()  # [IQL Eq. 7]
+    weight = awr_weight(adv, args.inv_temp)
+    actor_loss = -(weight * log_prob(mean, log_std, batch.actions)).mean()  # [IQL Eq. 7]
     logs = {"loss/v": v_loss, "loss/q": q_loss, "loss/actor": actor_loss}
     logs |= {"q/mean": q.mean(), "adv/mean": adv.mean(), "log_std/mean": log_std.mean()}
     return v_loss + q_loss + actor_loss, {k: v.detach() for k, v in logs.items()}
@@ -414,8 +414,7 @@ def leaf_shares(tree: tuple | float, x: torch.Tensor) -> torch.Tensor:
 class Generator:
     """An EDM of transitions [s, a, r, s'], and the buffer of what it generates.
 
-    The method sets `draw`, () -> rows (B, D) in training units and conditions for the network, and `begin`, n -> the
-    denoiser, x (n, D) at noise level `first` of the grid and that step. `real` are the buffers of dataset and own rows.
+    `real` are the buffers of dataset and own rows. A method with conditions has a `draw` and a `begin` of its own.
     """
 
     TREE_DEPTH = 12  # at most; the robots' rules need 2 or 3 cuts, a goal's disc more: D21
@@ -436,7 +435,6 @@ class Generator:
         self.totals = torch.zeros(4, device=r.device)  # rows, clipped actions, clipped rewards, rows dropped
         self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)
         self.tree: tuple | float = 0.0  # p(terminal | s')
-        self.draw = self.begin = None
 
     @staticmethod
     def features(args: Args, buffer: ReplayBuffer) -> int:
@@ -447,6 +445,14 @@ class Generator:
         """What a checkpoint holds, by name."""
         names = ("net", "ema", "opt", "count", "moments", "bounds", "totals", "synthetic")
         return {f"generator_{k}": getattr(self, k) for k in names}
+
+    def draw(self) -> tuple[torch.Tensor, ...]:
+        """For a gradient step: rows (B, D) in training units, and conditions for the network (none here)."""
+        return (union_rows(self.sources, self.args.diffusion_batch)[0][:, : self.features],)
+
+    def begin(self, n: int) -> tuple[edm.Denoiser, torch.Tensor, int]:
+        """For n samples: the denoiser, x (n, D) at a noise level of the grid, and that step."""
+        return self.denoiser(n), self.noise(n), 0
 
     def train_step(self) -> dict[str, torch.Tensor]:
         """One gradient step of the EDM: cosine learning rate, gradient norm at most 1.  [SynthER]"""
@@ -476,10 +482,11 @@ class Generator:
         return edm.SIGMA_MAX * torch.randn(rows, self.features, device=self.r.device)
 
     @torch.no_grad()
-    def sample_step(self) -> dict[str, torch.Tensor]:
-        """A chunk of generated rows (sample_batch, D), as they come."""
+    def sample_step(self, gradient: edm.Denoiser | None = None) -> dict[str, torch.Tensor]:
+        """A chunk of generated rows (sample_batch, D), as they come; `gradient` of an energy guides them."""
         args = self.args
         denoiser, x, first = self.begin(min(args.sample_batch, args.synthetic_rows))
+        denoiser = edm.with_energy(denoiser, gradient) if gradient else denoiser
         with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda, cache_enabled=False):
             x = edm.sample(denoiser, x, args.sample_steps, args.sample_churn, first)
         return {"rows": self.moments.denormalize(x)}
@@ -539,12 +546,15 @@ class Generator:
         weight = torch.where(ends, 1 / ends.sum(), 1 / (~ends).sum()).double()
         return grow_tree(next_obs, ends, weight, self.TREE_DEPTH)
 
-    def refill(self, k: int) -> None:
-        """The sampling half of `regenerate`."""
+    def refill(self, k: int, gradient: edm.Denoiser | None = None) -> None:
+        """The sampling half of `regenerate`; `gradient` of an energy guides it."""
         r, args = self.r, self.args
         if args.terminal_flag == "classifier":
             self.tree = self.terminal_tree()
-        chunks, sample_fn = -(-args.synthetic_rows // args.sample_batch), r.capture(self.sample_step)
+        chunks, sample_fn = (
+            -(-args.synthetic_rows // args.sample_batch),
+            r.capture(lambda: self.sample_step(gradient)),
+        )
         for chunk in r.phase("sampling", (k + 1) * chunks):
             if chunk == k * chunks:
                 self.synthetic.clear()
@@ -587,16 +597,22 @@ class Energies:
     Form "row": E_s(s) and E_π(s, a), of clean rows, weigh real rows by w = e^{-λ_s E_s - λ_π E_π}; guides are E_T and
     the tilt, -log E[w | x_σ], of whole noised rows. Form "paper": guides are E_s(s), E_π(s, a), E_T(s, a, s') of those
     features, noised, with gradients in s, a and s'.
-    The method sets `act`, obs (B, O) in training units -> actions (B, A) of the current policy.
     """
 
     NEGATIVES = 10  # per positive [code of EDIS]
     CANDIDATES = 20  # real rows for each that is drawn by weight
 
     def __init__(
-        self, r: run.Run, args: Args, generator: Generator, offline: ReplayBuffer, online: ReplayBuffer
+        self,
+        r: run.Run,
+        args: Args,
+        generator: Generator,
+        act: Callable,
+        offline: ReplayBuffer,
+        online: ReplayBuffer,
     ):
-        self.r, self.args, self.generator = r, args, generator
+        """`act`: obs (B, O) in training units -> actions (B, A) of the current policy."""
+        self.r, self.args, self.generator, self.act = r, args, generator, act
         self.online, self.sources = online, [offline, online]
         o, a, d = generator.obs_dim, generator.act_dim, generator.features
         s, action, next_s = slice(0, o), slice(o, o + a), slice(o + a + 1, 2 * o + a + 1)
@@ -624,7 +640,6 @@ class Energies:
         self.effective = torch.zeros((), device=r.device)  # (Σ w)² / Σ w², as a share of rows
         self.guided = torch.zeros(2, device=r.device)  # evaluations of the guidance, how many of them clipped
         self.losses = r.compiled(self.group_losses)
-        self.act = None
 
     def state(self) -> dict:
         """What a checkpoint holds, by name."""
@@ -740,18 +755,16 @@ class Energies:
                     if self.weighers:
                         self.weigh()
                 r.log(step, step_fn())
-        g.begin = lambda n: (edm.with_energy(g.denoiser(n), self.gradient), g.noise(n), 0)
-        g.refill(k)
+        g.refill(k, self.gradient)
 
 
 # --- end shared: edis.energies ---
 
 
 def train(args: Args) -> dict[str, float]:
-    task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
-    r = run.Run(args, __file__, name, ENV_PRESETS, NEEDS)
+    task = data.get_task(args.env)
+    r = run.Run(args, __file__, data.filed_name(args.env, args.dataset), ENV_PRESETS, NEEDS)
     if r.final:
-        print(f"{r.dir}: finished; --overwrite starts anew")
         return r.final
     n_synthetic = int(args.synthetic_frac * args.batch_size)  # NEW [code of EDIS]
     run.check_batch(args, own=args.batch_size - n_synthetic, generated=n_synthetic)
@@ -761,36 +774,17 @@ def train(args: Args) -> dict[str, float]:
     r.require(dataset=dataset.sha256)
     moments = dataset.moments() if args.normalize_obs else None
     reward_scale = 1_000 / dataset.return_range() if args.normalize_reward else 1.0  # D2
-    offline = ReplayBuffer(len(dataset.rewards), task.obs_dim, task.act_dim, r.device)
-    offline.extend(dataset.batch(reward_scale, args.reward_bias, moments))
-    online = ReplayBuffer(args.online_steps, task.obs_dim, task.act_dim, r.device)
+    units = data.Units(reward_scale, args.reward_bias, moments)
+    offline = dataset.buffer(units, r.device)
+    online = offline.like(args.online_steps)
     known = offline.subset(dataset.known)  # NEW: D24
+    interaction = data.Interaction(data.make_env(task, units), online, args.seed, units)
+    evaluate = data.Evaluator(task, args.eval_episodes, args.seed, units)
+
+    # networks
     nets = make_nets(task.obs_dim, task.act_dim, args.hidden, args.dropout).to(r.device)
     opt = make_optimizer(nets, args.lr, r.device)
     updates = torch.zeros((), device=r.device)  # of the offline phase
-    interaction = data.Interaction(
-        data.make_env(task, moments), online, args.seed, reward_scale, args.reward_bias
-    )
-    evaluate = data.Evaluator(task, args.eval_episodes, args.seed, moments)
-    # NEW: the model, with no condition, and the energies
-    features = Generator.features(args, offline)
-    net = TransitionNet(features, args.diffusion_width, args.diffusion_depth, args.diffusion_time_dim)
-    generator = Generator(r, args, net, [known, online])
-    synthetic = generator.synthetic
-    energies = Energies(r, args, generator, known, online)
-    generator.draw = lambda: (union_rows([known, online], args.diffusion_batch)[0][:, :features],)
-    report_env, rewards = data.make_env(task, moments), (reward_scale, args.reward_bias)
-    r.register(
-        nets=nets,
-        opt=opt,
-        updates=updates,
-        online=online,
-        interaction=interaction,
-        **generator.state(),
-        **energies.state(),
-    )
-    compiled_losses = r.compiled(losses)
-    offline_settings = {k: getattr(args, k) for k in OFFLINE_SETTINGS} | {"dataset": dataset.sha256}
 
     @torch.no_grad()
     def act(obs: torch.Tensor) -> torch.Tensor:  # deterministic
@@ -801,7 +795,16 @@ def train(args: Args) -> dict[str, float]:
         mean, log_std = nets["actor"](obs)
         return (mean + log_std.exp() * torch.randn_like(mean)).clamp(-1, 1)  # D4
 
-    energies.act = explore  # NEW
+    # NEW: the model, with no condition, and the energies
+    features = Generator.features(args, offline)
+    net = TransitionNet(features, args.diffusion_width, args.diffusion_depth, args.diffusion_time_dim)
+    generator = Generator(r, args, net, [known, online])
+    synthetic = generator.synthetic
+    energies = Energies(r, args, generator, explore, known, online)
+    added = generator.state() | energies.state()
+    r.register(nets=nets, opt=opt, updates=updates, online=online, interaction=interaction, **added)
+    compiled_losses = r.compiled(losses)
+    offline_settings = r.settings(OFFLINE_SETTINGS)
 
     # offline: gradient steps on the dataset
     def offline_step() -> dict[str, torch.Tensor]:
@@ -847,8 +850,8 @@ def train(args: Args) -> dict[str, float]:
         if until < args.online_steps:
             energies.regenerate(k)
             if r.once(f"report {k}"):
-                logs = judge.generated_rows(generator, k, report_env, rewards, offline, online)
-                r.record(until, logs | judge.guided_rows(energies, report_env))
+                logs = judge.generated_rows(generator, k, task, units, offline, online)
+                r.record(until, logs | judge.guided_rows(energies, task, units))
     return r.finish()
 
 

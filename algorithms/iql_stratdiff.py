@@ -290,9 +290,8 @@ def losses(nets: nn.ModuleDict, batch: Batch, args: Args) -> tuple[torch.Tensor,
     q = nets["qf"](batch.obs, batch.actions)
     q_loss = (q - target).square().mean()  # [IQL Eq. 6], mean over batch and both critics
     mean, log_std = nets["actor"](batch.obs)
-    actor_loss = -(
-        awr_weight(adv, args.inv_temp) * log_prob(mean, log_std, batch.actions)
-    ).mean()  # [IQL Eq. 7]
+    weight = awr_weight(adv, args.inv_temp)
+    actor_loss = -(weight * log_prob(mean, log_std, batch.actions)).mean()  # [IQL Eq. 7]
     logs = {"loss/v": v_loss, "loss/q": q_loss, "loss/actor": actor_loss}
     logs |= {"q/mean": q.mean(), "adv/mean": adv.mean(), "log_std/mean": log_std.mean()}
     return v_loss + q_loss + actor_loss, {k: v.detach() for k, v in logs.items()}
@@ -735,10 +734,9 @@ def behavior_settings(args: Args, dataset: data.Dataset) -> dict:
 
 
 def train(args: Args) -> dict[str, float]:
-    task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
-    r = run.Run(args, __file__, name, ENV_PRESETS, NEEDS)
+    task = data.get_task(args.env)
+    r = run.Run(args, __file__, data.filed_name(args.env, args.dataset), ENV_PRESETS, NEEDS)
     if r.final:
-        print(f"{r.dir}: finished; --overwrite starts anew")
         return r.final
     n_offline = round(args.offline_frac * args.batch_size)
     run.check_batch(args, dataset=n_offline, own=args.batch_size - n_offline)
@@ -746,23 +744,16 @@ def train(args: Args) -> dict[str, float]:
     r.require(dataset=dataset.sha256)
     moments = dataset.moments() if args.normalize_obs else None
     reward_scale = 1_000 / dataset.return_range() if args.normalize_reward else 1.0  # D2
-    offline = ReplayBuffer(len(dataset.rewards), task.obs_dim, task.act_dim, r.device)
-    offline.extend(dataset.batch(reward_scale, args.reward_bias, moments))
-    online = ReplayBuffer(args.online_steps, task.obs_dim, task.act_dim, r.device)
+    units = data.Units(reward_scale, args.reward_bias, moments)
+    offline = dataset.buffer(units, r.device)
+    online = offline.like(args.online_steps)
+    interaction = data.Interaction(data.make_env(task, units), online, args.seed, units)
+    evaluate = data.Evaluator(task, args.eval_episodes, args.seed, units)
+
+    # networks
     nets = make_nets(task.obs_dim, task.act_dim, args.hidden, args.dropout).to(r.device)
     opt = make_optimizer(nets, args.lr, r.device)
     updates = torch.zeros((), device=r.device)  # of the offline phase
-    interaction = data.Interaction(
-        data.make_env(task, moments), online, args.seed, reward_scale, args.reward_bias
-    )
-    evaluate = data.Evaluator(task, args.eval_episodes, args.seed, moments)
-    guide = None  # NEW: behavior model and energy
-    if args.exchange_cap != 0:
-        guide = Guide(r, dataset, offline, nets["q_target"], reward_scale)
-    added = guide.state() if guide else {}
-    r.register(nets=nets, opt=opt, updates=updates, online=online, interaction=interaction, **added)
-    compiled_losses = r.compiled(losses)
-    offline_settings = {k: getattr(args, k) for k in OFFLINE_SETTINGS} | {"dataset": dataset.sha256}
 
     @torch.no_grad()
     def act(obs: torch.Tensor) -> torch.Tensor:  # deterministic
@@ -772,6 +763,14 @@ def train(args: Args) -> dict[str, float]:
     def explore(obs: torch.Tensor) -> torch.Tensor:
         mean, log_std = nets["actor"](obs)
         return (mean + log_std.exp() * torch.randn_like(mean)).clamp(-1, 1)  # D4
+
+    guide = None  # NEW: behavior model and energy
+    if args.exchange_cap != 0:
+        guide = Guide(r, dataset, offline, nets["q_target"], reward_scale)
+    added = guide.state() if guide else {}
+    r.register(nets=nets, opt=opt, updates=updates, online=online, interaction=interaction, **added)
+    compiled_losses = r.compiled(losses)
+    offline_settings = r.settings(OFFLINE_SETTINGS)
 
     # offline: gradient steps on the dataset
     def offline_step() -> dict[str, torch.Tensor]:

@@ -89,7 +89,6 @@ class Args:
     reward_scale: Positive = 1.0  # rewards in training: scale · r + bias [DARE Table 4]
     reward_bias: Number = 0.0  # added to rewards in training, after scaling [DARE Table 4]
     sparse_reward: bool = False  # an episode that never succeeds fails for ever [DARE Table 4]
-    mc_tail: Literal["zero", "last"] = "zero"  # U2
     # online
     warmup_steps: Natural = 5_000  # environment steps without updates, counted in online_steps: D4
     utd: Count = 1  # gradient steps per environment step
@@ -131,7 +130,7 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
     "offline_steps", "batch_size", "gamma", "polyak", "policy_lr", "critic_lr", "hidden", "critic_layers",
     "cql_weight", "cql_n_actions", "cql_clip_min", "calibrate", "lagrange", "target_gap", "max_target_backup",
-    "normalize_obs", "reward_scale", "reward_bias", "sparse_reward", "mc_tail",
+    "normalize_obs", "reward_scale", "reward_bias", "sparse_reward",
 )  # fmt: skip
 UPSAMPLE_SETTINGS = (  # NEW: and on with --offline-upsample
     "offline_upsample", "synthetic_rows", "diffusion_steps", "diffusion_batch", "diffusion_lr", "diffusion_width",
@@ -139,14 +138,12 @@ UPSAMPLE_SETTINGS = (  # NEW: and on with --offline-upsample
 )  # fmt: skip
 NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
     "lagrange": ("target_gap",),
-    "calibrate": ("mc_tail", "sparse_reward"),
+    "calibrate": ("sparse_reward",),
 }
 
 
 # --- shared: calql.critics ---
-def orthogonal(
-    sizes: tuple[int, ...], gains: list[float], copies: int
-) -> tuple[nn.ParameterList, nn.ParameterList]:
+def orthogonal(sizes: tuple, gains: list[float], copies: int) -> tuple[nn.ParameterList, nn.ParameterList]:
     """Weights (copies, in, out) orthogonal with the layer's gain, biases (copies, 1, out) zero.  [CORL]"""
     weights = [torch.empty(copies, i, o) for i, o in pairwise(sizes)]
     for weight, gain in zip(weights, gains, strict=True):
@@ -196,9 +193,7 @@ class TanhGaussianActor(nn.Module):
         return mean, (self.log_std_scale * log_std + self.log_std_offset).clamp(-20.0, 2.0)
 
 
-def squash(
-    mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def squash(mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Action tanh(u), u = mean + σ · noise, and log π(action): all (..., A) -> (..., A), (...,).
 
     log π = Σ log N(u) - log(1 - tanh² u), with log(1 - tanh² u) = 2 (ln 2 - u - softplus(-2u)).  [SAC App. C]
@@ -280,28 +275,19 @@ def frozen_q(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.T
 
 def draw_noise(rows: int, act_dim: int, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Uniform actions (B, n, A) and N(0, I) (B, 3n + 1, A) for π(s), π(s'), the backup, the actor's own."""
-    return torch.rand(rows, n, act_dim, device=device) * 2 - 1, torch.randn(
-        rows, 3 * n + 1, act_dim, device=device
-    )
+    uniform = torch.rand(rows, n, act_dim, device=device) * 2 - 1
+    return uniform, torch.randn(rows, 3 * n + 1, act_dim, device=device)
 
 
 # --- end shared: calql.losses ---
 
 
 # --- shared: calql.returns ---
-def mc_returns(
-    rewards: np.ndarray,
-    terminations: np.ndarray,
-    ends: np.ndarray,
-    gamma: float,
-    failure: float | None,
-    tail: str,
-) -> np.ndarray:
-    """G_t = r_t + γ G_{t+1} within each episode, (N,) float32; rewards in training units.  [Cal-QL §5]
+def mc_returns(rewards: np.ndarray, ends: np.ndarray, gamma: float, failure: float | None) -> np.ndarray:
+    """G_t = r_t + γ G_{t+1} within each episode, (N,) float32; rewards (N,) in training units.  [Cal-QL §5]
 
-    Episodes end where the file says (D7). One that did not terminate starts from 0, or with tail "last" from
-    r_last / (1 - γ). With `failure`, the training reward of a failing step, an episode of nothing else has
-    failure / (1 - γ) on every row.
+    Episodes end where the file says (D7), and start from 0 there, terminated or not: U2. With `failure`, the training
+    reward of a failing step, an episode of nothing else has failure / (1 - γ) on every row.
     """
     returns, stops = np.zeros(len(rewards)), [*np.flatnonzero(ends), len(rewards) - 1]
     start = 0
@@ -310,11 +296,52 @@ def mc_returns(
         if failure is not None and np.all(rewards[episode] == np.float32(failure)):
             returns[episode] = failure / (1 - gamma)
         else:
-            g = 0.0 if terminations[stop] or tail == "zero" else float(rewards[stop]) / (1 - gamma)
+            g = 0.0
             for t in range(stop, start - 1, -1):
                 g = returns[t] = float(rewards[t]) + gamma * g
         start = stop + 1
     return returns.astype(np.float32)
+
+
+class Returns:
+    """Monte-Carlo returns of the dataset's rows, and of own rows where calibration goes on online: D3.
+
+    Own rows have theirs when their episode is over; only such rows are drawn then.
+    """
+
+    def __init__(self, args: Args, dataset: data.Dataset, units: data.Units, buffer: ReplayBuffer):
+        if args.calibrate_online and not args.calibrate:
+            raise run.UsageError("--calibrate-online", "with --no-calibrate", "calibration offline too")
+        if args.calibrate_online and not dataset.ends.any():
+            got, allowed = "a dataset without episode ends", "one with terminals or timeouts"
+            raise run.UsageError("--calibrate-online", got, allowed)
+        self.args, self.buffer, device = args, buffer, buffer.table.device
+        self.dataset = self.of(units.rewards(dataset.rewards), dataset.ends).to(device)
+        self.own = torch.zeros(len(buffer.table), device=device)
+        self.finished = torch.zeros(
+            (), dtype=torch.int64, device=device
+        )  # own rows of episodes that are over
+
+    def state(self) -> dict:
+        """What a checkpoint holds, by name."""
+        return {"online_mc": self.own, "finished": self.finished}
+
+    def of(self, rewards: np.ndarray, ends: np.ndarray) -> torch.Tensor:
+        failure = self.args.reward_bias if self.args.sparse_reward else None  # training reward of a raw 0
+        return torch.from_numpy(mc_returns(rewards, ends, self.args.gamma, failure))
+
+    @property
+    def drawable(self) -> torch.Tensor | None:
+        """How many own rows may be drawn, on the device; None for all."""
+        return self.finished if self.args.calibrate_online else None
+
+    def add_episode(self, length: int) -> None:
+        """The last `length` own rows are an episode."""
+        if self.args.calibrate_online:
+            rewards, rows = self.buffer.last(length).rewards.cpu().numpy(), self.buffer.rows
+            ends = np.arange(1, length + 1) == length
+            self.own[rows - length : rows] = self.of(rewards, ends).to(self.own.device)
+            self.finished.fill_(rows)
 
 
 # --- end shared: calql.returns ---
@@ -335,28 +362,24 @@ def losses(
     """
     n, (uniform, normal) = args.cql_n_actions, noise
     rows, act_dim = batch.actions.shape
-    mean, log_std = (
+    of_both = [
         x[:, None] for x in nets["actor"](torch.cat([batch.obs, batch.next_obs]))
-    )  # one pass for both
-    (mean, next_mean), (log_std, next_log_std) = mean.split(rows), log_std.split(rows)
-    new_actions, log_pi = squash(
-        mean, log_std, normal[:, 3 * n :]
-    )  # (B, 1, A), (B, 1): the actor's own, with gradient
+    ]  # one pass, (2B, 1, A)
+    (mean, next_mean), (log_std, next_log_std) = (x.split(rows) for x in of_both)
+    # the actor's own action (B, 1, A) and its log π (B, 1), with gradient
+    new_actions, log_pi = squash(mean, log_std, normal[:, 3 * n :])
     backups = n if args.max_target_backup else 1
-    both = lambda a, b: torch.cat([a.expand(-1, n, -1), b.expand(-1, n + backups, -1)], 1)  # noqa: E731
-    with torch.no_grad():
-        sampled, sampled_log_prob = squash(
-            both(mean, next_mean), both(log_std, next_log_std), normal[:, : 2 * n + backups]
-        )  # n of π(s), n of π(s'), the backup's of π(s')
-        q_next = (
-            q_of_many(nets["q_target"], batch.next_obs, sampled[:, 2 * n :]).amin(0).amax(-1)
-        )  # no entropy term [CORL]
+    with torch.no_grad():  # n of π(s), n of π(s'), the backup's of π(s')
+        means = torch.cat([mean.expand(-1, n, -1), next_mean.expand(-1, n + backups, -1)], 1)
+        log_stds = torch.cat([log_std.expand(-1, n, -1), next_log_std.expand(-1, n + backups, -1)], 1)
+        sampled, sampled_log_prob = squash(means, log_stds, normal[:, : 2 * n + backups])
+        q_backups = q_of_many(nets["q_target"], batch.next_obs, sampled[:, 2 * n :])  # (2, B, backups)
+        q_next = q_backups.amin(0).amax(-1)  # no entropy term [CORL]
         target = batch.rewards + args.gamma * (1 - batch.terminations) * q_next
         log_uniform = torch.full((rows, n), -act_dim * math.log(2), device=target.device)
         log_probs = torch.cat([log_uniform, sampled_log_prob[:, : 2 * n]], 1)
-    q = q_of_many(
-        nets["qf"], batch.obs, torch.cat([batch.actions[:, None], uniform, sampled[:, : 2 * n]], 1)
-    )  # (2, B, 1 + 3n)
+    actions = torch.cat([batch.actions[:, None], uniform, sampled[:, : 2 * n]], 1)
+    q = q_of_many(nets["qf"], batch.obs, actions)  # (2, B, 1 + 3n)
     td_loss = (q[..., 0] - target).square().mean(1).sum()  # [DARE Eq. 1], D2
     gap, share = conservative_gap(q[..., 1:], q[..., 0], log_probs, bound, args.cql_clip_min)
     lagrange_loss = torch.zeros((), device=gap.device)
@@ -367,18 +390,16 @@ def losses(
     else:
         cql_loss = (weight * gap).mean(1).sum()  # α R [DARE Eq. 1]
     log_alpha = nets["weights"]["log_alpha"]
-    alpha_loss = -(
-        log_alpha * (log_pi.detach() - act_dim)
-    ).mean()  # [SAC, arXiv 1812.05905 §5], target entropy -A
+    missing = log_pi.detach() - act_dim  # of the target entropy, -A
+    alpha_loss = -(log_alpha * missing).mean()  # [SAC, arXiv 1812.05905 §5]
     q_new = frozen_q(nets["qf"], batch.obs, new_actions[:, 0]).amin(0)
     actor_loss = (log_alpha.detach().exp() * log_pi[:, 0] - q_new).mean()  # [SAC §4.2]
     logs = {"loss/q": td_loss, "loss/actor": actor_loss, "loss/alpha": alpha_loss, "cql/gap": gap.mean()}
     logs |= {"cql/bound_share": share, "q/mean": q[..., 0].mean(), "policy/log_prob": log_pi.mean()}
     logs["policy/data_log_prob"] = squashed_log_prob(mean[:, 0], log_std[:, 0], batch.actions).mean()
     logs |= {"alpha/entropy": log_alpha.exp(), "alpha/lagrange": nets["weights"]["log_alpha_prime"].exp()}
-    return td_loss + cql_loss + lagrange_loss + alpha_loss + actor_loss, {
-        k: v.detach() for k, v in logs.items()
-    }
+    total = td_loss + cql_loss + lagrange_loss + alpha_loss + actor_loss
+    return total, {k: v.detach() for k, v in logs.items()}
 
 
 # --- end shared: calql.training ---
@@ -480,8 +501,7 @@ def leaf_shares(tree: tuple | float, x: torch.Tensor) -> torch.Tensor:
 class Generator:
     """An EDM of transitions [s, a, r, s'], and the buffer of what it generates.
 
-    The method sets `draw`, () -> rows (B, D) in training units and conditions for the network, and `begin`, n -> the
-    denoiser, x (n, D) at noise level `first` of the grid and that step. `real` are the buffers of dataset and own rows.
+    `real` are the buffers of dataset and own rows. A method with conditions has a `draw` and a `begin` of its own.
     """
 
     TREE_DEPTH = 12  # at most; the robots' rules need 2 or 3 cuts, a goal's disc more: D21
@@ -502,7 +522,6 @@ class Generator:
         self.totals = torch.zeros(4, device=r.device)  # rows, clipped actions, clipped rewards, rows dropped
         self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)
         self.tree: tuple | float = 0.0  # p(terminal | s')
-        self.draw = self.begin = None
 
     @staticmethod
     def features(args: Args, buffer: ReplayBuffer) -> int:
@@ -513,6 +532,14 @@ class Generator:
         """What a checkpoint holds, by name."""
         names = ("net", "ema", "opt", "count", "moments", "bounds", "totals", "synthetic")
         return {f"generator_{k}": getattr(self, k) for k in names}
+
+    def draw(self) -> tuple[torch.Tensor, ...]:
+        """For a gradient step: rows (B, D) in training units, and conditions for the network (none here)."""
+        return (union_rows(self.sources, self.args.diffusion_batch)[0][:, : self.features],)
+
+    def begin(self, n: int) -> tuple[edm.Denoiser, torch.Tensor, int]:
+        """For n samples: the denoiser, x (n, D) at a noise level of the grid, and that step."""
+        return self.denoiser(n), self.noise(n), 0
 
     def train_step(self) -> dict[str, torch.Tensor]:
         """One gradient step of the EDM: cosine learning rate, gradient norm at most 1.  [SynthER]"""
@@ -542,10 +569,11 @@ class Generator:
         return edm.SIGMA_MAX * torch.randn(rows, self.features, device=self.r.device)
 
     @torch.no_grad()
-    def sample_step(self) -> dict[str, torch.Tensor]:
-        """A chunk of generated rows (sample_batch, D), as they come."""
+    def sample_step(self, gradient: edm.Denoiser | None = None) -> dict[str, torch.Tensor]:
+        """A chunk of generated rows (sample_batch, D), as they come; `gradient` of an energy guides them."""
         args = self.args
         denoiser, x, first = self.begin(min(args.sample_batch, args.synthetic_rows))
+        denoiser = edm.with_energy(denoiser, gradient) if gradient else denoiser
         with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda, cache_enabled=False):
             x = edm.sample(denoiser, x, args.sample_steps, args.sample_churn, first)
         return {"rows": self.moments.denormalize(x)}
@@ -605,12 +633,15 @@ class Generator:
         weight = torch.where(ends, 1 / ends.sum(), 1 / (~ends).sum()).double()
         return grow_tree(next_obs, ends, weight, self.TREE_DEPTH)
 
-    def refill(self, k: int) -> None:
-        """The sampling half of `regenerate`."""
+    def refill(self, k: int, gradient: edm.Denoiser | None = None) -> None:
+        """The sampling half of `regenerate`; `gradient` of an energy guides it."""
         r, args = self.r, self.args
         if args.terminal_flag == "classifier":
             self.tree = self.terminal_tree()
-        chunks, sample_fn = -(-args.synthetic_rows // args.sample_batch), r.capture(self.sample_step)
+        chunks, sample_fn = (
+            -(-args.synthetic_rows // args.sample_batch),
+            r.capture(lambda: self.sample_step(gradient)),
+        )
         for chunk in r.phase("sampling", (k + 1) * chunks):
             if chunk == k * chunks:
                 self.synthetic.clear()
@@ -625,10 +656,9 @@ class Generator:
 
 
 def train(args: Args) -> dict[str, float]:
-    task, name = data.get_task(args.env), data.filed_name(args.env, args.dataset)
-    r = run.Run(args, __file__, name, ENV_PRESETS, NEEDS)
+    task = data.get_task(args.env)
+    r = run.Run(args, __file__, data.filed_name(args.env, args.dataset), ENV_PRESETS, NEEDS)
     if r.final:
-        print(f"{r.dir}: finished; --overwrite starts anew")
         return r.final
     n_offline = round(args.offline_frac * args.batch_size)
     run.check_batch(args, dataset=n_offline, own=args.batch_size - n_offline)
@@ -640,55 +670,20 @@ def train(args: Args) -> dict[str, float]:
         raise run.UsageError(
             "--offline-upsample", "with --calibrate", "--no-calibrate: generated rows have no return"
         )
-    if args.calibrate_online and not args.calibrate:
-        raise run.UsageError("--calibrate-online", "with --no-calibrate", "calibration offline too")
     dataset = data.load(args.env, args.dataset)
-    if args.calibrate_online and not dataset.ends.any():
-        raise run.UsageError(
-            "--calibrate-online", "a dataset without episode ends", "one with terminals or timeouts"
-        )
     r.require(dataset=dataset.sha256)
     moments = dataset.moments() if args.normalize_obs else None
-    offline = ReplayBuffer(len(dataset.rewards), task.obs_dim, task.act_dim, r.device)
-    rows = dataset.batch(args.reward_scale, args.reward_bias, moments)
-    offline.extend(rows)
-    online = ReplayBuffer(args.online_steps, task.obs_dim, task.act_dim, r.device)
+    units = data.Units(args.reward_scale, args.reward_bias, moments)
+    offline = dataset.buffer(units, r.device)
+    online = offline.like(args.online_steps)
+    returns = Returns(args, dataset, units, online)
     known = offline.subset(dataset.known)  # NEW: D24
-    failure = args.reward_bias if args.sparse_reward else None  # training reward of a raw 0
-    to_returns = lambda x, d, ends: mc_returns(x, d, ends, args.gamma, failure, args.mc_tail)  # noqa: E731
-    offline_mc = torch.from_numpy(to_returns(rows.rewards.numpy(), dataset.terminations, dataset.ends)).to(
-        r.device
-    )
-    online_mc = torch.zeros(max(args.online_steps, 1), device=r.device)
-    finished = torch.zeros((), dtype=torch.int64, device=r.device)  # online rows of episodes that are over
+    interaction = data.Interaction(data.make_env(task, units), online, args.seed, units)
+    evaluate = data.Evaluator(task, args.eval_episodes, args.seed, units)
+
+    # networks
     nets = make_calql_nets(task.obs_dim, task.act_dim, args.hidden, args.critic_layers).to(r.device)
     opt = make_calql_optimizer(nets, args.policy_lr, args.critic_lr, r.device)
-    interaction = data.Interaction(
-        data.make_env(task, moments), online, args.seed, args.reward_scale, args.reward_bias
-    )
-    evaluate = data.Evaluator(task, args.eval_episodes, args.seed, moments)
-    # NEW: the model, with no condition
-    features = Generator.features(args, offline)
-    net = TransitionNet(features, args.diffusion_width, args.diffusion_depth, args.diffusion_time_dim)
-    generator = Generator(r, args, net, [known, online])
-    synthetic, sources = generator.synthetic, [online] if args.synther_data == "online" else [known, online]
-    learned_from = [known] if args.offline_upsample else sources  # changes when going online
-    generator.draw = lambda: (union_rows(learned_from, args.diffusion_batch)[0][:, :features],)
-    generator.begin = lambda n: (generator.denoiser(n), generator.noise(n), 0)
-    report_env, rewards = data.make_env(task, moments), (args.reward_scale, args.reward_bias)
-    r.register(
-        nets=nets,
-        opt=opt,
-        online=online,
-        interaction=interaction,
-        online_mc=online_mc,
-        finished=finished,
-        **generator.state(),
-    )
-    compiled_losses = r.compiled(losses)
-    offline_settings = {k: getattr(args, k) for k in OFFLINE_SETTINGS} | {"dataset": dataset.sha256}
-    if args.offline_upsample:  # NEW
-        offline_settings |= {k: getattr(args, k) for k in UPSAMPLE_SETTINGS}
 
     @torch.no_grad()
     def act(obs: torch.Tensor) -> torch.Tensor:  # deterministic
@@ -699,19 +694,31 @@ def train(args: Args) -> dict[str, float]:
         mean, log_std = nets["actor"](obs)
         return squash(mean, log_std, torch.randn_like(mean))[0]
 
+    # NEW: the model, with no condition
+    features = Generator.features(args, offline)
+    net = TransitionNet(features, args.diffusion_width, args.diffusion_depth, args.diffusion_time_dim)
+    generator = Generator(r, args, net, [known, online])
+    synthetic, sources = generator.synthetic, [online] if args.synther_data == "online" else [known, online]
+    r.register(
+        nets=nets, opt=opt, online=online, interaction=interaction, **returns.state(), **generator.state()
+    )
+    compiled_losses = r.compiled(losses)
+    offline_settings = r.settings(OFFLINE_SETTINGS)
+    if args.offline_upsample:  # NEW
+        offline_settings |= r.settings(UPSAMPLE_SETTINGS)
+
     # NEW: offline from generated rows [SynthER, offline]
     if args.offline_upsample:
         generator.regenerate(0, [known])
         if r.once("report 0"):
-            r.record(0, judge.generated_rows(generator, 0, report_env, rewards, offline, online))
-    learned_from = sources
+            r.record(0, judge.generated_rows(generator, 0, task, units, offline, online))
     dataset_rows = synthetic if args.offline_upsample else offline
 
     # offline: gradient steps on the dataset
     def offline_step() -> dict[str, torch.Tensor]:
         index = dataset_rows.draw(args.batch_size)
         noise = draw_noise(args.batch_size, task.act_dim, args.cql_n_actions, r.device)
-        bound = offline_mc[index] if args.calibrate else None
+        bound = returns.dataset[index] if args.calibrate else None
         loss, logs = compiled_losses(nets, dataset_rows.take(index), bound, args.cql_weight, noise, args)
         update(nets, opt, loss, args.polyak)
         return logs
@@ -732,7 +739,7 @@ def train(args: Args) -> dict[str, float]:
         n_real = args.batch_size - n_synthetic  # NEW
         n_offline = round(args.offline_frac * n_real)
         n_online = n_real - n_offline
-        index = offline.draw(n_offline), online.draw(n_online, finished if args.calibrate_online else None)
+        index = offline.draw(n_offline), online.draw(n_online, returns.drawable)
         batch = mix(offline.take(index[0]), online.take(index[1]))
         if n_synthetic:  # NEW
             batch = mix(batch, synthetic.sample(n_synthetic))
@@ -740,7 +747,7 @@ def train(args: Args) -> dict[str, float]:
         bound = None  # D3
         if args.calibrate_online:
             unbound = torch.full((n_synthetic,), -torch.inf, device=r.device)  # NEW U34
-            bound = torch.cat([offline_mc[index[0]], online_mc[index[1]], unbound])
+            bound = torch.cat([returns.dataset[index[0]], returns.own[index[1]], unbound])
         loss, logs = compiled_losses(nets, batch, bound, args.cql_weight_online, noise, args)
         update(nets, opt, loss, args.polyak)
         return logs
@@ -754,13 +761,7 @@ def train(args: Args) -> dict[str, float]:
         for step in r.phase("online", until):
             if episode := interaction.step(explore):
                 r.record(step + 1, episode)
-                if args.calibrate_online:
-                    last = slice(online.rows - episode["train/episode_length"], online.rows)
-                    over = online.take(torch.arange(last.start, last.stop, device=r.device))
-                    ends = np.arange(1, len(over.rewards) + 1) == len(over.rewards)
-                    returns = to_returns(over.rewards.cpu().numpy(), over.terminations.cpu().numpy(), ends)
-                    online_mc[last] = torch.from_numpy(returns).to(r.device)
-                    finished.fill_(online.rows)
+                returns.add_episode(episode["train/episode_length"])
             if step >= args.warmup_steps and (interaction.episode or not args.calibrate_online):
                 for _ in range(args.utd):
                     logs = step_fn()
@@ -770,7 +771,7 @@ def train(args: Args) -> dict[str, float]:
         if until < args.online_steps:
             generator.regenerate(k, sources)
             if r.once(f"report {k}"):
-                r.record(until, judge.generated_rows(generator, k, report_env, rewards, offline, online))
+                r.record(until, judge.generated_rows(generator, k, task, units, offline, online))
     return r.finish()
 
 

@@ -41,6 +41,10 @@ class ReplayBuffer:
         pin = device.type == "cuda"
         self.staged = torch.empty(sum(self.widths), pin_memory=pin)
 
+    def like(self, capacity: int) -> "ReplayBuffer":
+        """An empty buffer for transitions of the same sizes, on the same device."""
+        return ReplayBuffer(capacity, *self.widths[:2], self.table.device)
+
     def __len__(self) -> int:
         return self.rows
 
@@ -59,7 +63,7 @@ class ReplayBuffer:
         """Its dataset rows at `mask` (rows,) bool; itself if that is all of them."""
         if mask.all():
             return self
-        other = ReplayBuffer(int(mask.sum()), self.widths[0], self.widths[1], self.table.device)
+        other = self.like(int(mask.sum()))
         other.append(self.table[: self.rows][torch.from_numpy(mask).to(self.table.device)])
         other.fixed = other.rows
         return other
@@ -99,6 +103,10 @@ class ReplayBuffer:
             self.widths, 1
         )
         return Batch(obs, actions, rewards.squeeze(1), next_obs, terminations.squeeze(1))
+
+    def last(self, n: int) -> Batch:
+        """The n rows added last."""
+        return self.take(torch.arange(self.rows - n, self.rows, device=self.table.device))
 
     def sample(self, n: int) -> Batch:
         """n rows, uniform with replacement."""

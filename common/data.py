@@ -3,19 +3,13 @@
 One table says what a task is; a new domain is a few rows and, if need be, a builder in envs.py.
 """
 
-import hashlib
 import os
 import re
-import sys
-import urllib.error
-import urllib.request
-import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from http.client import HTTPException
-from itertools import chain, repeat, takewhile
+from itertools import chain, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +17,8 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import torch
-import tyro
-from tqdm import tqdm
 
-from common import envs
+from common import envs, files
 from common.buffer import Batch, ReplayBuffer
 from common.run import UsageError
 
@@ -64,7 +56,7 @@ class Task:
         if self.source == "package":
             return EMBEDDED / self.file
         if self.source == "minari":
-            return minari_folder() / self.file / "data" / "main_data.hdf5"
+            return files.minari_folder() / self.file / "data" / "main_data.hdf5"
         folder = os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets"
         return Path(folder) / Path(self.file).name
 
@@ -110,15 +102,8 @@ def _locomotion() -> dict[str, Task]:
             file = f"gym_mujoco_v2/{robot}_{quality.replace('-', '_')}-v2.hdf5"
             add(f"{robot}-{quality}-v2", robot, file, size=int(size), rows=int(rows), sha256=sha256)
     digest = "e6870ea3ac08367f7872b3f09999b3bdc0835585a99691d9d426cf5853a33c52"
-    add(
-        "hopper-mini-v0",
-        "hopper",
-        "hopper-mini-v0.hdf5",
-        size=7396249,
-        rows=89839,
-        sha256=digest,
-        source="package",
-    )
+    mini = dict(size=7396249, rows=89839, sha256=digest, source="package")
+    add("hopper-mini-v0", "hopper", "hopper-mini-v0.hdf5", **mini)
     return tasks
 
 
@@ -149,11 +134,9 @@ def _adroit() -> dict[str, Task]:
         hand, quality, size, rows, sha256 = (None if word == "-" else word for word in words)
         obs_dim, act_dim, limit, low, high = hands[hand]
         name = f"{hand}-{quality}-v1"
-        make = partial(envs.adroit, hand, limit)
+        make, file = partial(envs.adroit, hand, limit), f"hand_dapg_v1/{name}.hdf5"
         known = dict(size=int(size) if size else None, rows=int(rows), sha256=sha256)
-        tasks[name] = Task(
-            name, make, obs_dim, act_dim, limit, low, high, f"hand_dapg_v1/{name}.hdf5", **known
-        )
+        tasks[name] = Task(name, make, obs_dim, act_dim, limit, low, high, file, **known)
     return tasks
 
 
@@ -255,36 +238,17 @@ def get_task(name: str) -> Task:
 def _minari(name: str) -> Task:
     """A Minari dataset's own task: its evaluation environment with flat observations and actions in [-1, 1].
 
-    Fetched first if it is not in Minari's folder and HF_HUB_OFFLINE is not set. Scores are Minari's, in percent, where
-    the dataset has reference returns; otherwise the score is the return.
+    Scores are Minari's, in percent, where the dataset has reference returns; otherwise the score is the return.
     """
+    make, rows, low, high = files.open_minari(name)
     try:
-        import minari  # half a second, for those who ask for it
-
-        source = minari.load_dataset(name, download=True)
-        if source.env_spec is None:
-            raise UsageError(
-                "--env", f"{name}, a dataset without environment", "one with its environment's spec"
-            )
-        make = partial(envs.flat, source.recover_environment, eval_env=True)
         env = make()
-        facts = source.storage.metadata
-    except UsageError:
-        raise
-    except Exception as e:  # its own errors, and those of whatever it fetches with
-        reason = " ".join(f"{type(e).__name__}: {e}".split())[:160]
-        allowed = f"a Minari id that is in {minari_folder()} or can be fetched ({reason})"
-        raise UsageError("--env", name, allowed) from e
-    low, high = facts.get("ref_min_score"), facts.get("ref_max_score")
+    except Exception as e:  # whatever the environment needs
+        raise files.minari_error(name, e) from e
     low, high = (0.0, 100.0) if low is None or high is None else (float(low), float(high))
     sizes = env.observation_space.shape[0], env.action_space.shape[0]
     limit = env.spec.max_episode_steps or 0
-    return Task(name, make, *sizes, limit, low, high, name, rows=source.total_steps, source="minari")
-
-
-def minari_folder() -> Path:
-    """Where Minari keeps its datasets: $MINARI_DATASETS_PATH or ~/.minari/datasets."""
-    return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
+    return Task(name, make, *sizes, limit, low, high, name, rows=rows, source="minari")
 
 
 def filed_name(name: str, dataset: Path | None) -> str:
@@ -295,66 +259,26 @@ def filed_name(name: str, dataset: Path | None) -> str:
     return get_task(name).name.replace("/", "_") + (f"@{dataset.stem}" if dataset else "")
 
 
-# ---- files ----
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(f)
-
-
-def _sha256(f) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while block := f.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def download(task: Task) -> None:
-    """Fetch the file of `task` to `task.path`: a `.part` of its own first, size and hash checked, then renamed."""
-    path, part = task.path, task.path.with_name(f"{task.path.name}.{uuid.uuid4().hex[:8]}.part")
-    advice = (
-        f"a reachable {task.url}; or put the file at {path}; or --env hopper-mini-v0, which needs no download"
-    )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UsageError("D4RL_DATASET_DIR", path.parent, f"a folder that can be made ({e.strerror})") from e
-    try:
-        with urllib.request.urlopen(task.url, timeout=20) as source, open(part, "wb") as f:
-            length = source.headers.get("Content-Length") or ""
-            total = int(length) if length.isdecimal() else task.size
-            with tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as bar:
-                while block := source.read(1 << 20):
-                    f.write(block)
-                    bar.update(len(block))
-        verify(task, part)
-        part.replace(path)
-    except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError, ValueError) as e:
-        if isinstance(e, UsageError):  # of verify
-            raise
-        reason = " ".join(str(getattr(e, "reason", None) or e or type(e).__name__).split())
-        raise UsageError("dataset", f"no {path.name} ({reason})", advice) from e
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def verify(task: Task, path: Path) -> str:
-    """SHA256 of the file at `path`; raises UsageError if size or hash are not the registered ones."""
-    size = path.stat().st_size
-    if task.size is not None and size != task.size:
-        raise UsageError(
-            "dataset", f"{path} of {size} bytes", f"{task.size} bytes, as published (cut off? delete it)"
-        )
-    digest = sha256_of(path)
-    if task.sha256 is not None and digest != task.sha256:
-        raise UsageError(
-            "dataset", f"{path} with SHA256 {digest}", f"{task.sha256}, as published (delete it)"
-        )
-    return digest
-
-
 # ---- datasets ----
+
+
+class Units(NamedTuple):
+    """Training units, the same for the dataset, online steps and evaluation; as they are unless told otherwise."""
+
+    reward_scale: float = 1.0  # training reward = scale · r + bias
+    reward_bias: float = 0.0
+    moments: tuple[np.ndarray, np.ndarray] | None = None  # training obs = (obs - mean) / std, each (O,)
+
+    def obs(self, raw: np.ndarray) -> np.ndarray:
+        """Raw observations (..., O) in training units."""
+        return raw if self.moments is None else (raw - self.moments[0]) / self.moments[1]
+
+    def rewards(self, raw: np.ndarray) -> np.ndarray:
+        """Raw rewards (N,) float32 in training units."""
+        return np.float32(self.reward_scale) * raw + np.float32(self.reward_bias)
+
+
+RAW = Units()
 
 
 class Dataset(NamedTuple):
@@ -386,24 +310,20 @@ class Dataset(NamedTuple):
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and std + 1e-3 of the observations, each (O,) float32 (CORL's normalisation of states)."""
-        return self.obs.mean(0, dtype=np.float64).astype(np.float32), (
-            self.obs.std(0, dtype=np.float64) + 1e-3
-        ).astype(np.float32)
+        mean, std = self.obs.mean(0, dtype=np.float64), self.obs.std(0, dtype=np.float64)
+        return mean.astype(np.float32), (std + 1e-3).astype(np.float32)
 
-    def batch(
-        self, reward_scale: float = 1.0, reward_bias: float = 0.0, moments: tuple | None = None
-    ) -> Batch:
-        """All rows as tensors; rewards become scale · r + bias, observations (obs - mean) / std if asked."""
-        obs, next_obs = self.obs, self.next_obs
-        if moments is not None:
-            obs, next_obs = ((x - moments[0]) / moments[1] for x in (obs, next_obs))
-        rewards = np.float32(reward_scale) * self.rewards + np.float32(reward_bias)
-        return Batch(
-            *(
-                torch.from_numpy(np.ascontiguousarray(x))
-                for x in (obs, self.actions, rewards, next_obs, self.terminations)
-            )
-        )
+    def batch(self, units: Units = RAW) -> Batch:
+        """All rows as tensors, in training units."""
+        obs, next_obs, rewards = units.obs(self.obs), units.obs(self.next_obs), units.rewards(self.rewards)
+        columns = (obs, self.actions, rewards, next_obs, self.terminations)
+        return Batch(*(torch.from_numpy(np.ascontiguousarray(x)) for x in columns))
+
+    def buffer(self, units: Units, device: torch.device, room: int = 0) -> ReplayBuffer:
+        """A buffer of all rows in training units, with room for so many more."""
+        buffer = ReplayBuffer(len(self.rewards) + room, self.obs.shape[1], self.actions.shape[1], device)
+        buffer.extend(self.batch(units))
+        return buffer
 
 
 def load(name: str, dataset: Path | None = None) -> Dataset:
@@ -412,21 +332,70 @@ def load(name: str, dataset: Path | None = None) -> Dataset:
     if dataset is not None:
         if not dataset.is_file():
             raise UsageError("--dataset", dataset, "an existing HDF5 file in D4RL layout")
-        return read_d4rl(dataset, task, sha256_of(dataset))
+        return read_d4rl(dataset, task, files.sha256_of(dataset))
     if task.source == "minari":
-        return read_minari(task)
+        columns, digest = files.read_minari(task.name, task.make(), task.path)
+        return Dataset(*columns, np.ones(len(columns[5]), bool), digest, task.path)
     if not task.path.exists():
         if task.source == "package":
-            raise UsageError(
-                "dataset", f"no {task.path}", "a complete installation (this file belongs to the package)"
-            )
+            allowed = "a complete installation (this file belongs to the package)"
+            raise UsageError("dataset", f"no {task.path}", allowed)
         if task.source == "collected":
-            from common import collect  # a program of its own, needed here alone
-
-            collect.frozen_lake(task.path)
+            files.frozen_lake(task.path)
         else:
-            download(task)
-    return read_d4rl(task.path, task, verify(task, task.path))
+            files.download(task.url, task.path, task.size, task.sha256)
+    return read_d4rl(task.path, task, files.verify(task.path, task.size, task.sha256))
+
+
+def refuse(path: Path, got: str, allowed: str) -> UsageError:
+    return UsageError("dataset", f"{path}: {got}", allowed)
+
+
+def read_columns(path: Path, task: Task) -> dict[str, np.ndarray]:
+    """An HDF5 file in D4RL layout as finite float32 arrays (N, ·) and (N,); raises UsageError.
+
+    Names, types, shapes and sizes are checked before anything is read.
+    """
+    widths = {"observations": task.obs_dim, "actions": task.act_dim, "next_observations": task.obs_dim}
+    columns = {}
+    try:
+        with h5py.File(path, "r") as f:
+            found = {k: f[k] for k in files.FIELDS if k in f}
+            for k in ("observations", "actions", "rewards", "terminals"):
+                if k not in found:
+                    raise refuse(path, f"no '{k}'", "an HDF5 file in D4RL layout")
+            for k, x in found.items():
+                if not isinstance(x, h5py.Dataset) or x.dtype.kind not in "fbiu" or x.shape is None:
+                    raise refuse(path, f"'{k}' is not numeric", "numbers")
+                if k in widths and (len(x.shape) != 2 or x.shape[1] != widths[k]):
+                    raise refuse(path, f"'{k}' of shape {x.shape}", f"(rows, {widths[k]}) for {task.name}")
+                if k not in widths and x.shape != x.shape[:1] and x.shape != (*x.shape[:1], 1):
+                    raise refuse(path, f"'{k}' of shape {x.shape}", "(rows,)")
+            counts = {k: x.shape[0] if x.shape else 0 for k, x in found.items()}
+            if len(set(counts.values())) > 1 or counts["rewards"] < 2:
+                allowed = "the same number of rows, at least 2, in every array"
+                raise refuse(path, f"rows {counts}", allowed)
+            needed = 4 * sum(x.size for x in found.values()) / 2**30  # as float32
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+            if needed > memory / 2:  # a copy on the device comes beside it
+                got = f"{counts['rewards']} rows, {needed:.1f} GiB"
+                raise refuse(path, got, f"half of this machine's {memory:.1f} GiB at most")
+            for k, x in found.items():
+                with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused
+                    columns[k] = x[()].astype(np.float32).reshape(-1, *x.shape[1:][: k in widths])
+    except UsageError:
+        raise
+    except (OSError, RuntimeError, TypeError, AttributeError, KeyError, ValueError, MemoryError) as e:
+        reason = " ".join(str(e).split())[:100] or type(e).__name__
+        raise refuse(path, f"unreadable ({reason})", "a complete HDF5 file in D4RL layout") from e
+    for k, x in columns.items():
+        bad = ~np.isfinite(x.reshape(len(x), -1)).all(1)
+        if bad.any():
+            got = f"{bad.sum()} rows of '{k}' are NaN or infinite, first {bad.argmax()}"
+            raise refuse(path, got, "finite numbers")
+    if (excess := np.abs(columns["actions"]).max()) > 1.001:
+        raise refuse(path, f"actions up to {excess:.3g}", "actions in [-1, 1]")
+    return columns
 
 
 def read_d4rl(path: Path, task: Task, sha256: str) -> Dataset:
@@ -439,47 +408,7 @@ def read_d4rl(path: Path, task: Task, sha256: str) -> Dataset:
     the TD target masks it, a generative model would learn it), unless it is AntMaze's, whose ant walks on from a goal:
     there the next row within 1 m is the successor. A file without `timeouts` is cut at the task's step limit.
     """
-
-    def refuse(got: str, allowed: str) -> UsageError:
-        return UsageError("dataset", f"{path}: {got}", allowed)
-
-    try:
-        with h5py.File(path, "r") as f:
-            keys = [
-                k
-                for k in ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
-                if k in f
-            ]
-            raw = {k: f[k][()] for k in keys}
-    except (OSError, RuntimeError, TypeError, AttributeError, KeyError, ValueError, MemoryError) as e:
-        reason = " ".join(str(e).split())[:100] or type(e).__name__
-        raise refuse(f"unreadable ({reason})", "a complete HDF5 file in D4RL layout") from e
-    for k in ("observations", "actions", "rewards", "terminals"):
-        if k not in raw:
-            raise refuse(f"no '{k}'", "an HDF5 file in D4RL layout")
-    for k, v in raw.items():
-        if not isinstance(v, np.ndarray) or v.dtype.kind not in "fbiu":
-            raise refuse(f"'{k}' is not numeric", "numbers")
-        if k in ("observations", "actions", "next_observations"):
-            width = task.act_dim if k == "actions" else task.obs_dim
-            if v.ndim != 2 or v.shape[1] != width:
-                raise refuse(f"'{k}' of shape {v.shape}", f"(rows, {width}) for {task.name}")
-        elif v.ndim == 2 and v.shape[1] == 1:
-            raw[k] = v[:, 0]
-        elif v.ndim != 1:
-            raise refuse(f"'{k}' of shape {v.shape}", "(rows,)")
-    counts = {k: len(v) for k, v in raw.items()}
-    if len(set(counts.values())) > 1 or counts["rewards"] < 2:
-        raise refuse(f"rows {counts}", "the same number of rows, at least 2, in every array")
-    for k in raw:
-        with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused
-            raw[k] = raw[k].astype(np.float32)
-        bad = ~np.isfinite(raw[k].reshape(len(raw[k]), -1)).all(1)
-        if bad.any():
-            got = f"{bad.sum()} rows of '{k}' are NaN or infinite, first {bad.argmax()}"
-            raise refuse(got, "finite numbers")
-    if (excess := np.abs(raw["actions"]).max()) > 1.001:
-        raise refuse(f"actions up to {excess:.3g}", "actions in [-1, 1]")
+    raw = read_columns(path, task)
     terminals = raw["terminals"] > 0.5
     if "timeouts" in raw:
         timeouts = raw["timeouts"] > 0.5
@@ -502,65 +431,37 @@ def read_d4rl(path: Path, task: Task, sha256: str) -> Dataset:
         next_obs[~known] = obs[~known]
         keep = ~(timeouts & ~terminals)
         keep[-1] &= terminals[-1]
-        ends = ends | np.concatenate(
-            [ends[1:] & ~keep[1:], [False]]
-        )  # an episode ends on its last row that is kept
+        last_kept = np.append(ends[1:] & ~keep[1:], False)  # the row after it, an end, is dropped
+        ends = ends | last_kept
     flags = terminals.astype(np.float32), ends, known
     columns = (obs, raw["actions"].clip(-1, 1), raw["rewards"], next_obs, *flags)
     if not keep.all():
         columns = tuple(x[keep] for x in columns)
     if len(columns[0]) < 2:
-        raise refuse(f"{len(columns[0])} usable rows", "at least 2")
+        raise refuse(path, f"{len(columns[0])} usable rows", "at least 2")
     return Dataset(*columns, sha256, path)
-
-
-def read_minari(task: Task) -> Dataset:
-    """The episodes of a Minari dataset as rows: true successors, observations flattened, actions scaled to [-1, 1]."""
-    import minari
-
-    env, parts = task.make(), []
-    flatten, scale = env.get_wrapper_attr("flatten"), env.get_wrapper_attr("inverse")
-    try:
-        for episode in minari.load_dataset(task.name).iterate_episodes():
-            obs = flatten(episode.observations)  # (T + 1, O)
-            ends = np.asarray(episode.terminations | episode.truncations, dtype=bool)
-            ends[-1] = True
-            columns = obs[:-1], scale(episode.actions), episode.rewards, obs[1:], episode.terminations, ends
-            parts.append(columns)
-    except (OSError, RuntimeError, KeyError, ValueError, IndexError) as e:
-        reason = " ".join(str(e).split())[:100] or type(e).__name__
-        raise UsageError(
-            "--env", f"{task.name}, unreadable ({reason})", f"a complete dataset below {task.path}"
-        ) from e
-    columns = [np.concatenate(x).astype(np.float32) for x in zip(*parts, strict=True)]
-    columns[5] = columns[5] > 0.5
-    for name, x in zip(Dataset._fields, columns, strict=False):
-        if not np.isfinite(x).all():
-            raise UsageError("--env", f"{task.name} with NaN or infinite {name}", "finite numbers")
-    columns[1] = columns[1].clip(-1, 1)
-    return Dataset(*columns, np.ones(len(columns[5]), bool), sha256_of(task.path), task.path)
 
 
 # ---- environments ----
 
 
 class Normalize(gym.ObservationWrapper):
-    """(obs - mean) / std with the dataset's constants, for online steps and evaluation alike."""
+    """Observations in training units, for online steps and evaluation alike."""
 
-    def __init__(self, env: gym.Env, moments: tuple[np.ndarray, np.ndarray]):
+    def __init__(self, env: gym.Env, units: Units):
         super().__init__(env)
-        self.mean, self.std = moments
+        self.units = units
 
     def observation(self, observation: np.ndarray) -> np.ndarray:
-        return (observation - self.mean) / self.std
+        return self.units.obs(observation)
 
 
-def make_env(task: Task, moments: tuple[np.ndarray, np.ndarray] | None = None) -> gym.Env:
-    """One environment of the task; checks that it has the dataset's dimensions."""
+def make_env(task: Task, units: Units = RAW) -> gym.Env:
+    """One environment of the task, its rewards raw; checks that it has the dataset's dimensions."""
     env = task.make()
     shapes = env.observation_space.shape, env.action_space.shape
     assert shapes == ((task.obs_dim,), (task.act_dim,)), f"{task.name}: environment of shapes {shapes}"
-    return env if moments is None else Normalize(env, moments)
+    return env if units.moments is None else Normalize(env, units)
 
 
 class Interaction:
@@ -570,16 +471,8 @@ class Interaction:
     stored actions again, which restores the simulator exactly without asking it for its state.
     """
 
-    def __init__(
-        self,
-        env: gym.Env,
-        buffer: ReplayBuffer,
-        seed: int,
-        reward_scale: float = 1.0,
-        reward_bias: float = 0.0,
-    ):
-        self.env, self.buffer, self.seed = env, buffer, seed
-        self.scale, self.bias = reward_scale, reward_bias
+    def __init__(self, env: gym.Env, buffer: ReplayBuffer, seed: int, units: Units = RAW):
+        self.env, self.buffer, self.seed, self.units = env, buffer, seed, units
         self.episode = self.age = 0
         self.episode_return = 0.0  # raw
         self.obs: torch.Tensor | None = None
@@ -591,7 +484,7 @@ class Interaction:
     def step(self, policy: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float] | None:
         """One step with policy((1, O)) -> (1, A) in [-1, 1]; what to log if the episode is over, else None.
 
-        The reward is stored as scale · r + bias, the return is logged raw.
+        The reward is stored in training units, the return is logged raw.
         """
         if self.obs is None:
             self._reset()
@@ -600,7 +493,8 @@ class Interaction:
         next_obs = torch.as_tensor(next_obs, dtype=torch.float32)
         if "executed" in info:
             action = torch.from_numpy(info["executed"])
-        self.buffer.add(self.obs, action, self.scale * float(reward) + self.bias, next_obs, terminated)
+        stored = self.units.reward_scale * float(reward) + self.units.reward_bias
+        self.buffer.add(self.obs, action, stored, next_obs, terminated)
         self.obs, self.age, self.episode_return = next_obs, self.age + 1, self.episode_return + float(reward)
         if not (terminated or truncated):
             return None
@@ -617,18 +511,13 @@ class Interaction:
         if state["age"] == 0:
             return
         self._reset()
-        rows = torch.arange(
-            self.buffer.rows - state["age"], self.buffer.rows, device=self.buffer.table.device
-        )
-        batch = Batch(*(x.cpu() for x in self.buffer.take(rows)))
+        batch = Batch(*(x.cpu() for x in self.buffer.last(state["age"])))
         for action in batch.actions.numpy():
             obs, reward, *_ = self.env.step(action)
             self.age, self.episode_return = self.age + 1, self.episode_return + float(reward)
         self.obs = torch.as_tensor(obs, dtype=torch.float32)
         if not torch.equal(self.obs, batch.next_obs[-1]):  # another machine or MuJoCo: start the next episode
-            print(
-                "note: the simulator does not repeat the interrupted episode exactly; going on with a new one"
-            )
+            print("note: the simulator does not repeat the interrupted episode; going on with a new one")
             self.episode, self.obs = self.episode + 1, None
 
 
@@ -642,8 +531,8 @@ class Evaluator:
 
     THREADED = "antmaze-", "pen-", "door-", "hammer-", "relocate-"
 
-    def __init__(self, task: Task, episodes: int, seed: int, moments: tuple | None = None):
-        self.task, self.seed, self.moments = task, seed, moments
+    def __init__(self, task: Task, episodes: int, seed: int, units: Units = RAW):
+        self.task, self.seed, self.units = task, seed, units
         self.episodes, self.envs = episodes, []
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.threads = min(cores, episodes) if task.name.startswith(self.THREADED) else 1
@@ -652,10 +541,10 @@ class Evaluator:
         self, policy: Callable[[torch.Tensor], torch.Tensor], device: torch.device
     ) -> dict[str, float]:
         """`policy` (E, O) -> (E, A), called with all E episodes even when some are over: shapes never change."""
-        self.envs = self.envs or [make_env(self.task, self.moments)]
+        self.envs = self.envs or [make_env(self.task, self.units)]
         if self.envs[0].has_wrapper_attr("exact"):
             return self._exactly(policy, device)
-        self.envs += [make_env(self.task, self.moments) for _ in range(self.episodes - len(self.envs))]
+        self.envs += [make_env(self.task, self.units) for _ in range(self.episodes - len(self.envs))]
         seeds = [envs.episode_seed(self.seed, "eval", i) for i in range(self.episodes)]
         obs = np.stack([e.reset(seed=s)[0] for e, s in zip(self.envs, seeds, strict=True)]).astype(np.float32)
         returns, lengths = np.zeros(self.episodes), np.zeros(self.episodes)
@@ -684,101 +573,6 @@ class Evaluator:
 
     def _exactly(self, policy: Callable, device: torch.device) -> dict[str, float]:
         """The expectation over all episodes, where the environment can compute it."""
-        obs = self.envs[0].get_wrapper_attr("states")
-        if self.moments is not None:
-            obs = (obs - self.moments[0]) / self.moments[1]
+        obs = self.units.obs(self.envs[0].get_wrapper_attr("states"))
         actions = policy(torch.from_numpy(obs).to(device)).cpu().numpy()
         return self._named(*self.envs[0].get_wrapper_attr("exact")(actions))
-
-
-# ---- data cards: python -m common.data list | check NAME|FILE [--env TASK] ----
-
-MEAN_RETURNS = {  # of D4RL's v2 files, by task without "-v2", as many published runs log them
-    "hopper-medium": 1422, "hopper-medium-replay": 467, "hopper-medium-expert": 2090, "hopper-expert": 3511,
-    "halfcheetah-medium": 4770, "halfcheetah-medium-replay": 3093, "halfcheetah-medium-expert": 7713,
-    "halfcheetah-expert": 10656, "walker2d-medium": 2852, "walker2d-medium-replay": 683,
-    "walker2d-medium-expert": 3797, "walker2d-expert": 4920, "hopper-random": 18, "halfcheetah-random": -289,
-    "walker2d-random": 2,
-}  # fmt: skip
-
-
-def _call(make: partial) -> str:
-    args = (_call(x) if isinstance(x, partial) else getattr(x, "__name__", str(x)) for x in make.args)
-    return f"{make.func.__name__}({', '.join(args)})"
-
-
-def list_tasks() -> None:
-    """Print every task: name, source, presence, rows, megabytes, environment, reference returns."""
-    print(
-        f"{'name':38}{'source':11}{'here':6}{'rows':>9}{'MB':>7}  {'returns of score 0, 100':26}environment"
-    )
-    for task in TASKS.values():
-        here, size = task.path.exists(), task.size
-        size = task.path.stat().st_size if here else size
-        print(
-            f"{task.name:38}{task.source:11}{'yes' if here else 'no':6}{task.rows or '?':>9}"
-            f"{f'{size / 1e6:.1f}' if size else '?':>7}  {f'{task.ref_min:g}, {task.ref_max:g}':26}{_call(task.make)}"
-        )
-
-
-def check(what: tyro.conf.Positional[str], env: str = "") -> None:
-    """Verify a task's file, or any file, and print what it holds.
-
-    Args:
-        what: a task's name, or the path of an HDF5 file in D4RL layout
-        env: the task that the file is for, if its name does not begin with the robot's
-    """
-    path = Path(what)
-    if path.exists():
-        stem = path.stem.replace("_", "-")
-        nearest = max(
-            TASKS, key=lambda x: sum(1 for _ in takewhile(lambda c: c[0] == c[1], zip(x, stem, strict=False)))
-        )
-        name = env or (nearest if stem.startswith(nearest.split("-")[0]) else "")
-        if not name:
-            raise UsageError(
-                "--env", f"nothing, and {path.name} does not tell", "the task that the file is for"
-            )
-        task, dataset = get_task(name), load(name, path)
-        known = "the registered file" if task.sha256 == dataset.sha256 else "not the registered file"
-    else:
-        task, dataset = get_task(what), load(what)
-        known = "as registered" if task.sha256 else "no hash is published"
-    lengths = np.diff(np.flatnonzero(dataset.ends) + 1, prepend=0)
-    returns, n = dataset.episode_returns(), len(dataset.rewards)
-    published = MEAN_RETURNS.get(task.name.removesuffix("-v2")) if not path.exists() else None
-    print(f"{dataset.path} read as {task.name}: {dataset.path.stat().st_size / 1e6:.1f} MB")
-    print(f"sha256       {dataset.sha256} ({known})")
-    print(f"rows         {n}, all finite; registered {task.rows or '?'}")
-    print(f"obs, actions {dataset.obs.shape[1]}, {dataset.actions.shape[1]}; actions at a bound "
-          f"{np.mean(np.abs(dataset.actions) >= 1):.1%}; constant features "
-          f"{int((np.ptp(dataset.obs, axis=0) == 0).sum())}")  # fmt: skip
-    print(f"episodes     {len(lengths)} finished, {int(dataset.terminations.sum())} terminal; length "
-          f"{lengths.min(initial=n)} to {lengths.max(initial=0)}; limit {task.limit}")  # fmt: skip
-    print(f"returns      {returns.mean():.1f} ± {returns.std():.1f}, {returns.min():.1f} to {returns.max():.1f}; score "
-          f"{task.score(returns.mean()):.1f}" + (f"; D4RL's mean {published}" if published else ""))  # fmt: skip
-    rows = np.random.default_rng(0).permutation(n)[:1_000]
-    infos = {}
-    with h5py.File(dataset.path, "r") as f:
-        if "infos" in f and all(len(x) == n for x in f["infos"].values() if isinstance(x, h5py.Dataset)):
-            infos = {k: x[()][rows] for k, x in f["infos"].items() if isinstance(x, h5py.Dataset)}
-    result = envs.simulate(make_env(task), dataset.obs[rows], dataset.actions[rows], infos)
-    if result is None:
-        print("simulator    not replayed: the file does not hold the simulator's state")
-        return
-    told = (np.abs(dataset.obs[rows]) != 10).all(
-        1
-    )  # a velocity at Hopper's and Walker2d's bound is not the state's
-    error = np.abs(result[0] - dataset.next_obs[rows]).max(1)[told]
-    cost = np.abs(result[1] - dataset.rewards[rows])[told]
-    print(f"simulator    {told.sum()} rows stepped: error of next obs, median {np.median(error):.1e}, over 1e-3 in "
-          f"{np.mean(error > 1e-3):.1%}, largest {error.max():.1e}; of rewards, median {np.median(cost):.1e}, largest "
-          f"{cost.max():.1e}")  # fmt: skip
-
-
-if __name__ == "__main__":
-    try:
-        tyro.extras.subcommand_cli_from_dict({"list": list_tasks, "check": check})
-    except UsageError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)

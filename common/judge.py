@@ -74,35 +74,89 @@ def describe(
     return logs
 
 
+def simulate(
+    env: gym.Env, obs: np.ndarray, actions: np.ndarray, infos: dict[str, np.ndarray] | None = None
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """What the simulator says of raw obs (N, O), actions (N, A): next obs (N, O), rewards (N,).
+
+    Locomotion: the observation is qpos without x, then qvel (clipped to ±10 in Hopper and Walker2d); dynamics do not
+    depend on x. Maze2D's is the whole state. Adroit: from `infos`, D4RL's arrays (N, ·) of the simulator's state. None
+    where the state is not known.
+    """
+    body = env.unwrapped
+    env.reset(seed=0)
+    if hasattr(body, "_state_space"):  # of Adroit; relocate misplaces its ball when set
+        keys = list(body._state_space.spaces)
+        if not infos or set(keys) - set(infos) or "obj_pos" in keys:
+            return None
+        next_obs, rewards = np.empty_like(obs), np.empty(len(obs), dtype=np.float32)
+        for i, action in enumerate(actions):
+            body.set_env_state({k: infos[k][i].astype(np.float64) for k in keys})
+            next_obs[i] = body.step(action)[0]
+            rewards[i], _ = env.get_wrapper_attr("reward")()
+        return next_obs, rewards
+    hidden = 0 if isinstance(body, envs.Maze2D) else 1
+    if not hasattr(body, "model") or body.model.nq - hidden + body.model.nv != obs.shape[1]:
+        return None
+    joints = body.model.nq - hidden
+    next_obs, rewards = np.empty_like(obs), np.empty(len(obs), dtype=np.float32)
+    for i, (o, a) in enumerate(zip(obs.astype(np.float64), actions, strict=True)):
+        body.set_state(np.concatenate([np.zeros(hidden), o[:joints]]), o[joints:])
+        next_obs[i], rewards[i], *_ = body.step(np.clip(a, -1, 1))
+    return next_obs, rewards
+
+
+def terminal(env: gym.Env, obs: np.ndarray) -> np.ndarray | None:
+    """Does an episode end, by the environment's own rule, where it gets to raw obs (N, O)? (N,) bool.
+
+    Locomotion: the observation is qpos without x, then qvel. Maze2D and HalfCheetah never end. None where the
+    observation does not tell (AntMaze's goal and Adroit's objects are not in it).
+    """
+    body = env.unwrapped
+    if isinstance(body, envs.Maze):
+        return None if body.ends else np.zeros(len(obs), bool)
+    if not hasattr(body, "model") or body.model.nq - 1 + body.model.nv != obs.shape[1]:
+        return None
+    joints, over = body.model.nq - 1, np.zeros(len(obs), bool)
+    if not hasattr(body, "is_healthy"):
+        return over
+    env.reset(seed=0)
+    for i, o in enumerate(obs.astype(np.float64)):
+        body.data.qpos[1:], body.data.qvel[:] = o[:joints], o[joints:]
+        over[i] = not body.is_healthy
+    return over
+
+
+def moments_of(env: gym.Env) -> tuple:
+    """Mean and std of an environment's normalisation of states, 0 and 1 if it has none."""
+    return env.units.moments if isinstance(env, data.Normalize) else (0.0, 1.0)
+
+
 def raw_columns(rows: torch.Tensor, env: gym.Env, widths: Sequence[int]) -> tuple[np.ndarray, ...]:
     """s, a, r, s', terminated of rows (N, D) as arrays, states in raw units: `env` has their normalisation, if any."""
     obs, actions, rewards, next_obs, flags = (x.cpu().numpy() for x in rows.split(widths, 1))
-    mean, std = (env.mean, env.std) if isinstance(env, data.Normalize) else (0.0, 1.0)
+    mean, std = moments_of(env)
     return obs * std + mean, actions, rewards[:, 0], next_obs * std + mean, flags[:, 0] > 0.5
 
 
 def simulator_error(
-    rows: torch.Tensor,
-    env: gym.Env,
-    widths: Sequence[int],
-    std: torch.Tensor,
-    rewards: tuple[float, float] = (1.0, 0.0),
+    rows: torch.Tensor, env: gym.Env, widths: Sequence[int], std: torch.Tensor, units: data.Units = data.RAW
 ) -> dict[str, float]:
     """Of (s, a, s') against the simulator: rms over features of (s' - simulated s') / std, median over rows (N, D).
 
     std (O,) of s' in training units. sim_error_shuffled: the same rows, each with another's s'. reward_error: mean, in
-    raw units; `rewards` are scale and bias of training. Empty where s does not tell the simulator's state.
+    raw units. Empty where s does not tell the simulator's state.
     """
     obs, actions, theirs, next_obs, _ = raw_columns(rows, env, widths)
-    truth, logs = envs.simulate(env, obs, actions), {}
+    truth, logs = simulate(env, obs, actions), {}
     if truth is None:
         return logs
-    unit = std.cpu().numpy() * (env.std if isinstance(env, data.Normalize) else 1.0)
+    unit = std.cpu().numpy() * moments_of(env)[1]
     for name, x in (("", next_obs), ("_shuffled", np.roll(next_obs, len(next_obs) // 2, 0))):
         gap = ((x - truth[0]) / unit) ** 2
         logs[f"sim_error{name}"] = float(np.median(np.sqrt(gap.mean(1))))
-    scale, bias = rewards
-    return logs | {"reward_error": float(np.abs((theirs - bias) / scale - truth[1]).mean())}
+    raw = (theirs - units.reward_bias) / units.reward_scale
+    return logs | {"reward_error": float(np.abs(raw - truth[1]).mean())}
 
 
 def flags_of(rows: torch.Tensor, env: gym.Env, widths: Sequence[int]) -> dict[str, float]:
@@ -111,7 +165,7 @@ def flags_of(rows: torch.Tensor, env: gym.Env, widths: Sequence[int]) -> dict[st
     `fallen`: share of rows that end by the rule; `flag_share`: flagged rows per such row; precision and recall.
     """
     *_, next_obs, told = raw_columns(rows, env, widths)
-    over = envs.terminal(env, next_obs)
+    over = terminal(env, next_obs)
     if over is None:
         return {}
     right, ends = float((over & told).sum()), float(over.sum())
@@ -121,12 +175,7 @@ def flags_of(rows: torch.Tensor, env: gym.Env, widths: Sequence[int]) -> dict[st
 
 
 def generated_rows(
-    generator: Any,
-    k: int,
-    env: gym.Env,
-    rewards: tuple[float, float],
-    offline: ReplayBuffer,
-    online: ReplayBuffer,
+    generator: Any, k: int, task: data.Task, units: data.Units, offline: ReplayBuffer, online: ReplayBuffer
 ) -> dict[str, float]:
     """All of the above of a Generator's k-th rows; 2,000 of each kind go to synthetic-<k>.npz.
 
@@ -143,7 +192,8 @@ def generated_rows(
     logs |= {"syn/nonfinite": dropped / rows, "syn/terminal": synthetic[:, -1].mean().item()}
     logs["syn/source_terminal"] = torch.cat([t[:, -1] for t in sources]).mean().item()
     std = moments.std[sum(widths[:3]) : sum(widths[:4])]
-    judged = simulator_error(spread(synthetic, 200), env, widths, std, rewards)
+    env = data.make_env(task, units)
+    judged = simulator_error(spread(synthetic, 200), env, widths, std, units)
     judged |= flags_of(spread(synthetic, 20_000), env, widths)
     file = io.BytesIO()
     np.savez_compressed(file, **{k: x.cpu().numpy() for k, x in few.items()})
@@ -169,7 +219,7 @@ def labelled_rows(generator: Any, offline: ReplayBuffer, online: ReplayBuffer) -
     return logs
 
 
-def guided_rows(energies: Any, env: gym.Env) -> dict[str, float]:
+def guided_rows(energies: Any, task: data.Task, units: data.Units) -> dict[str, float]:
     """What EDIS's guidance changed: 2,000 rows of the model alone ("unguided") and generated ones ("guided").
 
     energy/*_js_states from own states; *_policy_gap: rms of the action against one of the policy's at that state, in
@@ -177,12 +227,11 @@ def guided_rows(energies: Any, env: gym.Env) -> dict[str, float]:
     Σ w² as a share of the real rows that were weighed.
     """
     g, online = energies.generator, energies.online
-    widths, (o, a, *_) = online.widths, online.widths
+    widths, (o, a, *_), env = online.widths, online.widths, data.make_env(task, units)
     logs = {"energy/clipped": (energies.guided[1] / energies.guided[0].clamp(min=1)).item()}
     logs["energy/effective"] = energies.effective.item()
-    own, guided = (
-        g.moments.normalize(spread(b.table[: b.rows, : g.features], 2_000)) for b in (online, g.synthetic)
-    )
+    few = [spread(b.table[: b.rows, : g.features], 2_000) for b in (online, g.synthetic)]
+    own, guided = (g.moments.normalize(x) for x in few)
     for name, x in (("unguided", spread(energies.pool, 2_000)), ("guided", guided)):
         logs[f"energy/{name}_js_states"] = divergence(x[:, :o], own[:, :o])
         gap = (x - energies.with_policy(x))[:, o : o + a]

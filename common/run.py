@@ -26,10 +26,10 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr
 from dataclasses import asdict, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -148,18 +148,11 @@ def main(program: Callable, args_type: type, presets: dict[str, dict] | None = N
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except OSError as e:
-        if e.errno not in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-            errno.EROFS,
-            errno.EACCES,
-            errno.ENOTDIR,
-            errno.EEXIST,
-        ):
+        full, wrong = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EROFS, errno.EACCES, errno.ENOTDIR)
+        if e.errno not in (*full, *wrong, errno.EEXIST):
             raise
         print(f"error: cannot write {e.filename or 'file'}: {e.strerror}", file=sys.stderr)
-        sys.exit(1 if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else 2)
+        sys.exit(1 if e.errno in full else 2)
 
 
 # ---- files ----
@@ -196,9 +189,8 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except ValueError as e:
-        raise UsageError(
-            "run directory", f"damaged {path}", "an intact one, or --overwrite to start anew"
-        ) from e
+        allowed = "an intact one, or --overwrite to start anew"
+        raise UsageError("run directory", f"damaged {path}", allowed) from e
 
 
 def load_state(path: Path, device: torch.device) -> dict:
@@ -212,14 +204,9 @@ def load_state(path: Path, device: torch.device) -> dict:
 def git_commit() -> str:
     """Commit of the source tree, "+" appended if it has changes; "unknown" outside git."""
     try:
-        git = ["git", "-C", str(Path(__file__).parent)]
-        commit = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
-        ).stdout
-        return commit + ("+" if dirty else "")
+        git = partial(subprocess.run, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+        commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+        return commit + ("+" if git(["git", "status", "--porcelain"]).stdout else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -313,6 +300,8 @@ class Run:
         self.saved_at = time.monotonic()
         self.clock = (time.monotonic(), 0)  # of the last log line: time, step
         self._settle_args(presets)
+        if self.final:
+            print(f"{self.dir}: finished; --overwrite starts anew")
 
     @property
     def final(self) -> dict[str, float] | None:
@@ -328,10 +317,10 @@ class Run:
         if path.exists() and ((self.dir / "state.pt").exists() or self.final):
             self.info = read_json(path)
             before = {k: v["value"] for k, v in self.info["settings"].items()}
-            keys = [k for k in {**before, **settings} if k not in NOT_COMPARED]
-            changed = [
-                f"{k} {before.get(k)} -> {settings.get(k)}" for k in keys if before.get(k) != settings.get(k)
-            ]
+            pairs = {
+                k: (before.get(k), settings.get(k)) for k in {**before, **settings} if k not in NOT_COMPARED
+            }
+            changed = [f"{k} {old} -> {new}" for k, (old, new) in pairs.items() if old != new]
             if changed:
                 allowed = "the settings it was started with, another --out-dir, or --overwrite"
                 raise UsageError(f"settings of {self.dir}", ", ".join(changed), allowed)
@@ -341,13 +330,12 @@ class Run:
         origin |= dict.fromkeys({"env", *given(self.args, presets)}, "flag")
         told = [f"{k}={settings[k]} ({o})" for k, o in origin.items() if o != "default"]
         print(f"{self.dir}: {self.device}, compile {self.compile}; not default: {', '.join(told)}")
+        cuda = self.device.type == "cuda"
         self.info = {
             "settings": {k: {"value": v, "origin": origin[k]} for k, v in settings.items()},
             "command": " ".join(sys.argv),
             "commit": git_commit(),
-            "device": torch.cuda.get_device_name()
-            if self.device.type == "cuda"
-            else platform.processor() or "cpu",
+            "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -360,6 +348,10 @@ class Run:
         for k, v in facts.items():
             if self.info.setdefault(k, v) != v:
                 raise UsageError(f"{k} of {self.dir}", v, f"{self.info[k]}, as when the run was started")
+
+    def settings(self, names: Iterable[str]) -> dict:
+        """Those settings and the dataset's hash: what a phase that others may import depends on."""
+        return {k: getattr(self.args, k) for k in names} | {"dataset": self.info["dataset"]}
 
     # -- state --
 
@@ -405,10 +397,9 @@ class Run:
                 raise FloatingPointError(
                     f"{name} not finite at {self.current} step {self.done[self.current]}"
                 )
+        objects = self.objects.items()
         state = {
-            "objects": {
-                k: v if isinstance(v, torch.Tensor) else v.state_dict() for k, v in self.objects.items()
-            },
+            "objects": {k: v if isinstance(v, torch.Tensor) else v.state_dict() for k, v in objects},
             "done": self.done,
             "passed": self.passed,
             "seconds": self.seconds,
@@ -425,10 +416,7 @@ class Run:
 
     def export_phase(self, phase: str, settings: dict, **objects: Any) -> dict:
         """Write <phase>.pt for `--from-<phase>`: the objects' states and the settings that shaped them; returns it."""
-        state = {
-            "settings": settings,
-            "objects": {k: v.state_dict() for k, v in objects.items()},
-        }
+        state = {"settings": settings, "objects": {k: v.state_dict() for k, v in objects.items()}}
         save_atomically(state, self.dir / f"{phase}.pt")
         return state
 
@@ -489,9 +477,8 @@ class Run:
                 self.bar.update()
                 if caught:
                     self.checkpoint()
-                    print(
-                        f"{self.dir}: stopped at {name} step {step + 1}, checkpoint written", file=sys.stderr
-                    )
+                    told = f"{self.dir}: stopped at {name} step {step + 1}, checkpoint written"
+                    print(told, file=sys.stderr)
                     sys.exit(128 + caught[0])
                 if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
                     self.checkpoint()
@@ -520,26 +507,23 @@ class Run:
             return
         names = [k for k, v in metrics.items() if isinstance(v, torch.Tensor)]
         values = torch.stack([metrics[k].float() for k in names]).tolist() if names else []  # one copy
-        if broken := [
-            k for k, v in zip(names, values, strict=True) if k[:5] == "loss/" and not math.isfinite(v)
-        ]:
+        read = dict(zip(names, values, strict=True))
+        if broken := [k for k, v in read.items() if k.startswith("loss/") and not math.isfinite(v)]:
             raise FloatingPointError(f"{', '.join(broken)} not finite at {self.current} step {step + 1}")
         now = time.monotonic()
         speed = (step + 1 - self.clock[1]) / max(now - self.clock[0], 1e-9)
         self.clock = (now, step + 1)
-        row = {**metrics, **dict(zip(names, values, strict=True)), f"time/{self.current}_steps_per_s": speed}
-        self.record(step + 1, row)
+        self.record(step + 1, {**metrics, **read, f"time/{self.current}_steps_per_s": speed})
 
     def record(self, step: int, row: dict[str, float]) -> None:
         """Add a line to the log now. `eval/score` also goes to the scores, the bar and the screen."""
         self.rows.append({"phase": self.current, "step": step, **row})
         if "eval/score" in row:
             self.scores.setdefault(self.current, []).append(row["eval/score"])
-            tqdm.write(
-                f"{self.current} {step}: score {row['eval/score']:.1f}, return {row['eval/return']:.1f}"
-            )
+            score, result = row["eval/score"], row["eval/return"]
+            tqdm.write(f"{self.current} {step}: score {score:.1f}, return {result:.1f}")
             if self.bar is not None:
-                self.bar.set_postfix(score=f"{row['eval/score']:.1f}")
+                self.bar.set_postfix(score=f"{score:.1f}")
             self._write_rows()
             self.clock = (time.monotonic(), step)  # evaluations do not count as speed
             self.saved_at = -math.inf  # a checkpoint is due
@@ -556,22 +540,16 @@ class Run:
     def _load_rows(self, count: int) -> None:
         if count and (self.dir / "log.csv").exists():
             with open(self.dir / "log.csv", newline="") as f:
-                self.rows = [
-                    {k: v for k, v in row.items() if v != ""} for row in list(csv.DictReader(f))[:count]
-                ]
+                rows = list(csv.DictReader(f))[:count]
+            self.rows = [{k: v for k, v in row.items() if v != ""} for row in rows]
 
     def _start_wandb(self) -> None:
         try:
             import wandb
 
             name = "/".join(self.dir.parts[-3:])
-            self.wandb = wandb.init(
-                project="o2o-diffusion",
-                name=name,
-                id=re.sub(r"\W", "-", name),
-                resume="allow",
-                config=asdict(self.args),
-            )
+            same = dict(name=name, id=re.sub(r"\W", "-", name), resume="allow")
+            self.wandb = wandb.init(project="o2o-diffusion", config=asdict(self.args), **same)
         except Exception as e:  # a logging service must never stop a run
             print(f"warning: going on without Weights & Biases: {e}", file=sys.stderr)
 

@@ -56,9 +56,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from algorithms import calql, iql, iql_dare, synther
-from common import data, edm, report, run
+from common import data, edm, run
 from common.buffer import Batch, ReplayBuffer, mix
 from common.run import CapturedStep, UsageError, pick_device
+from common.tools import report
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(p.stem for p in (ROOT / "algorithms").glob("*.py"))
@@ -393,8 +394,6 @@ def generator(offline: ReplayBuffer, device: torch.device, compiled: bool) -> sy
     features = synther.Generator.features(a, offline)
     net = synther.TransitionNet(features, a.diffusion_width, a.diffusion_depth, a.diffusion_time_dim)
     g = synther.Generator(r, a, net, [offline])
-    g.draw = lambda: (synther.union_rows([offline], a.diffusion_batch)[0][:, :features],)
-    g.begin = lambda n: (g.denoiser(n), g.noise(n), 0)
     return g
 
 

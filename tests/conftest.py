@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import collect, envs, run
+from common import envs, files, run
+from common.tools import collect
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(p.stem for p in (ROOT / "algorithms").glob("*.py"))
@@ -50,7 +51,7 @@ def random_rows(tmp_path_factory) -> Path:
     env, rng = envs.locomotion("Hopper-v4"), np.random.default_rng(0)
     parts = [collect.rollout(env, lambda _: rng.uniform(-1, 1, 3), seed) for seed in range(60)]
     path = tmp_path_factory.mktemp("data") / "random.hdf5"
-    collect.write(path, collect.concatenate(parts, 600), {})
+    files.write_d4rl(path, collect.concatenate(parts, 600), {})
     return path
 
 

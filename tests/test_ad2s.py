@@ -362,8 +362,9 @@ def test_a_dropped_condition_is_a_learned_vector():
 def test_training_rows_carry_their_own_conditions_and_a_quarter_is_dropped():
     aligner = hand_made()
     aligner.select()
-    aligner.args = ad2s.Args(diffusion_batch=20_000)
-    rows, c, keep = aligner.draw(2 * OBS + ACT + 1)
+    g = SimpleNamespace(aligner=aligner, real=aligner.buffers, features=2 * OBS + ACT + 1)
+    g.args = ad2s.Args(diffusion_batch=20_000)
+    rows, c, keep = ad2s.AlignedGenerator.draw(g)
     assert rows.shape == (20_000, 6) and keep.dtype == torch.bool
     by_first = dict(
         zip(LOG_W.round(3), aligner.conditions.tolist(), strict=True)
@@ -372,8 +373,8 @@ def test_training_rows_carry_their_own_conditions_and_a_quarter_is_dropped():
     assert keep.float().mean().item() == pytest.approx(0.75, abs=0.01)
     shares = [(rows[:, 0] == x).float().mean().item() for x in rows[:, 0].unique()]
     assert len(shares) == 8 and shares == pytest.approx([1 / 8] * 8, abs=0.01)  # uniform over the union
-    aligner.args = ad2s.Args(diffusion_batch=50, guidance_eta=-1.0)
-    assert not aligner.draw(6)[2].any()  # w/o CG
+    g.args = ad2s.Args(diffusion_batch=50, guidance_eta=-1.0)
+    assert not ad2s.AlignedGenerator.draw(g)[2].any()  # w/o CG
 
 
 @pytest.mark.parametrize(
@@ -403,10 +404,9 @@ def start_of(n: int, condition: float, **settings) -> tuple:
         mean = torch.where(keep, c, 0.0)[:, None]
         return lambda x, sigma: (x + sigma**2 * mean) / (1 + sigma**2)
 
-    generator = SimpleNamespace(
-        denoiser=denoiser, features=6, moments=edm.Moments(6, 0, CPU), noise=lambda n: 80 * torch.randn(n, 6)
-    )
-    return aligner.begin(generator, n)
+    g = SimpleNamespace(aligner=aligner, args=aligner.args, r=aligner.r, denoiser=denoiser, features=6)
+    g.moments, g.noise = edm.Moments(6, 0, CPU), lambda n: 80 * torch.randn(n, 6)
+    return ad2s.AlignedGenerator.begin(g, n)
 
 
 GUIDED = [  # settings, wanted mean: (1 + η) ĉ of the condition 0.5 or -0.5

@@ -1,4 +1,4 @@
-"""python -m common.data list | check: what is there, and whether a file is what it should be."""
+"""python -m common.tools.cards list | check: what is there, and whether a file is what it should be."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ from common import data
 
 def card(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "common.data", *words], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "common.tools.cards", *words], capture_output=True, text=True, cwd=ROOT
     )
 
 

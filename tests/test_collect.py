@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import collect, data, envs, run
+from common import data, envs, files, judge, run
 from common.run import UsageError
+from common.tools import cards, collect
 
 
 def made(path: Path, **settings) -> dict[str, np.ndarray]:
@@ -159,7 +160,7 @@ def test_the_controller_s_file_is_d4rls(maze_rows, capsys):
     assert np.allclose(d["actions"][last], (10 * miss - obs[last, 2:]).clip(-1, 1), atol=1e-5)
     # 13,700 switches per 10^6 steps in a rebuild of D4RL's program; lengths spread by 0.7 of their mean
     assert switch.sum() == pytest.approx(137, abs=3 * 0.7 * 137**0.5)
-    data.check(str(path))
+    cards.check(str(path))
     assert "0 terminal" in capsys.readouterr().out
 
 
@@ -167,7 +168,7 @@ def test_the_controller_s_rows_follow_from_the_simulator(maze_rows):
     _, d = maze_rows
     env, rows = data.make_env(data.get_task("maze2d-umaze-v1")), slice(0, 2_000)
     state = np.hstack([d["infos/qpos"], d["infos/qvel"]])[rows]
-    next_obs, _ = envs.simulate(env, state, d["actions"][rows])
+    next_obs, _ = judge.simulate(env, state, d["actions"][rows])
     assert np.abs(next_obs - d["next_observations"][rows]).max() < 1e-4
 
 
@@ -263,7 +264,7 @@ def test_a_policy_of_a_file_is_rolled_out(hopper_file, tmp_path):
     with h5py.File(tmp_path / "x.hdf5") as f:
         recipe, command = json.loads(f.attrs["recipe"]), f.attrs["made_by"]
     assert recipe["policies"]["medium"] == {
-        "policy_key": "hopper/medium", "policy_sha256": data.sha256_of(hopper_file), "policy_source": "a test"
+        "policy_key": "hopper/medium", "policy_sha256": files.sha256_of(hopper_file), "policy_source": "a test"
     }  # fmt: skip
     assert str(tmp_path) not in json.dumps(recipe) + command and "--policy policies.npz" in command
     whole = made(tmp_path / "y.hdf5", **settings, whole_episodes=True)
@@ -310,10 +311,10 @@ def test_adroit_s_files_replay_in_the_simulator(task, tmp_path, capsys):
     if task == "door":
         assert np.flatnonzero(d["timeouts"]).tolist() == [199]
     infos = {k[6:]: v for k, v in d.items() if k not in collect.FIELDS}
-    next_obs, rewards = envs.simulate(known.make(), d["observations"], d["actions"], infos)
+    next_obs, rewards = judge.simulate(known.make(), d["observations"], d["actions"], infos)
     assert np.median(np.abs(next_obs - d["next_observations"])) < 1e-5
     assert np.abs(rewards - d["rewards"]).max() < 1e-3
-    data.check(str(tmp_path / f"{task}_expert.hdf5"))
+    cards.check(str(tmp_path / f"{task}_expert.hdf5"))
     assert "250 rows stepped" in capsys.readouterr().out
 
 
@@ -344,7 +345,7 @@ def test_sac_is_trained_in_the_shifted_environment(tmp_path, monkeypatch):
     for d in (replay, rolled):
         obs, acts, next_obs = (d[k][:100] for k in ("observations", "actions", "next_observations"))
         errors = {
-            name: np.abs(envs.simulate(collect.task_of(name).make(), obs, acts)[0] - next_obs).max(1)
+            name: np.abs(judge.simulate(collect.task_of(name).make(), obs, acts)[0] - next_obs).max(1)
             for name in ("hopper", "hopper-gravity-2.0")
         }
         assert np.median(errors["hopper-gravity-2.0"]) < 1e-5 and errors["hopper"].max() > 1e-2
@@ -461,7 +462,7 @@ def test_a_minari_dataset_has_the_rows_of_the_file(minari_home, tmp_path):
     assert (task.ref_min, task.ref_max, task.limit) == (-20.272305, 3234.3, 1_000)
     assert task.make().unwrapped.spec.id == "Hopper-v4"
     about = minari.load_dataset(name).storage.metadata
-    assert about["algorithm_name"] == "random" and "common.collect --env hopper" in about["description"]
+    assert about["algorithm_name"] == "random" and "common.tools.collect --env hopper" in about["description"]
     with pytest.raises(UsageError, match="--minari") as e:
         collect.main(collect.Args(minari=name, **settings))
     assert "\n" not in str(e.value) and str(minari_home) in str(e.value)

@@ -24,9 +24,10 @@ import numpy as np
 import pytest
 import torch
 
-from common import collect, data, envs
+from common import data, envs
 from common.buffer import Batch, ReplayBuffer, mix
 from common.run import UsageError
+from common.tools import collect
 
 torch.set_num_threads(1)
 
@@ -365,7 +366,7 @@ def test_moments_do_not_lose_digits_on_long_files():
 def test_batch_transforms_copies(tmp_path):
     """r -> 10 r - 5; s -> (s - 10) / 4 for both ends of the transition; the dataset stays raw."""
     d = read_tiny(tmp_path, 3, [1], [], True)
-    batch = d.batch(10.0, -5.0, (np.array([10], np.float32), np.array([4], np.float32)))
+    batch = d.batch(data.Units(10.0, -5.0, (np.array([10], np.float32), np.array([4], np.float32))))
     assert batch.rewards.tolist() == [5, 15, 25]
     assert batch.obs[:, 0].tolist() == [-2.5, 0, 2.5]
     assert batch.next_obs[:, 0].tolist() == [-1.25, 1.25, 3.75]
@@ -382,7 +383,7 @@ def test_batch_is_float32_for_a_numpy_scale_too(tmp_path):
     """What is computed from `episode_returns()` is a NumPy float64, which widens a float32 array (NumPy 2)."""
     d = read_tiny(tmp_path, 5, [2, 4], [], True)  # returns 6 and 9
     returns = d.episode_returns()
-    batch = d.batch(1_000 / (returns.max() - returns.min()))
+    batch = d.batch(data.Units(1_000 / (returns.max() - returns.min())))
     assert batch.rewards.tolist() == pytest.approx([1000 / 3, 2000 / 3, 1000, 4000 / 3, 5000 / 3])
     assert batch.rewards.dtype == torch.float32
 
@@ -597,6 +598,24 @@ def _endless(f: h5py.File, k: str) -> None:
 
 ODD = [_strings, _texts, _group, _null, _type, _complex, _compound, _ragged, _references, _dangling, _loop,
        _elsewhere, _huge, _endless]  # fmt: skip
+
+
+def test_claims_are_checked_before_anything_is_read(tmp_path, monkeypatch):
+    """10^9 rows, of which none is written: by shape, by number of rows, by memory."""
+    rows, path = 10**9, tmp_path / "x.hdf5"
+    widths = {"observations": (11,), "actions": (3,), "rewards": (), "terminals": ()}
+
+    def refused(**changed: tuple) -> str:
+        with h5py.File(path, "w") as f:
+            for k, width in widths.items():
+                shape = changed.get(k, (rows, *width))
+                f.create_dataset(k, shape=shape, chunks=(8, *shape[1:]), dtype="f4")
+        return refusal(path)
+
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", None)
+    assert "'terminals' of shape (1000000000, 3)" in refused(terminals=(rows, 3))
+    assert "the same number of rows" in refused(terminals=(8,))
+    assert "1000000000 rows, 59.6 GiB" in refused()
 
 
 @pytest.mark.parametrize("odd", ODD, ids=lambda f: f.__name__[1:])
@@ -1048,7 +1067,7 @@ def test_mix_keeps_the_halves_in_place():
 def test_a_time_limit_keeps_its_bootstrap_and_its_successor():
     """Five steps with rewards 1..5, stored as 2 r - 1; the last is cut by time: no termination, successor age 5."""
     buffer = ReplayBuffer(20, 2, 1, CPU)
-    interaction = data.Interaction(Walk(limit=5), buffer, 0, 2.0, -1.0)
+    interaction = data.Interaction(Walk(limit=5), buffer, 0, data.Units(2.0, -1.0))
     results = [interaction.step(hold) for _ in range(7)]
     assert results[:4] == [None] * 4 and results[5:] == [None] * 2
     assert results[4] == {"train/episode_return": 15.0, "train/episode_length": 5}
@@ -1109,7 +1128,7 @@ def play(env: gym.Env, actions: torch.Tensor, fixed: int, stop: int | None = Non
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     buffer = ReplayBuffer(fixed + len(actions), obs_dim, act_dim, CPU)
     buffer.extend(Batch(*(torch.ones(fixed, *x) for x in ((obs_dim,), (act_dim,), (), (obs_dim,), ()))))
-    interaction, results = data.Interaction(env, buffer, 7, 0.5, 0.25), []
+    interaction, results = data.Interaction(env, buffer, 7, data.Units(0.5, 0.25)), []
     if stopped is not None:
         buffer.load_state_dict(stopped[0])
         interaction.load_state_dict(stopped[1])
@@ -1249,7 +1268,7 @@ def test_evaluation_uses_no_random_number_of_the_run():
 
 def test_evaluation_and_training_normalise_observations_with_the_dataset_s_constants():
     """Age 0, 1, 2, ... seen as (age - 1) / 2."""
-    moments = np.array([1, 0], np.float32), np.array([2, 1], np.float32)
+    units = data.Units(moments=(np.array([1, 0], np.float32), np.array([2, 1], np.float32)))
     seen: list[float] = []
 
     def policy(obs: torch.Tensor) -> torch.Tensor:
@@ -1257,10 +1276,10 @@ def test_evaluation_and_training_normalise_observations_with_the_dataset_s_const
         return hold(obs)
 
     task = data.Task("walk", Walk, 2, 1, 5, 0.0, 1.0, "walk.hdf5")
-    assert data.Evaluator(task, 1, 0, moments)(policy, CPU)["eval/return"] == 15  # 1 + 2 + 3 + 4 + 5
+    assert data.Evaluator(task, 1, 0, units)(policy, CPU)["eval/return"] == 15  # 1 + 2 + 3 + 4 + 5
     assert seen == [-0.5, 0, 0.5, 1, 1.5]
     buffer = ReplayBuffer(5, 2, 1, CPU)
-    interaction = data.Interaction(data.make_env(task, moments), buffer, 0)
+    interaction = data.Interaction(data.make_env(task, units), buffer, 0, units)
     for _ in range(5):
         interaction.step(hold)
     batch = buffer.take(torch.arange(5))
@@ -1332,7 +1351,8 @@ def test_actions_are_clipped_before_their_cost_is_charged(env_id, tmp_path, monk
 def test_building_and_stepping_is_silent_and_leaves_no_files(name, tmp_path, monkeypatch, capfd):
     """Neither Gymnasium's out-of-date notice nor MuJoCo's MUJOCO_LOG.TXT in the user's directory."""
     monkeypatch.chdir(tmp_path)
-    handler = mujoco.get_mju_user_warning()
+    before, handler = mujoco.get_mju_user_warning(), print
+    mujoco.set_mju_user_warning(handler)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         env = data.make_env(data.TASKS[name])
@@ -1340,6 +1360,7 @@ def test_building_and_stepping_is_silent_and_leaves_no_files(name, tmp_path, mon
         for _ in range(5):
             env.step(np.full(env.action_space.shape, 3.0, np.float32))
     assert mujoco.get_mju_user_warning() is handler  # other users of MuJoCo keep theirs
+    mujoco.set_mju_user_warning(before)
     assert list(tmp_path.iterdir()) == []
     out = capfd.readouterr()
     assert out.out == out.err == ""
@@ -1498,7 +1519,7 @@ def test_a_collected_file_is_a_d4rl_file(random_file):
     )
     assert attributes["env_id"] == "Hopper-v4"
     words = attributes["made_by"].split()
-    assert words[:3] == ["python", "-m", "common.collect"] and words[words.index("--rows") + 1] == "500"
+    assert words[:3] == ["python", "-m", "common.tools.collect"] and words[words.index("--rows") + 1] == "500"
     assert versions["mujoco"] == mujoco.__version__ and versions["torch"] == torch.__version__
     assert versions["gymnasium"] == gym.__version__ and versions["numpy"] == np.__version__
     assert [p.name for p in random_file.parent.iterdir()] == ["hopper_random.hdf5"]

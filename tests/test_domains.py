@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from conftest import FILES, TINY, log_rows, module, tiny_args
 
-from common import collect, data, run
+from common import data, run
+from common.files import write_d4rl
+from common.tools import collect
 
 TASKS = {  # what of the task a run must have met: obs, act
     "door-human-v1": (39, 28),
@@ -31,7 +33,7 @@ def files(tmp_path_factory):
                 part["timeouts"][-1] = not part["terminals"][-1]
             parts.append(part)
         paths[name] = folder / f"{name}.hdf5"
-        collect.write(paths[name], collect.concatenate(parts, 600), {})
+        write_d4rl(paths[name], collect.concatenate(parts, 600), {})
     return paths
 
 

@@ -110,11 +110,15 @@ def case(out, rho=0.8, use=("state", "policy", "dynamics"), rows=20_000, **chang
         buffer.append(torch.cat([draw(of, rows), torch.zeros(rows, 1)], 1))
     r = run.Run(args, "edis.py", "x", {})
     net = edis.TransitionNet(4, args.diffusion_width, 1, args.diffusion_time_dim)
-    e = edis.Energies(r, args, edis.Generator(r, args, net, [offline, online]), offline, online)
+    shift, scale = POLICY["policy"]
+
+    def act(s: torch.Tensor) -> torch.Tensor:
+        return rho * s + shift + scale * math.sqrt(1 - rho**2) * torch.randn_like(s)
+
+    g = edis.Generator(r, args, net, [offline, online])
+    e = edis.Energies(r, args, g, act, offline, online)
     e.sources = [offline]
     e.pool.copy_(draw(law(rho), rows))
-    shift, scale = POLICY["policy"]
-    e.act = lambda s: rho * s + shift + scale * math.sqrt(1 - rho**2) * torch.randn_like(s)
     return e
 
 
@@ -148,9 +152,7 @@ def test_exact_energies_of_states_move_what_is_correlated_with_them_in_the_row_f
     model, mean = (torch.zeros(4).double(), cov), torch.tensor([1.0, 0, 0, rho]).double()
     columns, name = ([0], "state") if form == "paper" else ([0, 1, 2, 3], "tilt")
     e = case(tmp_path, use=("state",), rows=10, energy_form=form)
-    e.nets = {
-        name: lambda x, s: log_density(model, columns, x, s) - log_density((mean, cov), columns, x, s),
-    }
+    e.nets = {name: lambda x, s: log_density(model, columns, x, s) - log_density((mean, cov), columns, x, s)}
     got, got_cov = guided(e, model)
     expected = (
         mean if form == "row" else torch.tensor({0.8: [0.855, 0, 0, 0.31], 0.95: [0.765, 0, 0, 0.46]}[rho])
@@ -178,8 +180,7 @@ def test_row_form_is_exact_for_one_two_and_three_energies(rho, use, tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    ("form", "name"),
-    [("paper", k) for k in CHANGES] + [("row", k) for k in (*CHANGES, "tilt")],
+    ("form", "name"), [("paper", k) for k in CHANGES] + [("row", k) for k in (*CHANGES, "tilt")]
 )
 @pytest.mark.parametrize("sigma", [0.2, 2.0])
 def test_least_loss_is_at_the_log_ratio_of_noised_densities(form, name, sigma, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import collect, data, envs
+from common import data, envs, files
 from common.buffer import ReplayBuffer
 
 HANDS = ("door", "hammer", "relocate", "pen")
@@ -248,7 +248,7 @@ def test_frozen_lake_data_are_collected_once_and_learn(tmp_path, monkeypatch):
     fell = dataset.next_obs.argmax(1)[rows] == 12
     assert fell.mean() == pytest.approx(0.9, abs=0.03) and dataset.terminations[rows][fell].all()
     assert ((dataset.rewards == 1) == (dataset.next_obs.argmax(1) == 15)).all()
-    monkeypatch.setattr(collect, "frozen_lake", None)
+    monkeypatch.setattr(files, "frozen_lake", None)
     assert data.load("frozenlake-4x4").sha256 == dataset.sha256
 
 
@@ -264,7 +264,7 @@ def test_the_evaluator_takes_the_exact_score_of_a_policy(normalized):
         assert torch.allclose(states, 2 * torch.eye(16) - 1, atol=1e-5)
         return moves[states.argmax(1)]
 
-    evaluate = data.Evaluator(task, 10, 0, (mean, std) if normalized else None)
+    evaluate = data.Evaluator(task, 10, 0, data.Units(moments=(mean, std) if normalized else None))
     result = evaluate(policy, torch.device("cpu"))
     assert result["eval/score"] == pytest.approx(88.9, abs=0.05)
     assert result["eval/return"] == pytest.approx(0.889, abs=5e-4) and len(evaluate.envs) == 1

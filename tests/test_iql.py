@@ -137,7 +137,7 @@ def test_reward_bias_reaches_stored_rewards_and_no_logged_return(dataset, tmp_pa
     stored = rows[:length, 11 + 3].sum().item()
     assert stored == pytest.approx(float(first["train/episode_return"]) - length, rel=1e-5)
     raw = data.load("hopper-medium-v2", dataset)
-    assert torch.equal(raw.batch(1.0, -1.0).rewards, torch.from_numpy(raw.rewards) - 1)
+    assert torch.equal(raw.batch(data.Units(1.0, -1.0)).rewards, torch.from_numpy(raw.rewards) - 1)
 
 
 def test_policy_loss_reaches_no_critic_and_critic_losses_reach_no_actor():

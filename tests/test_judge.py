@@ -8,7 +8,8 @@ import torch
 from conftest import log_rows, module, tiny_args
 
 from algorithms import iql_synther
-from common import collect, data, edm, envs, judge
+from common import data, edm, envs, judge
+from common.tools import collect
 
 CPU = torch.device("cpu")
 
@@ -46,7 +47,7 @@ def test_simulator_repeats_real_transitions(name):
     rows = collect.rollout(env, lambda _: rng.uniform(-1, 1, env.action_space.shape[0]), 0)
     few = (np.abs(rows["observations"]) < 9.99).all(1)  # Hopper and Walker2d clip velocities at 10
     assert few.sum() > 8
-    next_obs, rewards = envs.simulate(envs.locomotion(name), rows["observations"][few], rows["actions"][few])
+    next_obs, rewards = judge.simulate(envs.locomotion(name), rows["observations"][few], rows["actions"][few])
     assert np.allclose(next_obs, rows["next_observations"][few], atol=2e-3)
     assert np.allclose(rewards, rows["rewards"][few], atol=2e-3)
 
@@ -57,15 +58,15 @@ def test_the_rule_of_termination_is_the_environments(name):
     env, rng = envs.locomotion(name), np.random.default_rng(0)
     for seed in range(4):
         rows = collect.rollout(env, lambda _: rng.uniform(-1, 1, env.action_space.shape[0]), seed)
-        over = envs.terminal(envs.locomotion(name), rows["next_observations"])
+        over = judge.terminal(envs.locomotion(name), rows["next_observations"])
         assert np.array_equal(over, rows["terminals"])
     assert rows["terminals"].any() == (name != "HalfCheetah-v4")
 
 
 def test_the_rule_where_s_does_not_tell():
-    assert envs.terminal(data.get_task("antmaze-umaze-v2").make(), np.zeros((3, 29))) is None
-    assert envs.terminal(data.get_task("pen-human-v1").make(), np.zeros((3, 45))) is None
-    assert not envs.terminal(data.get_task("maze2d-umaze-v1").make(), np.zeros((3, 4))).any()
+    assert judge.terminal(data.get_task("antmaze-umaze-v2").make(), np.zeros((3, 29))) is None
+    assert judge.terminal(data.get_task("pen-human-v1").make(), np.zeros((3, 45))) is None
+    assert not judge.terminal(data.get_task("maze2d-umaze-v1").make(), np.zeros((3, 4))).any()
 
 
 def test_flags_by_hand():
@@ -80,7 +81,9 @@ def test_flags_by_hand():
     scaled = rows.clone()
     scaled[:, 15:26] = (rows[:, 15:26] - 0.2) / 2.0
     scaled[:, :11] = (rows[:, :11] - 0.2) / 2.0
-    assert judge.flags_of(scaled, data.Normalize(env, moments), widths) == pytest.approx(expected)
+    assert judge.flags_of(scaled, data.Normalize(env, data.Units(moments=moments)), widths) == pytest.approx(
+        expected
+    )
     none = judge.flags_of(rows[4:], env, widths)
     assert none == {"fallen": 0.0, "flag_share": 0.0, "flag_precision": 0.0, "flag_recall": 0.0}
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from conftest import module, tiny_args
 
-from common import collect, data, envs
+from common import data, envs, files, judge
 from common.buffer import ReplayBuffer
+from common.tools import collect
 
 with contextlib.redirect_stderr(io.StringIO()):  # a notice
     import gymnasium_robotics
@@ -276,18 +277,18 @@ def test_the_simulator_repeats_maze2d_and_refuses_what_hides_its_goal():
     rows = collect.rollout(env, lambda _: rng.uniform(-1, 1, 2), 1)
     columns = [rows[k] for k in ("observations", "actions", "next_observations", "rewards")]
     obs, actions, next_obs, rewards = columns
-    again = envs.simulate(env, obs, actions)
+    again = judge.simulate(env, obs, actions)
     assert np.allclose(again[0], next_obs, atol=1e-4) and np.array_equal(again[1], rewards)
     for name in ("antmaze-umaze-v2", "frozenlake-4x4"):
         task = data.get_task(name)
         few = np.zeros((2, task.obs_dim), np.float32), np.zeros((2, task.act_dim), np.float32)
-        assert envs.simulate(data.make_env(task), *few) is None
+        assert judge.simulate(data.make_env(task), *few) is None
 
 
 def test_training_on_maze2d(tmp_path):
     env, rng = data.make_env(data.get_task("maze2d-umaze-v1")), np.random.default_rng(0)
     parts = [collect.rollout(env, lambda _: rng.uniform(-1, 1, 2), seed) for seed in range(2)]
-    collect.write(tmp_path / "rows.hdf5", collect.concatenate(parts, 600), {})
+    files.write_d4rl(tmp_path / "rows.hdf5", collect.concatenate(parts, 600), {})
     args = tiny_args("iql", dataset=tmp_path / "rows.hdf5", out_dir=tmp_path)
     result = module("iql").train(replace(args, env="maze2d-umaze-v1"))
     assert (tmp_path / "iql" / "maze2d-umaze-v1@rows" / "seed0").is_dir()

@@ -9,7 +9,7 @@ import pytest
 from conftest import log_rows, module, tiny_args
 from minari.data_collector import EpisodeBuffer
 
-from common import data, envs
+from common import data, envs, files
 from common.run import UsageError
 
 
@@ -64,7 +64,7 @@ def test_rows_are_the_episodes_with_true_successors():
         assert np.array_equal(dataset.actions[rows], np.float32(buffer.actions))
         assert np.array_equal(dataset.rewards[rows], np.float32(buffer.rewards))
     assert all(x.dtype == np.float32 for x in dataset[:5]) and dataset.ends.dtype == bool
-    assert dataset.path.is_file() and dataset.sha256 == data.sha256_of(dataset.path)
+    assert dataset.path.is_file() and dataset.sha256 == files.sha256_of(dataset.path)
 
 
 def test_scores_are_minaris_where_it_has_them_and_returns_otherwise():

@@ -16,8 +16,9 @@ import torch
 from conftest import cached, log_rows, module, tiny_args
 
 from algorithms import calql_dare, calql_stratdiff, iql_dare, iql_stratdiff
-from common import data, report, run
+from common import data, run
 from common.buffer import ReplayBuffer
+from common.tools import report
 
 RELEASE = ["calql_dare", "calql_stratdiff", "iql_dare", "iql_stratdiff"]
 

@@ -1,4 +1,4 @@
-"""python -m common.report: what counts, what is left out, our numbers, the papers', the same tables twice."""
+"""python -m common.tools.report: what counts, what is left out, our numbers, the papers', the same tables twice."""
 
 import csv
 import json
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import FILES, ROOT, module, tiny_args
 
-from common import data, report, run
+from common import data, run
+from common.tools import report
 
 SETTINGS = {
     "offline_steps": 1000,

@@ -86,7 +86,7 @@ def test_union_is_uniform_over_rows():
 
 
 def generator(tmp_path, terminals: bool = True, offline: ReplayBuffer | None = None, **changes):
-    """A generator of tiny size whose sources are the rows of `offline`; begin and draw as SynthER's."""
+    """A generator of tiny size whose sources are the rows of `offline`."""
     args = tiny_args(
         "iql_synther", out_dir=tmp_path, **dict(synthetic_rows=6, terminal_flag="joint") | changes
     )
@@ -96,8 +96,6 @@ def generator(tmp_path, terminals: bool = True, offline: ReplayBuffer | None = N
     sizes = args.diffusion_width, args.diffusion_depth, args.diffusion_time_dim
     g = iql_synther.Generator(r, args, iql_synther.TransitionNet(d, *sizes), [offline])
     r.register(**g.state())
-    g.draw = lambda: (iql_synther.union_rows([offline], args.diffusion_batch)[0][:, :d],)
-    g.begin = lambda n: (g.denoiser(n), g.noise(n), 0)
     return g, offline
 
 

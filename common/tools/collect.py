@@ -1,9 +1,9 @@
 """Make a dataset the way D4RL made its own, as HDF5 in D4RL's layout or as a Minari dataset.
 
-    python -m common.collect --env hopper --quality medium-replay --out hopper_medium_replay.hdf5
-    python -m common.collect --env maze2d-large --quality controller --rows 4000000 --out maze2d_large.hdf5
-    python -m common.collect --env door --quality expert --policy policies.npz --workers 8 --out door_expert.hdf5
-    python -m common.collect --env hopper-gravity-0.5 --quality medium --minari mine/hopper-light/medium-v0
+    python -m common.tools.collect --env hopper --quality medium-replay --out hopper_medium_replay.hdf5
+    python -m common.tools.collect --env maze2d-large --quality controller --rows 4000000 --out maze2d_large.hdf5
+    python -m common.tools.collect --env door --quality expert --policy policies.npz --workers 8 --out door_expert.hdf5
+    python -m common.tools.collect --env hopper-gravity-0.5 --quality medium --minari mine/hopper-light/medium-v0
 
 Environments: hopper, halfcheetah, walker2d, each also shifted (as in hopper-friction-2.0, data.get_task); pen, door,
 hammer, relocate; maze2d-umaze, -medium, -large. Protocol (read off D4RL's files, their metadata and its issues):
@@ -49,7 +49,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import gymnasium as gym
-import h5py
 import mujoco
 import numpy as np
 import torch
@@ -58,7 +57,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import envs, run
-from common.data import Task, get_task, minari_folder, sha256_of
+from common.data import Task, get_task
+from common.files import FIELDS, minari_folder, sha256_of, write_d4rl
 
 MEDIUM_EPOCH = {
     "hopper": 400,
@@ -67,7 +67,6 @@ MEDIUM_EPOCH = {
 }  # from the row counts of D4RL's replay files
 EXPERT_EPOCH = 1_000  # ours: D4RL's is unpublished; its full-replay files stop at 1e6 rows
 KEEP_EVERY = 50_000  # rows of a roll-out between two files in `--work`
-FIELDS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
 
 
 @dataclass(frozen=True)
@@ -616,44 +615,6 @@ def collect(
     return data, {"sac_epochs": used}, folders
 
 
-def frozen_lake(path: Path, slip: float = 0.1, seed: int = 0) -> None:
-    """Write DUAL's data for frozenlake-4x4 or -8x8 (the stem of `path`): everything a tabular Q-learner did.
-
-    Step size 0.1, γ 0.99, ε from 1 to 0.3 over the first half of 30,000 (8x8: 200,000) steps, ties broken at random.
-    """
-    size = path.stem.split("-")[1]
-    steps, limit = {"4x4": (30_000, 100), "8x8": (200_000, 200)}[size]
-    env, rng = envs.FrozenLake(size, limit, slip), np.random.default_rng(seed)
-    q, rows, episode, obs = np.zeros((len(env.states), 4)), [], 0, None
-    for i in tqdm(range(steps), unit="row", desc=path.name, disable=None):
-        if obs is None:
-            obs, _ = env.reset(seed=envs.episode_seed(seed, "collect", episode))
-            episode += 1
-        state = obs.argmax()
-        epsilon = max(0.3, 1 - 0.7 * i / (steps / 2))
-        best = np.flatnonzero(q[state] == q[state].max())
-        move = rng.integers(4) if rng.random() < epsilon else rng.choice(best)
-        following, reward, terminated, truncated, _ = env.step(env.moves[move])
-        target = reward + 0.99 * (not terminated) * q[following.argmax()].max()
-        q[state, move] += 0.1 * (target - q[state, move])
-        rows.append((obs, env.moves[move], reward, following, terminated, truncated and not terminated))
-        obs = None if terminated or truncated else following
-    columns = zip(FIELDS, zip(*rows, strict=True), strict=True)
-    data = {k: np.asarray(v, dtype=bool if k[0] == "t" else np.float32) for k, v in columns}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, data, {"env": path.stem, "slip": slip, "seed": seed, "policy": "epsilon-greedy Q-learning"})
-
-
-def write(path: Path, data: dict[str, np.ndarray], attributes: dict) -> None:
-    """`data` as HDF5 in D4RL's layout; written aside, then renamed."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with h5py.File(part, "w") as f:
-        for k, v in data.items():
-            f.create_dataset(k, data=v, compression="gzip", compression_opts=9, shuffle=True)
-        f.attrs.update(attributes)
-    part.replace(path)
-
-
 def write_minari(name: str, args: Args, task: Task, data: dict[str, np.ndarray], attributes: dict) -> None:
     """`data` as a Minari dataset with D4RL's reference returns, and its environment if that is Gymnasium's own.
 
@@ -738,13 +699,13 @@ def main(args: Args) -> dict[str, float]:
         if v != "False"
     ]
     attributes = {
-        "made_by": " ".join(["python -m common.collect", *flags]),
+        "made_by": " ".join(["python -m common.tools.collect", *flags]),
         "env_id": name_of(task.make()),
         "recipe": json.dumps(settings | recipe | origins | stats),
         "versions": json.dumps(versions()),
     }
     if args.out:
-        write(args.out, data, attributes)
+        write_d4rl(args.out, data, attributes)
     else:
         write_minari(args.minari, args, task, data, attributes)
     for folder in folders:

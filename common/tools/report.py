@@ -1,7 +1,7 @@
 """Tables and figures from run directories, beside the papers' numbers.
 
-    python -m common.report runs/                               tables to the screen; files to runs/report/
-    python -m common.report --csv common/results.csv --readme README.md      README's tables, from kept results
+    python -m common.tools.report runs/                               tables to the screen; files to runs/report/
+    python -m common.tools.report --csv common/results.csv --readme README.md      README's tables, from kept results
 
 Writes report.md (what is printed), results.csv (one row per run; gives the same tables again) and the figures
 curves-*.png, exchange-*.png, synthetic-*.png. Scores are D4RL-normalised; spread is the standard deviation over seeds,
@@ -32,7 +32,7 @@ import tyro
 
 from common import data, envs, run
 
-PUBLISHED = Path(__file__).with_name("published.csv")
+PUBLISHED = Path(data.__file__).with_name("published.csv")
 METHODS = {  # file and what makes it another method -> method and backbone in published.csv
     "iql": ("base", "IQL"), "calql": ("base", "Cal-QL"), "calql calibrate=False": ("base", "CQL"),
     "iql_dare": ("DARE", "IQL"), "calql_dare": ("DARE", "Cal-QL"),
