@@ -68,7 +68,6 @@ CAL_QL = dict(
     cql_n_actions=10,  # CORL [B §2.6]
     calibrate=True,
     calibrate_online=False,  # DARE §3.2: "R reduces to the standard CQL penalty"; CORL [B §2.4]
-    mc_tail="zero",  # CORL [B §2.4]
     warmup_steps=0,  # CORL [B §2.5]
     utd=1,  # StratDiff §4
     offline_frac=0.5,  # CORL [B §2.5]; StratDiff B: ρ

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tyro
 
-from common import data, envs, run
+from common import data, judge, run
 
 PUBLISHED = Path(data.__file__).with_name("published.csv")
 METHODS = {  # file and what makes it another method -> method and backbone in published.csv
@@ -491,7 +491,7 @@ def dynamics_distance(settings: dict[str, Any], rows: np.ndarray, spread: np.nda
     except (OSError, run.UsageError):
         return None
     o, a = env.observation_space.shape[0], env.action_space.shape[0]
-    truth = envs.simulate(env, rows[:, :o] * std + mean, rows[:, o : o + a])
+    truth = judge.simulate(env, rows[:, :o] * std + mean, rows[:, o : o + a])
     if truth is None:
         return None
     return (((rows[:, o + a + 1 :] - (truth[0] - mean) / std) / spread[o + a + 1 :]) ** 2).mean(1)
