@@ -459,3 +459,40 @@ def test_a_run_as_it_is_written_counts(dataset, tmp_path):
 @pytest.mark.parametrize("stem", [x for x in FILES if x.endswith(("_dare", "_stratdiff"))])
 def test_release_methods_log_what_is_drawn(stem):
     assert '"split/exchanged"' in (ROOT / "algorithms" / f"{stem}.py").read_text()
+
+
+# ---- against the backbone ----
+
+
+def test_differences_to_the_backbone_are_paired_by_seed(tmp_path):
+    """Seeds 0, 1, 2 of both: +5 in the last score, whatever the seed; seed 7 has no partner; one pair says nothing."""
+    for seed in range(3):
+        scores = OFFLINE, (30.0 + 20 * seed, 40.0 + 20 * seed)
+        better = OFFLINE, (30.0 + 20 * seed, 45.0 + 20 * seed)
+        write_run(tmp_path, "iql", "hopper-medium-v2", seed, scores)
+        write_run(tmp_path, "iql_dare", "hopper-medium-v2", seed, better)
+    write_run(tmp_path, "iql_dare", "hopper-medium-v2", 7, (OFFLINE, (0.0, 0.0)))
+    for file in ("calql", "calql_dare"):
+        write_run(tmp_path, file, "hopper-medium-v2", 0)
+    groups = report.grouped(report.find(tmp_path)[0])
+    (line,) = report.paired_lines(groups)
+    assert line[:4] == ["hopper-medium-v2", "`iql_dare` - `iql`", "3", "0"]
+    assert line[4] == "+5.0 [+5.0, +5.0]" and line[5] == line[6] == "+2.5 [+2.5, +2.5]"
+    # online averages 37.5, 57.5, 77.5 against 35, 55, 75: 3 + 2 + 1 of 9 pairs are won
+    assert line[7].startswith("0.67 [")
+    assert "`iql_dare` - `iql`" in report.report(report.find(tmp_path)[0])
+
+
+def test_interval_of_a_mean_and_the_chance_of_improvement():
+    """Of two values, resampled means are 0, 1/2, 1 with chances 1/4, 1/2, 1/4; ties of scores count half."""
+    assert report.mean_interval([0.0, 1.0]) == (0.5, 0.0, 1.0)
+    assert report.mean_interval([3.0] * 5) == (3.0, 3.0, 3.0)
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=400)
+    middle, low, high = report.mean_interval(x.tolist())
+    error = x.std() / 20
+    assert (middle - low, high - middle) == pytest.approx((1.96 * error, 1.96 * error), rel=0.1)
+    assert report.improvement([1.0, 2.0], [0.0, 0.0]) == (1.0, 1.0, 1.0)
+    assert report.improvement([1.0, 2.0, 3.0], [2.0, 2.0])[0] == 0.5
+    chance, low, high = report.improvement(x.tolist(), (x + 0.5).tolist())
+    assert low < chance < high and chance == pytest.approx(0.36, abs=0.03)  # Phi(-0.5 / sqrt 2)

@@ -263,6 +263,30 @@ def bootstrap(strata: list[list[float]], resamples: int = RESAMPLES) -> tuple[fl
     return float(iqm(np.concatenate(strata))), float(low), float(high)
 
 
+def mean_interval(values: list[float], resamples: int = RESAMPLES) -> tuple[float, float, float]:
+    """Mean and its 95% percentile interval over resampled `values` (those of the seeds)."""
+    x = np.asarray(values)
+    drawn = np.random.default_rng(0).choice(x, (resamples, len(x))).mean(1)
+    return float(x.mean()), *(float(v) for v in np.percentile(drawn, [2.5, 97.5]))
+
+
+def improvement(
+    ours: list[float], theirs: list[float], resamples: int = RESAMPLES
+) -> tuple[float, float, float]:
+    """Probability that a run of ours beats one of theirs, ties count half, and its 95% percentile interval.
+
+    Mann-Whitney's statistic over all pairs of runs, each side resampled apart.  [rliable, Agarwal et al., NeurIPS 2021]
+    """
+    x, y = np.asarray(ours), np.asarray(theirs)
+    wins = (x[:, None] > y) + 0.5 * (x[:, None] == y)
+    rng = np.random.default_rng(0)
+    i, j = (
+        rng.integers(len(x), size=(resamples, len(x), 1)),
+        rng.integers(len(y), size=(resamples, 1, len(y))),
+    )
+    return float(wins.mean()), *(float(v) for v in np.percentile(wins[i, j].mean((1, 2)), [2.5, 97.5]))
+
+
 # ---- tables ----
 
 
@@ -316,6 +340,27 @@ def iqm_lines(groups: dict[tuple[str, str], list[Row]]) -> list[list[str]]:
     return lines
 
 
+def paired_lines(groups: dict[tuple[str, str], list[Row]]) -> list[list[str]]:
+    """A line for each method on each task whose backbone has runs of the same seeds there, two at least."""
+    bases, lines = {backbone: name for name, (kind, backbone) in METHODS.items() if kind == "base"}, []
+    for (name, env), rows in groups.items():
+        kind, backbone = METHODS.get(name, ("base", ""))
+        theirs = {row["seed"]: row for row in groups.get((bases.get(backbone, ""), env), [])}
+        rows = [row for row in rows if row["seed"] in theirs]
+        if kind == "base" or len(rows) < 2:
+            continue
+        line = [env, f"`{name}` - `{bases[backbone]}`", str(len(rows))]
+        for column in SCORES:
+            differences = [row[column] - theirs[row["seed"]][column] for row in rows]
+            same = column == "offline" and not any(differences)  # one checkpoint
+            middle, low, high = mean_interval(differences)
+            line.append("0" if same else f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]")
+        both = ([row["online_mean"] for row in x] for x in (rows, [theirs[row["seed"]] for row in rows]))
+        line.append("{:.2f} [{:.2f}, {:.2f}]".format(*improvement(*both)))
+        lines.append(line)
+    return lines
+
+
 def cost_lines(groups: dict[tuple[str, str], list[Row]]) -> list[list[str]]:
     lines = []
     for (name, env), rows in groups.items():
@@ -335,6 +380,10 @@ def report(rows: list[Row]) -> str:
         parts += [f"### {title}\n", table(["task", "method", "seeds", *heads], lines)]
         if any(not line[0] for line in lines):
             parts.append("A paper's numbers are as printed; protocols and sources: `common/published.csv`.\n")
+        if lines := paired_lines(own):
+            told = "Differences to the backbone, paired by seed: mean [95% interval over seeds]; last, the chance that"
+            parts.append(f"{told} a run's online average is above one of the backbone's.\n")
+            parts.append(table(["task", "difference", "pairs", *heads, "P(improvement)"], lines))
         if kind != "other":
             parts.append("Over tasks: interquartile mean [95% interval], comparable on the same tasks.\n")
             parts.append(table(["method", "tasks", "runs", *heads], iqm_lines(own)))
