@@ -107,6 +107,17 @@ def _locomotion() -> dict[str, Task]:
     return tasks
 
 
+def _reacher() -> dict[str, Task]:
+    """Gymnasium's Reacher-v4 with an embedded dataset: a small task without falls whose scores hardly spread.
+
+    Score 0 is an arm that never moves (mean of 2,000 episodes), 100 Gymnasium's threshold for having solved it.
+    """
+    digest = "0ca310181922a5f51180f75fe869fa9f51300fc0f033d0a1c643e786752aa05e"
+    known = dict(size=936489, rows=12_000, sha256=digest, source="package")
+    make, name = partial(envs.locomotion, "Reacher-v4"), "reacher-mini-v0"
+    return {name: Task(name, make, 11, 2, 50, -11.87, -3.75, f"{name}.hdf5", **known)}
+
+
 def _adroit() -> dict[str, Task]:
     """Pen, door, hammer, relocate: D4RL v1's twelve files."""
     hands = {  # obs, act, limit, reference returns
@@ -214,7 +225,7 @@ def _dual(tasks: dict[str, Task]) -> dict[str, Task]:
 
 
 LOCOMOTION = _locomotion()
-TASKS: dict[str, Task] = LOCOMOTION | _dual(LOCOMOTION) | _adroit() | _mazes() | _frozen_lake()
+TASKS: dict[str, Task] = LOCOMOTION | _reacher() | _dual(LOCOMOTION) | _adroit() | _mazes() | _frozen_lake()
 
 
 def get_task(name: str) -> Task:

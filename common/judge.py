@@ -74,14 +74,18 @@ def describe(
     return logs
 
 
+def is_reacher(env: gym.Env) -> bool:
+    return env.spec is not None and env.spec.id.startswith("Reacher")
+
+
 def simulate(
     env: gym.Env, obs: np.ndarray, actions: np.ndarray, infos: dict[str, np.ndarray] | None = None
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """What the simulator says of raw obs (N, O), actions (N, A): next obs (N, O), rewards (N,).
 
     Locomotion: the observation is qpos without x, then qvel (clipped to ±10 in Hopper and Walker2d); dynamics do not
-    depend on x. Maze2D's is the whole state. Adroit: from `infos`, D4RL's arrays (N, ·) of the simulator's state. None
-    where the state is not known.
+    depend on x. Maze2D's is the whole state, Reacher's tells it. Adroit: from `infos`, D4RL's arrays (N, ·) of the
+    simulator's state. None where the state is not known.
     """
     body = env.unwrapped
     env.reset(seed=0)
@@ -95,11 +99,17 @@ def simulate(
             next_obs[i] = body.step(action)[0]
             rewards[i], _ = env.get_wrapper_attr("reward")()
         return next_obs, rewards
+    next_obs, rewards = np.empty_like(obs), np.empty(len(obs), dtype=np.float32)
+    if is_reacher(env):
+        for i, (o, a) in enumerate(zip(obs.astype(np.float64), actions, strict=True)):
+            joints, target = np.arctan2(o[2:4], o[:2]), o[4:6]
+            body.set_state(np.append(joints, target), np.append(o[6:8], [0.0, 0.0]))
+            next_obs[i], rewards[i], *_ = body.step(np.clip(a, -1, 1))
+        return next_obs, rewards
     hidden = 0 if isinstance(body, envs.Maze2D) else 1
     if not hasattr(body, "model") or body.model.nq - hidden + body.model.nv != obs.shape[1]:
         return None
     joints = body.model.nq - hidden
-    next_obs, rewards = np.empty_like(obs), np.empty(len(obs), dtype=np.float32)
     for i, (o, a) in enumerate(zip(obs.astype(np.float64), actions, strict=True)):
         body.set_state(np.concatenate([np.zeros(hidden), o[:joints]]), o[joints:])
         next_obs[i], rewards[i], *_ = body.step(np.clip(a, -1, 1))
@@ -109,12 +119,12 @@ def simulate(
 def terminal(env: gym.Env, obs: np.ndarray) -> np.ndarray | None:
     """Does an episode end, by the environment's own rule, where it gets to raw obs (N, O)? (N,) bool.
 
-    Locomotion: the observation is qpos without x, then qvel. Maze2D and HalfCheetah never end. None where the
+    Locomotion: the observation is qpos without x, then qvel. Maze2D, Reacher and HalfCheetah never end. None where the
     observation does not tell (AntMaze's goal and Adroit's objects are not in it).
     """
     body = env.unwrapped
-    if isinstance(body, envs.Maze):
-        return None if body.ends else np.zeros(len(obs), bool)
+    if isinstance(body, envs.Maze) or is_reacher(env):
+        return None if getattr(body, "ends", False) else np.zeros(len(obs), bool)
     if not hasattr(body, "model") or body.model.nq - 1 + body.model.nv != obs.shape[1]:
         return None
     joints, over = body.model.nq - 1, np.zeros(len(obs), bool)

@@ -2,16 +2,17 @@
 
     python -m common.tools.collect --env hopper --quality medium-replay --out hopper_medium_replay.hdf5
     python -m common.tools.collect --env maze2d-large --quality controller --rows 4000000 --out maze2d_large.hdf5
+    python -m common.tools.collect --env reacher --quality controller --rows 12000 --out reacher-mini-v0.hdf5
     python -m common.tools.collect --env door --quality expert --policy policies.npz --workers 8 --out door_expert.hdf5
     python -m common.tools.collect --env hopper-gravity-0.5 --quality medium --minari mine/hopper-light/medium-v0
 
 Environments: hopper, halfcheetah, walker2d, each also shifted (as in hopper-friction-2.0, data.get_task); pen, door,
-hammer, relocate; maze2d-umaze, -medium, -large. Protocol (read off D4RL's files, their metadata and its issues):
+hammer, relocate; maze2d-umaze, -medium, -large; reacher. Protocol (of D4RL's files, their metadata and its issues):
   random         uniform actions in the box
   medium/expert  sampled (not mean) actions of one SAC checkpoint; whole episodes appended, cut at exactly `rows`
   medium-replay  SAC's replay up to and including the medium checkpoint
   medium-expert  the medium rows up to their last finished episode, then the expert rows
-  controller     Maze2D: a PD controller follows waypoints from goal to goal (`segment`)
+  controller     Maze2D: a PD controller follows waypoints from goal to goal (`segment`); reacher: `reach`, ours
 With `--policy FILE` the sampled actions are those of a policy in a file (`read_policy`), and the quality is its level
 there; Adroit's expert is such a one. Without, SAC is trained, in locomotion only.
 SAC is rlkit's: 256-256 ReLU, tanh-Gaussian, lr 3e-4, γ 0.99, target rate 5e-3, automatic entropy, batch 256; 1,000
@@ -73,9 +74,9 @@ KEEP_EVERY = 50_000  # rows of a roll-out between two files in `--work`
 class Args:
     out: Path | None = None  # HDF5 file to write; an existing file is refused
     minari: str | None = None  # or the id of a Minari dataset to write, as in mine/hopper/medium-v0
-    # robot, shifted robot (hopper-gravity-0.5), task of the hand (pen), or maze (maze2d-umaze)
+    # robot, shifted robot (hopper-gravity-0.5), task of the hand (pen), maze (maze2d-umaze), or reacher
     env: str = "hopper"
-    # random, medium, medium-replay, medium-expert, expert, controller (maze2d); with --policy, a level of its file
+    # random, medium, medium-replay, medium-expert, expert, controller (maze2d, reacher); with --policy, a level there
     quality: str = "medium-replay"
     policy: Path | None = None  # npz FILE of the policy to roll out; without, SAC is trained
     noisy: bool = False  # of the maze's controller: N(0, 0.5²) is added to its actions
@@ -93,9 +94,11 @@ def task_of(env: str) -> Task:
     """The task whose environment and reference returns `--env` means; its data do not matter here."""
     robots, shifts = "hopper|halfcheetah|walker2d", "friction|gravity|kinematic|morphology"
     hands, sizes = "pen|door|hammer|relocate", "umaze|medium|large"
+    if env == "reacher":
+        return get_task("reacher-mini-v0")
     found = re.fullmatch(rf"({robots})(-(?:{shifts})-.+)?|(maze2d-(?:{sizes}))|({hands})", env)
     if not found:
-        allowed = f"{robots}, each also with -<{shifts}>-<level>; {hands}; maze2d-<{sizes}>"
+        allowed = f"{robots}, each also with -<{shifts}>-<level>; {hands}; maze2d-<{sizes}>; reacher"
         raise run.UsageError("--env", env, allowed.replace("|", ", "))
     robot, shift, maze, hand = found.groups()
     return get_task(
@@ -391,7 +394,24 @@ def episode(name: str, seed: int, purpose: str, policy: dict | None, i: int) -> 
     box = env.unwrapped.action_space  # ClipAction widens its own to the real line
     rng = np.random.default_rng(envs.episode_seed(seed, f"{purpose} actions", i))
     act = (lambda obs: sample(policy, obs, rng)) if policy else (lambda _: rng.uniform(box.low, box.high))
+    if purpose == "controller":
+        act = partial(reach, rng.uniform(0, 60), rng.uniform(0.02, 0.06), rng)
     return rollout(env, act, envs.episode_seed(seed, purpose, i))
+
+
+def reach(gain: float, damping: float, rng: np.random.Generator, obs: np.ndarray) -> np.ndarray:
+    """Torques (2,) that pull Reacher's fingertip to its target like a spring, damped and with N(0, 0.3²) on each.
+
+    The spring's force in Cartesian space times the arm's Jacobian (links of 0.1 and 0.11 m), less damping times the
+    joints' speeds. With gains below 10 the arm is slow, above 40 it oscillates: a mixture of middling skills.
+    """
+    (c1, c2, s1, s2), speed, force = obs[:4], obs[6:8], -gain * obs[8:10]
+    second = 0.11 * np.array(
+        [-(s1 * c2 + c1 * s2), c1 * c2 - s1 * s2]
+    )  # from the elbow to the fingertip, turned
+    first = 0.1 * np.array([-s1, c1]) + second
+    torque = np.array([first @ force, second @ force]) - damping * speed
+    return (torque + 0.3 * rng.standard_normal(2)).clip(-1, 1)
 
 
 def _begin_worker() -> None:
@@ -519,7 +539,7 @@ def roll(
         finished += int((parts[-1]["terminals"] | parts[-1]["timeouts"]).sum())
         rows += len(parts[-1]["rewards"])
     stored = rows
-    if purpose == "controller":
+    if purpose == "controller" and args.env != "reacher":
         source = segments(args, task, finished, parts[-1] if parts else None)
     else:
         source = episodes(args, purpose, policy, finished)
@@ -563,16 +583,16 @@ def plan(args: Args) -> tuple[Task, dict[str, dict], dict]:
     if args.epoch and (args.policy or quality == "medium-expert"):
         allowed = "0 with --policy, and with --quality medium-expert (it has two checkpoints)"
         raise run.UsageError("epoch", args.epoch, allowed)
-    if args.noisy and quality != "controller":
+    if args.noisy and (quality != "controller" or robot != "maze2d"):
         raise run.UsageError("--noisy", f"--quality {quality}", "the controller of maze2d")
     trained = ("medium", "medium-replay", "medium-expert", "expert") if robot in MEDIUM_EPOCH else ()
     if args.policy is None:
-        known = ("random", "controller") if robot == "maze2d" else ("random", *trained)
+        known = ("random", "controller") if robot in ("maze2d", "reacher") else ("random", *trained)
         if quality not in known:
-            more = "; another one with --policy" if robot != "maze2d" else ""
+            more = "; another one with --policy" if "controller" not in known else ""
             raise run.UsageError("--quality", f"{quality} for {args.env}", ", ".join(known) + more)
         return task, {}, {}
-    if robot == "maze2d" or quality in ("random", "medium-replay", "controller"):
+    if robot in ("maze2d", "reacher") or quality in ("random", "medium-replay", "controller"):
         raise run.UsageError("--policy", f"{args.policy} for {args.env} {quality}", "none for it")
     if not trained and quality != "expert":
         raise run.UsageError("--quality", f"{quality} for {args.env} with --policy", "expert")
