@@ -496,3 +496,18 @@ def test_interval_of_a_mean_and_the_chance_of_improvement():
     assert report.improvement([1.0, 2.0, 3.0], [2.0, 2.0])[0] == 0.5
     chance, low, high = report.improvement(x.tolist(), (x + 0.5).tolist())
     assert low < chance < high and chance == pytest.approx(0.36, abs=0.03)  # Phi(-0.5 / sqrt 2)
+
+
+def test_kept_results_are_replaced_run_by_run_and_stay_when_their_folder_is_gone(tmp_path):
+    kept = tmp_path / "results.csv"
+    for seed in (10, 2):
+        write_run(tmp_path / "a", "iql_dare", "hopper-medium-v2", seed)
+    write_run(tmp_path / "a", "iql", "maze2d-umaze-v1", 0)
+    report.main(report.Args(runs=tmp_path / "a", keep=kept))
+    first = report.read_rows(kept)
+    assert [(x["file"], x["seed"]) for x in first] == [("iql_dare", "2"), ("iql_dare", "10"), ("iql", "0")]
+    write_run(tmp_path / "b", "iql_dare", "hopper-medium-v2", 2, (OFFLINE, (1.0, 2.0)))
+    (write_run(tmp_path / "b", "iql", "hopper-medium-v2", 0) / "final.json").unlink()  # unfinished: not kept
+    report.main(report.Args(runs=tmp_path / "b", keep=kept))
+    second = report.read_rows(kept)
+    assert second[0]["final"] == 2 and second[1:] == first[1:]

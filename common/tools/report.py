@@ -1,6 +1,7 @@
 """Tables and figures from run directories, beside the papers' numbers.
 
     python -m common.tools.report runs/                               tables to the screen; files to runs/report/
+    python -m common.tools.report runs/ --keep common/results.csv       results of these runs into the kept ones
     python -m common.tools.report --csv common/results.csv --readme README.md      README's tables, from kept results
 
 Writes report.md (what is printed), results.csv (one row per run; gives the same tables again) and the figures
@@ -426,6 +427,17 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def keep(rows: list[Row], path: Path) -> None:
+    """Put `rows` into the results.csv at `path`, each in place of that of the same method, task and seed."""
+    names = ("file", "flags", "env", "seed")
+    kept = {tuple(x[k] for k in names): x for x in (*(read_rows(path) if path.exists() else ()), *rows)}
+    tasks = {name: i for i, name in enumerate(data.TASKS)}
+    ordered = sorted(
+        kept.values(), key=lambda x: (tasks.get(x["env"], len(tasks)), x["file"], int(x["seed"]))
+    )
+    run.write_atomically(write_rows(ordered).encode(), path)
+
+
 def around(readme: Path, markers: tuple[str, str]) -> tuple[str, str]:
     """Text up to and with the first of `markers`, text from the second on; UsageError if they are not there once."""
     begin, end = markers
@@ -628,6 +640,9 @@ class Args:
     out: Path | None = None  # folder for report.md, results.csv and figures; default: RUNS/report
     readme: Path | None = None  # put the tables between this file's markers
     csv: Path | None = None  # make the tables from this results.csv instead of run directories; no figures
+    keep: Path | None = (
+        None  # put the rows of the runs that count into this results.csv, in place of older ones; no more
+    )
 
 
 def main(args: Args) -> None:
@@ -637,9 +652,11 @@ def main(args: Args) -> None:
     else:
         rows, found = find(args.runs)
     if not rows:
-        raise run.UsageError(
-            "runs", args.csv or args.runs, "a folder with run directories, or their results.csv"
-        )
+        allowed = "a folder with run directories, or their results.csv"
+        raise run.UsageError("runs", args.csv or args.runs, allowed)
+    if args.keep:
+        keep([x for x in rows if not x["problem"]], args.keep)
+        return
     text = report(rows)
     out = args.out or (None if args.csv else args.runs / "report")
     if args.readme:
