@@ -3,14 +3,17 @@
 #
 #   bash run_all.sh            run the jobs that are not finished; the same command again goes on where it was
 #   bash run_all.sh --quick    every method on hopper-mini-v0, seed 0: about an hour on one CPU core
+#   bash run_all.sh --evidence the study: every method on both embedded tasks, seeds 0 to 9, each from its backbone's
+#                              checkpoint; results go to common/results.csv run by run, and what is there is not run again
 #   bash run_all.sh --list     print a command per job instead, backbones first; --quick --list too
 #   bash run_all.sh --help     this text
 #
 # Narrowed and tuned by variables in front, as in METHODS="iql *_dare" ENVS="hopper-*" SEEDS="0 1" bash run_all.sh:
 #   METHODS  names of files in algorithms/, or patterns
-#   ENVS     tasks, or patterns; each method takes those that its paper has, and hopper-mini-v0 if that is named
+#   ENVS     tasks, or patterns; each method takes those that its paper has, and hopper-mini-v0, reacher-mini-v0 if named
 #   SEEDS    0 1 2 3 4 unless given: all papers average over five (DUAL's number did not survive; five there too)
 #   JOBS     jobs at once, 1 unless given; all on one GPU, so with several GPUs use --list and a launcher
+#   KEEP     a results.csv for the results of each job as it ends (--evidence: common/results.csv)
 #   OUT      the --out-dir, runs unless given. Output of a job: OUT/logs/METHOD-ENV-SEED.log
 #   EXTRA    more flags for every job
 #   PYTHON   .venv/bin/python unless given, or python where that is missing
@@ -42,7 +45,8 @@ printf -v human '%s ' {pen,door,relocate}-human-v1
 printf -v cloned '%s ' {pen,door,hammer,relocate}-cloned-v1
 printf -v four '%s ' {hopper,halfcheetah,walker2d}-medium-v2 halfcheetah-medium-replay-v2
 printf -v shifted '%s ' halfcheetah-{friction,medium-replay-gravity}-2.0 hopper-kinematic-2.0 walker2d-morphology-2.0
-methods="" known="hopper-mini-v0 "
+embedded="hopper-mini-v0 reacher-mini-v0"
+methods="" known="$embedded "
 declare -A cost tasks
 method() { methods+="$1 " known+="${*:3} " cost[$1]=$2 tasks[$1]=${*:3}; } # NAME HOURS TASKS...
 # Hours on one core of an AVX2 CPU, as `python tests/bench.py --files` projects them for hopper-medium-v2, without the offline
@@ -101,6 +105,10 @@ job() { # METHOD ENV SEED
   LC_ALL=C printf 'done: %s: score %.1f\n' "$*" \
     "$(sed -n 's/.*"final_score": \([^ ,}]*\).*/\1/p' "$OUT/$1/$2/seed$3/final.json")"
 }
+keep() { # METHOD ENV SEED: its result, to KEEP
+  [[ ! $KEEP ]] || flock "$OUT/logs/keep" $PYTHON -m common.tools.report "$OUT/$1/$2/seed$3" --keep "$KEEP"
+}
+kept() { [[ $KEEP && -f $KEEP ]] && grep -q "^$1,$2,$3,.*,$" "$KEEP"; } # METHOD ENV SEED: a whole result is there
 
 # ---- the command line ----
 mode=run
@@ -108,12 +116,14 @@ for word in "$@"; do
   case $word in
     --list | --job) mode=${word#--} ;;
     --quick) ENVS=hopper-mini-v0 SEEDS=${SEEDS:-0} ;;
+    --evidence) ENVS=${ENVS:-$embedded} SEEDS=${SEEDS:-0 1 2 3 4 5 6 7 8 9} KEEP=${KEEP:-common/results.csv} ;;
     -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$self"; exit ;;
-    *) [[ $mode == job ]] || refuse argument "$word" "--list, --quick, --help" ;;
+    *) [[ $mode == job ]] || refuse argument "$word" "--list, --quick, --evidence, --help" ;;
   esac
 done
 carried=() # into the commands of the list
-for name in OUT EXTRA PYTHON; do [[ -z ${!name:-} ]] || carried+=("$name=${!name}"); done
+for name in OUT EXTRA PYTHON KEEP; do [[ -z ${!name:-} ]] || carried+=("$name=${!name}"); done
+export KEEP=${KEEP:-}
 OUT=${OUT:-runs} EXTRA=${EXTRA:-} JOBS=${JOBS:-1} METHODS=${METHODS:-*} ENVS=${ENVS:-} SEEDS=${SEEDS:-0 1 2 3 4}
 PYTHON=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python)}
 for word in $EXTRA; do
@@ -124,7 +134,7 @@ writable() { mkdir -p "$OUT/logs" 2> /dev/null && [[ -w $OUT/logs ]] || refuse O
 if [[ $mode == job ]]; then
   [[ $# == 4 && $1 == --job && -n ${tasks[$2]:-} ]] || refuse arguments "$*" "--job METHOD ENV SEED"
   writable
-  job "$2" "$3" "$4"
+  job "$2" "$3" "$4" && keep "$2" "$3" "$4"
   exit
 fi
 [[ $JOBS =~ ^[1-9][0-9]*$ ]] || refuse JOBS "$JOBS" "a number of jobs, from 1"
@@ -137,20 +147,23 @@ for p in $ENVS; do
   for env in $known -; do [[ $env == $p ]] && break; done
   [[ $env != - ]] || refuse ENVS "$p" "$(printf '%s\n' $known | sort -u | xargs)"
 done
-[[ " $ENVS " == *" hopper-mini-v0 "* ]] && mini=hopper-mini-v0 || mini=""
+minis=""
+for env in $embedded; do [[ " $ENVS " != *" $env "* ]] || minis+="$env "; done
 
-todo=() minutes=0
+todo=() minutes=0 before=0
 for method in $methods; do
   among "$method" $METHODS || continue
   for seed in $(printf '%s\n' $SEEDS | sort -nu); do
-    for env in ${tasks[$method]} $mini; do
+    for env in ${tasks[$method]} $minis; do
       among "$env" ${ENVS:-*} || continue
+      kept "$method" "$env" "$seed" && (( ++before )) && continue
       todo+=("$method $env $seed")
       [[ -f $OUT/$method/$env/seed$seed/final.json ]] && continue
-      [[ $env == hopper-mini-v0 ]] && (( minutes += 4 )) || (( minutes += 60 * cost[$method] ))
+      among "$env" $embedded && (( minutes += 4 )) || (( minutes += 60 * cost[$method] ))
     done
   done
 done
+(( ${#todo[@]} || ! before )) || { echo "nothing left: $before results are in $KEEP"; exit; }
 (( ${#todo[@]} )) || refuse "METHODS and ENVS" "$METHODS and $ENVS" "a task that one of the methods' papers has"
 if [[ $mode == list ]]; then
   printf -v start '%q ' ${carried:+env "${carried[@]}"} bash "$self" --job
@@ -160,7 +173,7 @@ fi
 writable
 gpu=$($PYTHON -c 'import common.run, torch; print(torch.cuda.is_available())' 2> /dev/null) \
   || refuse PYTHON "$PYTHON" "one that has this project's packages: uv sync makes .venv"
-echo "${#todo[@]} jobs, $JOBS at a time, in $OUT"
+echo "${#todo[@]} jobs, $JOBS at a time, in $OUT${KEEP:+; $before more are in $KEEP}"
 (( minutes < 300 )) && left="$minutes minutes" || left="$((minutes / 60)) hours"
 [[ $gpu == True ]] || echo "no GPU: about $left on one CPU core for what is left"
 for words in "${todo[@]}"; do
