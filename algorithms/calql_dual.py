@@ -828,16 +828,13 @@ def q_of_many(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.
 
 
 def conservative_gap(
-    q: torch.Tensor,
-    q_data: torch.Tensor,
-    log_probs: torch.Tensor,
-    bound: torch.Tensor | None,
-    clip_min: float,
+    q: torch.Tensor, q_data: torch.Tensor, log_probs: torch.Tensor, bound: torch.Tensor | None, floor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """R per row: logsumexp of importance-weighted Q, minus Q on data.  [CQL Eq. 4; Cal-QL §5; DARE Eq. 1]
 
     q (2, B, 3n): uniform actions, then those of π(s), then of π(s'), all at s; log_probs (B, 3n) their log-densities;
-    bound (B,) the return G below which policy actions are not pushed, None for CQL -> R (2, B), share below G ().
+    bound (B,) the return G below which policy actions are not pushed, None for CQL; R is at least `floor`
+    -> R (2, B), share below G ().
     """
     policy = torch.arange(q.shape[-1], device=q.device) >= q.shape[-1] // 3
     share = torch.zeros((), device=q.device)
@@ -845,7 +842,7 @@ def conservative_gap(
         below = policy & (q < bound[:, None])
         share = below.sum() / (2 * len(bound) * (2 * q.shape[-1] // 3))
         q = torch.where(below, bound[:, None], q)  # no gradient where G wins
-    return ((q - log_probs).logsumexp(-1) - q_data).clamp(min=clip_min), share
+    return ((q - log_probs).logsumexp(-1) - q_data).clamp(min=floor), share
 
 
 def frozen_q(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -899,9 +896,8 @@ class Returns:
         self.args, self.buffer, device = args, buffer, buffer.table.device
         self.dataset = self.of(units.rewards(dataset.rewards), dataset.ends).to(device)
         self.own = torch.zeros(len(buffer.table), device=device)
-        self.finished = torch.zeros(
-            (), dtype=torch.int64, device=device
-        )  # own rows of episodes that are over
+        # own rows of episodes that are over
+        self.finished = torch.zeros((), dtype=torch.int64, device=device)
 
     def state(self) -> dict:
         """What a checkpoint holds, by name."""
