@@ -23,7 +23,9 @@ Notes    D1, D2, D3, D4, D6, D7, U1, U2, U3 as in calql.py. Of the code shared w
          D56 all of W is drawn; here not along the one direction that normed features and 1 never take.
          D57 P̂ is the student; here then trained on d: its own error would hide a shift.
          D59 1M online steps, as the paper and CORL; calql.py's are 200,000. The warm-up (D4) is not CORL's.
-         U50 planner network. U51 horizon, windows, padding. U52 steps, rates, average, halvings, shrunk noise.
+         U50 planner network: residual MLP on the flattened window, one Linear last.
+         U51 H is 4, in AntMaze 32; stride 1, windows from every row; past an episode's end, actions have no loss.
+         U52 32 -> 1 denoising steps; rates, gradient norm, average, halvings; shrunk noise.
          U53 what is known stands in the noised input. U54 latent of μ: zero; evaluation: μ of W itself, no noise.
          U55 σ: a parameter per action. U56 draws: how many, when fitted, kept as offsets. U57 norm of d; P̂ is frozen.
          U61 no diffusion loss during RL; --bc-coef adds Eq. 3 on dataset windows to the actor's. Of this file:
@@ -35,8 +37,8 @@ Notes    D1, D2, D3, D4, D6, D7, U1, U2, U3 as in calql.py. Of the code shared w
             exp((Q - V) / std), the exponent within ±5, V the mean Q of 4 actions of π, std over the rows of the fit.
          U65 a' in TD targets and in the regulariser have σ only: the epistemic part and the shift are for acting.
 Metrics  calql.py's, but policy/data_log_prob; dual.py's; policy/outside: mean of relu(|μ| - 1).
-Run      python algorithms/calql_dual.py --env hopper-medium-v2 --seed 0; of another run: --from-planner (or dual.py's,
-         if planner settings and normalize_obs agree), --from-offline. Ablations as in dual.py: --horizon 1
+Run      python algorithms/calql_dual.py --env hopper-medium-v2 --seed 0; another run's phase: --from-planner (also dual.py's,
+         if the planner settings agree), --from-offline. Ablations as in dual.py: --horizon 1
          --shift-weight 0 | --distill-steps 32 | --uq none | --uq latent | --laplace-weights elbo | --time-acting
 Cost     hopper-mini-v0: about 4.8 CPU minutes; published sizes want a GPU (not measured there).
 """
@@ -188,7 +190,7 @@ class Windows:
         last = stops[np.searchsorted(stops, np.arange(n))]  # of the row's episode
         self.last = torch.from_numpy(last).to(device)
         self.buffer, self.offsets = buffer, torch.arange(horizon, device=device)
-        self.rows = torch.tensor(n, device=device)
+        self.rows = torch.tensor(n, device=device)  # of the dataset: those that `draw` draws from
         std, mean = torch.std_mean(buffer.obs.double(), 0, correction=0)
         self.mean, self.std = mean.float(), std.float() + 1e-3
         if not normalize:
@@ -513,7 +515,10 @@ class Planner:
                 x.zero_()
 
     def learn(self, score: Callable[[PlanActor], float] | None) -> None:
-        """All phases, the first perhaps another run's; `score` of each student as actor, None: not asked for."""
+        """All phases, the first perhaps another run's; `score` of each student as actor, None: not asked for.
+
+        r.phase yields the steps that are left, r.once is True once in a run's life: a stopped run goes on where it was.
+        """
         r, args = self.r, self.args
         if args.from_planner and r.once("from_planner"):
             r.import_phase("planner", args.from_planner, self.settings, average=self.average)
@@ -659,17 +664,17 @@ class Explorer:
 
     @torch.no_grad()
     def observe(self, online: ReplayBuffer) -> None:
-        """After an environment step, stored last: d of the next one, by the frozen P̂.  U57"""
+        """After an environment step, stored last: d of the next one, by the frozen P̂ (U57), on a device-side index."""
         if self.args.horizon > 1:
             self.shift.copy_(self.transition.prediction_error(online.take((online.size - 1)[None]))[0])
 
     def start(self, dataset: ReplayBuffer, weigh: Callable[[Batch], torch.Tensor]) -> dict[str, float]:
-        """At the end of offline: first posterior, N_eff from laplace_std, and what d is without a shift."""
+        """At the end of offline: first posterior, and, for the log, what d is without a shift."""
         logs = self.fit([dataset], weigh, first=True) if self.args.uq == "laplace" else {}
         return logs | (judge.usual_shift(self, dataset) if self.args.horizon > 1 else {})
 
     def some(self, total: int) -> torch.Tensor:
-        """Indices of at most laplace_rows of so many rows, all different.  U56"""
+        """Indices of at most laplace_rows of so many rows, all different: U56."""
         index = torch.arange(total, device=self.shift.device)
         if total > self.args.laplace_rows:
             index = torch.randperm(total, device=self.shift.device)[: self.args.laplace_rows]
@@ -695,10 +700,10 @@ class Explorer:
     def fit(
         self, buffers: list[ReplayBuffer], weigh: Callable[[Batch], torch.Tensor], first: bool = False
     ) -> dict[str, float]:
-        """New posterior from rows of `buffers`, weighed (B,) >= 0, and new draws of it.  [Eq. 6, Thm. 3.4]: U56
+        """New posterior from rows of `buffers`, weighed (B,) >= 0, and new draws of it.  [Eq. 6, Thm. 3.4]: rows, U56
 
-        N_eff and noise are ours, D51; --laplace-std 0 --laplace-noise sigma are Eq. 6's. Waits for the device; not part
-        of a gradient step.
+        N_eff, set at the `first` fit, and noise are ours, D51; --laplace-std 0 --laplace-noise sigma are Eq. 6's. Waits
+        for the device; not part of a gradient step.
         """
         args, actor = self.args, self.actor
         if args.laplace_weights == "elbo":
@@ -754,7 +759,7 @@ def box(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def boxed(
     mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Action box(u), u = mean + σ · noise, and its log π: (..., A) -> (..., A), (...,); σ may be (A,): D58"""
+    """Action box(u), u = mean + σ · noise, and its log π: (..., A), log σ also (A,) -> (..., A), (...,): D58."""
     actions, log_slope = box(mean + log_std.exp() * noise)
     log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
     return actions, (log_normal - log_slope).sum(-1)

@@ -17,29 +17,29 @@ Notes    D1, D2, D3, D5, U1 as in iql.py. The rest: what the paper has; what is 
          D50 Eq. 3 predicts noise; here v, cosine schedule [Salimans & Ho]: at pure noise ε is the input itself.
          D51 Eq. 6 (noise σ, flat prior, N_eff = Σ w) is a spike and dies with σ; here noise 1, prior laplace_prior, and
             N_eff such that the epistemic std on data is laplace_std when offline ends, then in proportion to the rows.
-         D52 ŝ' off the plan: of another action, and RL moves it (off by 0.9; P̂ 0.03); here P̂ of the executed action.
+         D52 ŝ' off the plan, of an action not executed, and RL moves it (off by 0.9; P̂ 0.03); here P̂, asked again.
          D53 no caps; here epistemic variance at most 0.25, λ d at most 1, per dimension: uniform actions have 1/3.
          D55 Eq. 5 weighs with Q, which may be negative; here with IQL's bounded exponential advantage.
-         D56 all of W is drawn; here not along the one direction that normed features and 1 never take: noise later on.
+         D56 all of W is drawn; here not along the one direction that features never take: only the prior limits it.
          D57 P̂ is the student; here then trained on d: its own error (0.026 on mini; linear 0.015) would hide a shift.
          D59 the learner is CORL's, as the paper's (iql.py: PEX's), one setting for locomotion; the warm-up is ours.
          U50 planner network: residual MLP on the flattened window, actions in [-1, 1] as they are, one Linear last.
-         U51 H 4, AntMaze 32, stride 1; windows from every row; past an episode its last state, actions 0 without loss.
+         U51 H is 4, in AntMaze 32; stride 1, windows from every row; past an episode's end, actions have no loss.
          U52 32 -> 1 steps (Table 4's latencies have ratio 32); rates, gradient norm, average, halvings; shrunk noise.
          U53 the known state, half the time also the action, stands in the noised input; one more input says which.
          U54 latent of μ: zero; --latent sample draws it in training and acting. Evaluation: μ of W itself, no noise.
-         U55 σ: a parameter per action, from e⁻¹, log in [-5, 0.5]; actions are clipped, not squashed: μ starts as
-            planned and stays affine; no dropout.
+         U55 σ: a parameter per action, from e⁻¹, log in [-5, 0.5]; actions clipped, no squash: μ is affine; no dropout.
          U56 K draws per fit, kept as offsets from W, which moves on; fits: end of offline, every laplace_every steps.
-         U57 d: mean square over states in units of their std; 0 on an episode's first step; P̂ frozen, so d stays.
+         U57 d: mean square over states in units of their std; 0 on an episode's first step; P̂ frozen, d does not fade.
          U61 no diffusion loss during RL; --bc-coef adds Eq. 3 on dataset windows to the actor's.
          U62 Frozen-Lake (reasons at ENV_PRESETS): rewards of 10, β = 10, own rows only online, states as they are.
 Metrics  loss/{planner,distill,transition}; distill/*: judge.student; laplace/{n_eff, condition of G, data_std epistemic
          on the fit's rows}; shift/offline, uq/*: judge.acting; score_online_mean in final.json: the paper's tables.
-Run      python algorithms/dual.py --env hopper-medium-v2 --seed 0; of another run: --from-planner, --from-offline
-         Table 4: --horizon 1 --shift-weight 0 | --distill-steps 32 | --uq none | --shift-weight 0 | --time-acting.
-         Table 5: --shift-weight 0.1 to 1. Fig. 3c, without shift: --uq latent | --laplace-weights elbo. Fig. 2b:
-         --distill-steps 16 to 2 | --eval-halvings. Eq. 6: --laplace-noise sigma --laplace-std 0 --laplace-prior 1e-6
+Run      python algorithms/dual.py --env hopper-medium-v2 --seed 0; another run's phase: --from-planner, --from-offline
+         Table 4: w/o planner --horizon 1 --shift-weight 0 | w/o distillation --distill-steps 32 | w/o epistemic UQ --uq
+         none | w/o shift-aware --shift-weight 0 | latencies --time-acting. Table 5: --shift-weight 0.1 to 1. Fig. 2b:
+         --distill-steps 16 to 2, --eval-halvings. Fig. 3c, no shift: w sampling --uq latent | w LA with ELBO
+         --laplace-weights elbo. Eq. 6 to the letter: --laplace-noise sigma --laplace-std 0 --laplace-prior 1e-6
 Cost     hopper-mini-v0: about 4.2 CPU minutes; published sizes want a GPU (not measured there).
 Fails    constant rates online: the mean is one path through Hopper and may fall where the noisy policy seldom does.
 """
@@ -186,7 +186,7 @@ class Windows:
         last = stops[np.searchsorted(stops, np.arange(n))]  # of the row's episode
         self.last = torch.from_numpy(last).to(device)
         self.buffer, self.offsets = buffer, torch.arange(horizon, device=device)
-        self.rows = torch.tensor(n, device=device)
+        self.rows = torch.tensor(n, device=device)  # of the dataset: those that `draw` draws from
         std, mean = torch.std_mean(buffer.obs.double(), 0, correction=0)
         self.mean, self.std = mean.float(), std.float() + 1e-3
         if not normalize:
@@ -511,7 +511,10 @@ class Planner:
                 x.zero_()
 
     def learn(self, score: Callable[[PlanActor], float] | None) -> None:
-        """All phases, the first perhaps another run's; `score` of each student as actor, None: not asked for."""
+        """All phases, the first perhaps another run's; `score` of each student as actor, None: not asked for.
+
+        r.phase yields the steps that are left, r.once is True once in a run's life: a stopped run goes on where it was.
+        """
         r, args = self.r, self.args
         if args.from_planner and r.once("from_planner"):
             r.import_phase("planner", args.from_planner, self.settings, average=self.average)
@@ -657,17 +660,17 @@ class Explorer:
 
     @torch.no_grad()
     def observe(self, online: ReplayBuffer) -> None:
-        """After an environment step, stored last: d of the next one, by the frozen P̂.  U57"""
+        """After an environment step, stored last: d of the next one, by the frozen P̂ (U57), on a device-side index."""
         if self.args.horizon > 1:
             self.shift.copy_(self.transition.prediction_error(online.take((online.size - 1)[None]))[0])
 
     def start(self, dataset: ReplayBuffer, weigh: Callable[[Batch], torch.Tensor]) -> dict[str, float]:
-        """At the end of offline: first posterior, N_eff from laplace_std, and what d is without a shift."""
+        """At the end of offline: first posterior, and, for the log, what d is without a shift."""
         logs = self.fit([dataset], weigh, first=True) if self.args.uq == "laplace" else {}
         return logs | (judge.usual_shift(self, dataset) if self.args.horizon > 1 else {})
 
     def some(self, total: int) -> torch.Tensor:
-        """Indices of at most laplace_rows of so many rows, all different.  U56"""
+        """Indices of at most laplace_rows of so many rows, all different: U56."""
         index = torch.arange(total, device=self.shift.device)
         if total > self.args.laplace_rows:
             index = torch.randperm(total, device=self.shift.device)[: self.args.laplace_rows]
@@ -693,10 +696,10 @@ class Explorer:
     def fit(
         self, buffers: list[ReplayBuffer], weigh: Callable[[Batch], torch.Tensor], first: bool = False
     ) -> dict[str, float]:
-        """New posterior from rows of `buffers`, weighed (B,) >= 0, and new draws of it.  [Eq. 6, Thm. 3.4]: U56
+        """New posterior from rows of `buffers`, weighed (B,) >= 0, and new draws of it.  [Eq. 6, Thm. 3.4]: rows, U56
 
-        N_eff and noise are ours, D51; --laplace-std 0 --laplace-noise sigma are Eq. 6's. Waits for the device; not part
-        of a gradient step.
+        N_eff, set at the `first` fit, and noise are ours, D51; --laplace-std 0 --laplace-noise sigma are Eq. 6's. Waits
+        for the device; not part of a gradient step.
         """
         args, actor = self.args, self.actor
         if args.laplace_weights == "elbo":
