@@ -37,8 +37,8 @@ Notes    D1, D2, D3, D4, D6, D7, U1, U2, U3 as in calql.py. Of the code shared w
             exp((Q - V) / std), the exponent within ±5, V the mean Q of 4 actions of π, std over the rows of the fit.
          U65 a' in TD targets and in the regulariser have σ only: the epistemic part and the shift are for acting.
 Metrics  calql.py's, but policy/data_log_prob; dual.py's; policy/outside: mean of relu(|μ| - 1).
-Run      python algorithms/calql_dual.py --env hopper-medium-v2 --seed 0; another run's phase: --from-planner (also dual.py's,
-         if the planner settings agree), --from-offline. Ablations as in dual.py: --horizon 1
+Run      python algorithms/calql_dual.py --env hopper-medium-v2 --seed 0; another run's phase: --from-offline, or
+         --from-planner (also dual.py's, if the planner settings agree). Ablations as in dual.py: --horizon 1
          --shift-weight 0 | --distill-steps 32 | --uq none | --uq latent | --laplace-weights elbo | --time-acting
 Cost     hopper-mini-v0: about 4.8 CPU minutes; published sizes want a GPU (not measured there).
 """
