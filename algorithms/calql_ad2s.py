@@ -267,14 +267,11 @@ def squashed_log_prob(mean: torch.Tensor, log_std: torch.Tensor, actions: torch.
 # --- shared: calql.networks ---
 def make_calql_nets(obs_dim: int, act_dim: int, hidden: int, critic_layers: int) -> nn.ModuleDict:
     """actor, qf, q_target (a frozen copy of qf), and log_alpha, log_alpha_prime as parameters of `weights`."""
-    nets = nn.ModuleDict(
-        {
-            "actor": TanhGaussianActor(obs_dim, act_dim, hidden),
-            "qf": DeepTwinQ(obs_dim, act_dim, hidden, critic_layers),
-            "q_target": DeepTwinQ(obs_dim, act_dim, hidden, critic_layers),
-            "weights": nn.ParameterDict({"log_alpha": torch.zeros(()), "log_alpha_prime": torch.ones(())}),
-        }
-    )
+    nets = nn.ModuleDict()
+    nets["actor"] = TanhGaussianActor(obs_dim, act_dim, hidden)
+    nets["qf"] = DeepTwinQ(obs_dim, act_dim, hidden, critic_layers)
+    nets["q_target"] = DeepTwinQ(obs_dim, act_dim, hidden, critic_layers)
+    nets["weights"] = nn.ParameterDict({"log_alpha": torch.zeros(()), "log_alpha_prime": torch.ones(())})
     nets["q_target"].load_state_dict(nets["qf"].state_dict())
     nets["q_target"].requires_grad_(False)
     return nets
@@ -299,16 +296,13 @@ def q_of_many(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.
 
 
 def conservative_gap(
-    q: torch.Tensor,
-    q_data: torch.Tensor,
-    log_probs: torch.Tensor,
-    bound: torch.Tensor | None,
-    clip_min: float,
+    q: torch.Tensor, q_data: torch.Tensor, log_probs: torch.Tensor, bound: torch.Tensor | None, floor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """R per row: logsumexp of importance-weighted Q, minus Q on data.  [CQL Eq. 4; Cal-QL §5; DARE Eq. 1]
 
     q (2, B, 3n): uniform actions, then those of π(s), then of π(s'), all at s; log_probs (B, 3n) their log-densities;
-    bound (B,) the return G below which policy actions are not pushed, None for CQL -> R (2, B), share below G ().
+    bound (B,) the return G below which policy actions are not pushed, None for CQL; R is at least `floor`
+    -> R (2, B), share below G ().
     """
     policy = torch.arange(q.shape[-1], device=q.device) >= q.shape[-1] // 3
     share = torch.zeros((), device=q.device)
@@ -316,7 +310,7 @@ def conservative_gap(
         below = policy & (q < bound[:, None])
         share = below.sum() / (2 * len(bound) * (2 * q.shape[-1] // 3))
         q = torch.where(below, bound[:, None], q)  # no gradient where G wins
-    return ((q - log_probs).logsumexp(-1) - q_data).clamp(min=clip_min), share
+    return ((q - log_probs).logsumexp(-1) - q_data).clamp(min=floor), share
 
 
 def frozen_q(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -370,9 +364,8 @@ class Returns:
         self.args, self.buffer, device = args, buffer, buffer.table.device
         self.dataset = self.of(units.rewards(dataset.rewards), dataset.ends).to(device)
         self.own = torch.zeros(len(buffer.table), device=device)
-        self.finished = torch.zeros(
-            (), dtype=torch.int64, device=device
-        )  # own rows of episodes that are over
+        # own rows of episodes that are over
+        self.finished = torch.zeros((), dtype=torch.int64, device=device)
 
     def state(self) -> dict:
         """What a checkpoint holds, by name."""
@@ -414,10 +407,8 @@ def losses(
     """
     n, (uniform, normal) = args.cql_n_actions, noise
     rows, act_dim = batch.actions.shape
-    of_both = [
-        x[:, None] for x in nets["actor"](torch.cat([batch.obs, batch.next_obs]))
-    ]  # one pass, (2B, 1, A)
-    (mean, next_mean), (log_std, next_log_std) = (x.split(rows) for x in of_both)
+    of_both = nets["actor"](torch.cat([batch.obs, batch.next_obs]))  # one pass, (2B, A) each
+    (mean, next_mean), (log_std, next_log_std) = (x[:, None].split(rows) for x in of_both)
     # the actor's own action (B, 1, A) and its log π (B, 1), with gradient
     new_actions, log_pi = squash(mean, log_std, normal[:, 3 * n :])
     backups = n if args.max_target_backup else 1

@@ -1,54 +1,46 @@
 """DUAL on Cal-QL: a distilled diffusion planner as actor, its last layer Bayesian, and both kinds of doubt explore.
 
 Paper    Bui, Jazbec, Nalisnick, Liu, "Efficient and Uncertainty-Aware Diffusion Framework for Offline-to-Online
-         Reinforcement Learning" (DUAL), arXiv 2605.30776v1; no code is public. Distillation: Salimans, Ho,
-         "Progressive Distillation", ICLR 2022, arXiv 2202.00512. Planner: Janner et al., "Diffuser", ICML 2022,
-         arXiv 2205.09991. Backbone: calql.py, line for line outside the NEW parts; the idea: dual.py.
+         Reinforcement Learning", arXiv 2605.30776v1: Eq., Alg., Table below; no code is public. Distillation: Salimans,
+         Ho, ICLR 2022, arXiv 2202.00512. Diffuser: Janner et al., ICML 2022, arXiv 2205.09991. Backbone: calql.py.
+Idea     Offline: a diffusion model of windows learns behavior and dynamics at once, 32 denoising steps are distilled
+         into one, and the first action of that one-step plan becomes the mean of a Gaussian actor, which maximises Q
+         and entropy, and whose actions are also those that Cal-QL pushes down. That mean is affine in the last layer,
+         so a weighted likelihood has an exact Gaussian posterior. Online: K draws of the layer widen the policy where
+         data are few; so does the error of the frozen student's next state, where the world is not the dataset's.
 Symbols  τ window of H = horizon steps, each [a, s] | u noise level, angle φ = π u / 2 | z noised window | v what the
-         net predicts | T denoising steps | μ, σ actor | W last layer, f its features | G precision of a row of W |
-         K laplace_draws | λ shift_weight | d prediction error | P̂ transition | Q̂, Q, α, α_cql, α', R as in calql.py,
-         whose G is here `bound`
-Read     what calql.py has, but no tanh actor; then NEW: Windows to Planner, second_moment to time_acting as in dual.py;
-         boxed, dual_losses, posterior_weight; train
-Idea     dual.py's, on a critic that is pushed down where the dataset is not: the one-step plan's first action is the
-         mean of a Gaussian, which maximises Q and entropy, and whose actions are also those that Cal-QL pushes down.
-Notes    D1, D2, D3, D4, D6, D7, U1, U2, U3 as in calql.py.
-         Of the shared code, as in dual.py, which says more:
-         D50 v-prediction on the cosine schedule, not ε.
-         D51 unit noise, prior precision laplace_prior, and N_eff from laplace_std, not Eq. 6 literally.
-         D52 ŝ' is asked for with the executed action.
-         D53 caps: epistemic variance 0.25, λ d 1, per dimension of the action.
-         D56 draws have no part in the direction in which a layer norm's features and 1 do not vary.
-         D57 P̂ is the student and then trained on d itself.
-         D59 1M online steps [CORL], calql.py's are 200,000.
+         net predicts | T denoising steps | μ, σ actor | W last layer, f its features | G precision of a row of W, M its
+         part from data | K laplace_draws | λ shift_weight | d prediction error | P̂ transition | Q, α, α_cql, α', R as
+         in calql.py, whose G is here `bound`
+Read     NEW: planner, distillation; PlanActor; Planner; posterior, Explorer: all dual.py's; then the box, and the rows'
+         weights. Of calql.py: DeepTwinQ; conservative_gap (R), frozen_q, draw_noise; Returns (`bound`); optimizer,
+         update; dual_losses are its `losses` with this actor. Then train.
+Notes    D1, D2, D3, D4, D6, D7, U1, U2, U3 as in calql.py. Of the code shared with dual.py, which says more:
+         D50 Eq. 3 predicts noise; here v on the cosine schedule: at pure noise ε is the input itself.
+         D51 Eq. 6 is a spike and dies with σ; here unit noise, prior laplace_prior, N_eff from laplace_std.
+         D52 ŝ' off the plan; here P̂ is asked again, with the executed action.
+         D53 no caps; here epistemic variance at most 0.25, λ d at most 1, per dimension of the action.
+         D56 all of W is drawn; here not along the one direction that normed features and 1 never take.
+         D57 P̂ is the student; here then trained on d: its own error would hide a shift.
+         D59 1M online steps, as the paper and CORL; calql.py's are 200,000. The warm-up (D4) is not CORL's.
          U50 planner network: residual MLP on the flattened window, one Linear last.
-         U51 horizon 4, AntMaze 32, stride 1; padding past an episode's end has no loss.
-         U52 32 -> 1 denoising steps, learning rates, average, steps per halving, shrunk noise.
-         U53 the known state (with probability 1/2 also the action) stands in the noised input, without loss.
-         U54 latent of the mean: zero; --latent sample draws it in training and acting, not in evaluation.
-         U55 σ: one free parameter per action, log in [-5, 0.5].
-         U56 posterior: K draws per fit, kept as offsets from W, which moves on; rows of dataset and own.
-         U57 d: mean square over the state's dimensions in units of their std; 0 on an episode's first step.
-         U58 P̂ is the student before RL, frozen.
-         U59 evaluation: mean of W itself, no noise, no shift.
-         U60 warm-up without updates; acting is DUAL's from the first step.
-         U61 no diffusion loss during RL; --bc-coef adds Eq. 3 on dataset windows to the actor.
-         Of this file:
-         D58 the text's Gaussian has no bounds. Clipped, its μ leaves the box (up to 14), as Q's gradient goes on at the
-            border and the entropy does not see it. Here a = box(u), u ~ N(μ, σ²): the identity up to 0.9, beyond it a
-            tanh, which μ starts in alike and the posterior does not mind; log π has the Jacobian, as calql.py's tanh.
+         U51 H is 4, in AntMaze 32; stride 1, windows from every row; past an episode's end, actions have no loss.
+         U52 32 -> 1 denoising steps; rates, gradient norm, average, halvings; shrunk noise.
+         U53 what is known stands in the noised input. U54 latent of μ: zero; evaluation: μ of W itself, no noise.
+         U55 σ: a parameter per action. U56 draws: how many, when fitted, kept as offsets. U57 norm of d; P̂ is frozen.
+         U61 no diffusion loss during RL; --bc-coef adds Eq. 3 on dataset windows to the actor's. Of this file:
+         D58 the text's Gaussian has no bounds; clipped, μ leaves the box (up to 14): Q's gradient goes on outside, and
+            the entropy sees nothing. Here a = box(u), u ~ N(μ, σ²): the identity up to 0.9, beyond it a tanh, with its
+            Jacobian in log π, as calql.py's; μ starts as planned, and the posterior does not mind.
          U63 actor's loss: SAC's, as Cal-QL's; the draws of W, σ, the epistemic part and the shift act on u.
-         U64 Eq. 6 wants a weighted likelihood, which this loss is not, and raw Q, which may be negative, leaves G
-            indefinite: actions of the rows are weighed with exp((Q - V) / std), the exponent within ±5, V the mean Q of
-            4 actions of π, std over the rows of the fit (at least 1e-5 of |V|: a constant Q weighs all rows alike).
+         U64 Eq. 6 wants a weighted likelihood, which this loss is not, and of Q, which may be negative: rows weigh
+            exp((Q - V) / std), the exponent within ±5, V the mean Q of 4 actions of π, std over the rows of the fit.
          U65 a' in TD targets and in the regulariser have σ only: the epistemic part and the shift are for acting.
-Metrics  those of calql.py, but policy/data_log_prob, and of dual.py; policy/outside mean of relu(|μ| - 1).
-Run      python algorithms/calql_dual.py --env hopper-medium-v2 --seed 0
-         ablations as in dual.py: --horizon 1 --shift-weight 0 | --distill-steps 32 | --uq none | --uq latent |
-         --shift-weight 0 | --laplace-weights elbo | --time-acting
-         dual.py's planner, where the planner's settings and normalize_obs agree:
-         --from-planner runs/dual/hopper-medium-v2/seed0
-Cost     hopper-mini-v0: about 4.8 CPU minutes. Published sizes want a GPU (not measured there).
+Metrics  calql.py's, but policy/data_log_prob; dual.py's; policy/outside: mean of relu(|μ| - 1).
+Run      python algorithms/calql_dual.py --env hopper-medium-v2 --seed 0; another run's phase: --from-offline, or
+         --from-planner (also dual.py's, if the planner settings agree). Ablations as in dual.py: --horizon 1
+         --shift-weight 0 | --distill-steps 32 | --uq none | --uq latent | --laplace-weights elbo | --time-acting
+Cost     hopper-mini-v0: about 4.8 CPU minutes; published sizes want a GPU (not measured there).
 """
 
 import math
@@ -58,7 +50,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from time import perf_counter
 from typing import Annotated, Literal
 
 import numpy as np
@@ -66,7 +57,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import data, run
+from common import data, judge, run
 from common.buffer import Batch, ReplayBuffer, mix
 from common.run import Count, Natural, Number, Portion, Positive, Rate, Several, Share, Weight
 
@@ -77,7 +68,7 @@ class Args:
     dataset: Path | None = None  # HDF5 file in D4RL layout instead of the task's own
     seed: Natural = 0  # networks, batches, exploration and evaluation all derive from it
     offline_steps: Natural = 1_000_000  # gradient steps [CORL]
-    online_steps: Natural = 1_000_000  # environment steps [CORL]: D59
+    online_steps: Natural = 1_000_000  # environment steps [CORL]; calql.py's are fewer: D59
     from_offline: Path | None = None  # run directory (or its offline.pt) to take the offline phase from
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it works
     compile: bool | None = None  # compile and capture the gradient step; default: on for cuda, off for cpu
@@ -108,35 +99,35 @@ class Args:
     reward_bias: Number = 0.0  # added to rewards in training, after scaling [DARE Table 4]
     sparse_reward: bool = False  # an episode that never succeeds fails for ever [DARE Table 4]
     # online
-    warmup_steps: Natural = 5_000  # environment steps without updates, counted in online_steps: D4, U60
+    warmup_steps: Natural = 5_000  # environment steps without updates, counted in online_steps: D4
     utd: Count = 1  # gradient steps per environment step
     offline_frac: Portion = 0.5  # share of a batch from the dataset [CORL]
     # NEW: planner and actor
     from_planner: Path | None = None  # run directory (or its planner.pt) to take the planner from
-    horizon: Count = 4  # H, steps of a window; 1 = no planner: U51
+    horizon: Count = 4  # H, steps of a window; 1 = no planner; the paper's is unknown: U51
     normalize_windows: bool = True  # states of windows in units of their std: U51
-    planner_steps: Natural = 500_000  # gradient steps: U52
+    planner_steps: Natural = 500_000  # gradient steps; as all of the training, ours: U52
     planner_batch: Count = 256  # windows: U52
     planner_lr: Positive = 3e-4  # Adam, cosine to 0; in each halving linear to 0: U52
-    planner_width: Count = 512  # of the residual blocks: U50
+    planner_width: Count = 512  # of the residual blocks; the paper names no network: U50
     planner_blocks: Natural = 3  # residual blocks: U50
-    teacher_steps: Count = 32  # denoising steps of the planner: U52
+    teacher_steps: Count = 32  # denoising steps of the planner; 32 to 1 from Table 4: U52
     distill_steps: Count = 1  # T, denoising steps of the actor; teacher_steps = no distillation: U52
     halving_steps: Count = 20_000  # gradient steps per halving, twice as many to 2 and 1 denoising steps: U52
     eval_halvings: bool = False  # evaluate the clone of each halving's student
-    latent: Literal["zero", "sample"] = "zero"  # where the actor's plan starts: U54
-    bc_coef: Weight = 0.0  # weight of the planner's loss in the actor's: U61
+    latent: Literal["zero", "sample"] = "zero"  # where the actor's plan starts, at which noise: U54
+    bc_coef: Weight = 0.0  # weight of the planner's loss in the actor's; the text has none: U61
     # NEW: uncertainty
     uq: Literal["laplace", "latent", "none"] = "laplace"  # what the K sub-policies differ in [Fig. 3c]
     laplace_weights: Literal["actor", "elbo"] = "actor"  # likelihood of the posterior [Remark 3.3]
-    laplace_noise: Literal["unit", "sigma"] = "unit"  # std of the actions given W: D51
-    laplace_draws: Count = 10  # K, sub-policies: U56
+    laplace_noise: Literal["unit", "sigma"] = "unit"  # std of the actions given W; sigma: Eq. 6: D51
+    laplace_draws: Count = 10  # K, sub-policies; how many, and when they are drawn anew, is ours: U56
     laplace_every: Count = 5_000  # environment steps between fits: U56
     laplace_rows: Count = 50_000  # transitions of a fit, at most: U56
     laplace_std: Weight = 0.1  # epistemic std on data that sets N_eff; 0 = N_eff is the sum of weights: D51
-    laplace_prior: Positive = 1.0  # τ0, prior precision of the last layer: D51
+    laplace_prior: Positive = 1.0  # τ0, prior precision of the last layer; the text's is flat: D51
     shift_weight: Weight = 0.5  # λ [Table 5]
-    fit_transition: bool = True  # train P̂ on d after the distillation: D57
+    fit_transition: bool = True  # train P̂ on d after the distillation; off: the text: D57
     time_acting: bool = False  # only print milliseconds per action for 1, 2, 4, ... denoising steps [Table 4]
 
 
@@ -149,17 +140,19 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     **{k: dict(cql_weight=1.0, cql_weight_online=1.0, max_target_backup=True, normalize_obs=False)
        for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL, fine-tuning]
     "maze2d-": dict(policy_lr=3e-5, lagrange=True, target_gap=5.0, eval_episodes=100),  # [CORL, offline CQL]
-    "hopper-mini": dict(  # U1
+    "hopper-mini": dict(  # sizes for minutes on two cores: U1
         offline_steps=8_000, online_steps=6_000, warmup_steps=2_000, hidden=64, batch_size=128,
         policy_lr=3e-4, critic_lr=1e-3, polyak=0.02, cql_n_actions=4, cql_weight=5.0, cql_weight_online=5.0,
         eval_every=2_000, planner_steps=3_000, planner_width=64, planner_blocks=1, planner_lr=1e-3,
         halving_steps=300, laplace_every=1_000, laplace_rows=10_000,
     ),
 }  # fmt: skip
+# --- shared: dual.settings ---
 PLANNER_SETTINGS = (  # NEW: what a planner depends on, beside the dataset
     "horizon", "planner_steps", "planner_batch", "planner_lr", "planner_width", "planner_blocks",
     "normalize_windows", "normalize_obs",
 )  # fmt: skip
+# --- end shared: dual.settings ---
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
     "offline_steps", "batch_size", "gamma", "polyak", "policy_lr", "critic_lr", "hidden", "critic_layers",
     "cql_weight", "cql_n_actions", "cql_clip_min", "calibrate", "lagrange", "target_gap", "max_target_backup",
@@ -177,48 +170,17 @@ NEEDS = {  # condition -> settings that have no effect without it: a flag for on
 }  # fmt: skip
 
 
-# --- shared: calql.critics ---
-def orthogonal(sizes: tuple, gains: list[float], copies: int) -> tuple[nn.ParameterList, nn.ParameterList]:
-    """Weights (copies, in, out) orthogonal with the layer's gain, biases (copies, 1, out) zero.  [CORL]"""
-    weights = [torch.empty(copies, i, o) for i, o in pairwise(sizes)]
-    for weight, gain in zip(weights, gains, strict=True):
-        for k in range(copies):
-            nn.init.orthogonal_(weight[k], gain)
-    return nn.ParameterList(weights), nn.ParameterList([torch.zeros(copies, 1, o) for o in sizes[1:]])
-
-
-class DeepTwinQ(nn.Module):
-    """Two critics as stacked weights, one batched matmul per layer: obs (B, O), actions (B, A) -> (2, B).  [CORL]"""
-
-    def __init__(self, obs_dim: int, act_dim: int, hidden: int, layers: int):
-        super().__init__()
-        gains = [math.sqrt(2)] * layers + [1e-2]  # D6
-        self.weight, self.bias = orthogonal((obs_dim + act_dim, *[hidden] * layers, 1), gains, 2)
-
-    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([obs, actions], -1).expand(2, -1, -1)
-        *hidden, (weight_out, bias_out) = zip(self.weight, self.bias, strict=True)
-        for weight, bias in hidden:
-            x = torch.baddbmm(bias, x, weight).relu_()
-        return torch.baddbmm(bias_out, x, weight_out).squeeze(-1)
-
-
-# --- end shared: calql.critics ---
-
-
-# NEW: the planner, a diffusion over windows of actions and states; its distillation; the actor made of it
+# NEW: from here to calql.py's blocks, DUAL. First the planner, a diffusion over windows of actions and states.
 # --- shared: dual.planner ---
 EMA_START, EMA_EVERY, EMA_DECAY = 2_000, 10, 0.995  # the planner's average; gradient steps [Diffuser]: U52
-SHRUNK = 0.25  # share of the last halving's pure noise that is shrunk: U52
-LOG_STD_MIN, LOG_STD_MAX, LOG_STD_START = -5.0, 0.5, -1.0  # U55
-COMPARED = 512  # windows on which student and teacher are compared
+SHRUNK = 0.25  # share of the last halving's pure noise that is shrunk towards the actor's zero latent: U52
 
 
 class Windows:
-    """Windows of H = horizon steps [a, s] that start at a buffer's dataset rows, gathered on the device.  [Eq. 2]: U51
+    """Windows of H = horizon steps [a, s], one from each row of a buffer's dataset, made on the device.  [Eq. 2]: U51
 
     Actions as they are; states in units of their std (+ 1e-3) from their mean over the dataset as the agent sees it, or
-    as they are too.
+    as they are too. Past an episode's end stand its last next state and zero actions, the latter without loss.
     """
 
     def __init__(self, buffer: ReplayBuffer, ends: np.ndarray, horizon: int, normalize: bool = True):
@@ -228,7 +190,7 @@ class Windows:
         last = stops[np.searchsorted(stops, np.arange(n))]  # of the row's episode
         self.last = torch.from_numpy(last).to(device)
         self.buffer, self.offsets = buffer, torch.arange(horizon, device=device)
-        self.rows = torch.tensor(n, device=device)
+        self.rows = torch.tensor(n, device=device)  # of the dataset: those that `draw` draws from
         std, mean = torch.std_mean(buffer.obs.double(), 0, correction=0)
         self.mean, self.std = mean.float(), std.float() + 1e-3
         if not normalize:
@@ -249,10 +211,17 @@ class Windows:
         return self.take(self.buffer.draw(n, self.rows))
 
 
-class PlannerNet(nn.Module):
-    """v(z, u): noised window z (B, H, D), noise level u (B,) or (1,), is its first action known (B,) -> (B, H, D).  U50
+def residual(width: int) -> nn.Sequential:
+    """What one residual block adds, (B, w) -> (B, w)."""
+    wide = 2 * width
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, wide), nn.Mish(), nn.Linear(wide, width))
 
-    D = A + O, actions first. Holds the states' mean and std (O,), so that an actor made of it takes plain observations.
+
+class PlannerNet(nn.Module):
+    """v(z, u): noised window z (B, H, D), noise level u (B,) or (1,), is its first action known (B,) -> (B, H, D).
+
+    D = A + O, actions first. A residual MLP with one Linear last: U50. Holds the states' mean and std (O,), so that an
+    actor made of it takes plain observations.
     """
 
     def __init__(
@@ -265,12 +234,7 @@ class PlannerNet(nn.Module):
         self.register_buffer("frequencies", 1_000.0 ** (torch.arange(32) / 31))
         self.inlet = nn.Linear(horizon * self.row + 1, width)
         self.time = nn.Sequential(nn.Linear(64, 128), nn.Mish(), nn.Linear(128, width))
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Mish(), nn.Linear(2 * width, width)
-            )
-            for _ in range(blocks)
-        )
+        self.blocks = nn.ModuleList(residual(width) for _ in range(blocks))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, horizon * self.row)
 
     def normalize(self, obs: torch.Tensor) -> torch.Tensor:
@@ -290,8 +254,11 @@ class PlannerNet(nn.Module):
         return self.head(self.features(z, u, given)).view(z.shape)
 
 
+# Diffusion: z = cos φ x + sin φ ε at φ = π u / 2. Of row 0 the state is known, and now and then the action.
+
+
 def in_paint(z: torch.Tensor, first: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """z (B, H, D) with `first` (B, D) at row 0 where `known` (B, D) bool.  U53"""
+    """z (B, H, D) with `first` (B, D) at row 0 where `known` (B, D) bool: how a plan is conditioned, U53."""
     return torch.cat([torch.where(known, first, z[:, 0])[:, None], z[:, 1:]], 1)
 
 
@@ -314,9 +281,9 @@ def unroll(
 def noised(
     x: torch.Tensor, u: torch.Tensor, eps: torch.Tensor, given: torch.Tensor, act_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """z = cos φ x + sin φ ε in-painted, v = cos φ ε - sin φ x, and what of row 0 is known (B, D).  [Eq. 3]: D50
+    """z = cos φ x + sin φ ε in-painted, v = cos φ ε - sin φ x, and what of row 0 is known (B, D).  [Eq. 3]
 
-    x (B, H, D), u (B,), given (B,) bool: the first action is known, as the first state always is: U53.
+    v, not the ε that the paper predicts: D50. x (B, H, D), u (B,), given (B,) bool: the first action is known, too.
     """
     cos, sin = (f(0.5 * math.pi * u)[:, None, None] for f in (torch.cos, torch.sin))
     known = (torch.arange(x.shape[2], device=x.device) >= act_dim) | given[:, None]
@@ -332,7 +299,7 @@ def masked_error(
 
 
 def planner_loss(net: PlannerNet, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """E (v̂(z, u) - v)² over windows x (B, H, D), u ~ U(0, 1], -> ().  [Eq. 3]: D50, U53"""
+    """E (v̂(z, u) - v)² over windows x (B, H, D), u ~ U(0, 1], -> ().  [Eq. 3]: of v, D50; action known or not, U53"""
     u = 1 - torch.rand(len(x), device=x.device)
     given = torch.rand(len(x), device=x.device) < 0.5
     z, v, known = noised(x, u, torch.randn_like(x), given, net.act_dim)
@@ -340,12 +307,7 @@ def planner_loss(net: PlannerNet, x: torch.Tensor, mask: torch.Tensor) -> torch.
 
 
 def distill_target(
-    teacher: PlannerNet,
-    z: torch.Tensor,
-    u: torch.Tensor,
-    first: torch.Tensor,
-    known: torch.Tensor,
-    steps: int,
+    teacher: nn.Module, z: torch.Tensor, u: torch.Tensor, first: torch.Tensor, known: torch.Tensor, steps: int
 ) -> torch.Tensor:
     """The v that takes z at u in one step where the teacher gets in two of half the angle.  [Salimans & Ho]
 
@@ -360,7 +322,10 @@ def distill_target(
 def distill_loss(
     net: PlannerNet, teacher: PlannerNet, x: torch.Tensor, mask: torch.Tensor, steps: int, shrink: bool
 ) -> torch.Tensor:
-    """E (v̂(z, u) - v*)² over windows x (B, H, D), u uniform in {1/steps, ..., 1} -> ().  [§3.1; Salimans & Ho]: U52"""
+    """E (v̂(z, u) - v*)² over windows x (B, H, D), u uniform in {1/steps, ..., 1} -> ().  [§3.1; Salimans & Ho]
+
+    shrink: some of the pure noise is nearer to 0, where the actor's plans start: U52.
+    """
     i = torch.randint(1, steps + 1, (len(x),), device=x.device)
     given = torch.rand(len(x), device=x.device) < 0.5
     eps, u = torch.randn_like(x), i / steps
@@ -373,11 +338,19 @@ def distill_loss(
     return masked_error(net(z, u, given.to(x)), target, mask, known)
 
 
+# --- end shared: dual.planner ---
+
+
+# NEW: the actor, and the transition model, that a student makes
+# --- shared: dual.actor ---
+LOG_STD_MIN, LOG_STD_MAX, LOG_STD_START = -5.0, 0.5, -1.0  # of the actor's σ: U55
+
+
 class PlanActor(nn.Module):
     """π(a|s) = N(μ(s), diag σ²), μ the T-step plan's first action: obs (B, O) -> μ (B, A), log σ (A,).  [Eq. 4]: U55
 
-    The last of the T steps is affine in the net's last layer: with f1 = -sin δ [f, 1] and W the layer with its biases,
-    plan = base + f1 Wᵀ. Frozen, it also is the transition model: its plan with the first action given.
+    The last of the T steps is affine in the net's last layer: with f1 = -sin δ [f, 1], δ = π / 2T, and W the layer with
+    its biases, plan = base + f1 Wᵀ. Frozen, it also is the transition model: its plan with the first action given.
     """
 
     def __init__(self, net: PlannerNet, steps: int, latent: str):
@@ -426,27 +399,36 @@ class PlanActor(nn.Module):
         return self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp()
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # a latent is drawn where gradients are, in the losses; under no_grad, as in evaluation, it is zero: U54
         z = self.noise(len(obs)) if self.latent == "sample" and torch.is_grad_enabled() else None
         mean = self.read(*self.features(obs, z), self.first_action)
         return mean, self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
 
     def predict(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """ŝ' = P̂(s, a) in normalised units: obs (B, O), actions (B, A) -> (B, O).  [§3.3]: D52"""
+        """ŝ' = P̂(s, a) in normalised units: obs (B, O), actions (B, A), the executed ones (D52) -> (B, O).  [§3.3]"""
         return unroll(self.net, *self.start(obs, actions), self.steps)[:, 1, self.net.act_dim :]
 
     def prediction_error(self, batch: Batch) -> torch.Tensor:
-        """d: mean over dimensions of (s' - ŝ')² in normalised units, (B,).  [Eq. 8]: U57"""
+        """d: mean over dimensions of (s' - ŝ')² in normalised units, (B,).  [Eq. 8]: which norm, U57"""
         predicted = self.predict(batch.obs, batch.actions)
         return (self.net.normalize(batch.next_obs) - predicted).square().mean(1)
 
 
 def transition_loss(model: PlanActor, batch: Batch) -> torch.Tensor:
-    """Mean of d, 0 for rows that end an episode: after those no d is ever used.  [Eq. 8]: D57"""
+    """Mean of d, 0 for rows that end an episode: after those no d is ever used.  [Eq. 8]: training on d is D57"""
     return ((1 - batch.terminations) * model.prediction_error(batch)).mean()
 
 
+# --- end shared: dual.actor ---
+
+
+# NEW: the phases that train planner, students and transition model
+# --- shared: dual.phases ---
 def halvings(args: Args) -> list[tuple[int, int]]:
-    """(denoising steps of the student, gradient steps) of each halving, teacher_steps -> distill_steps.  U52"""
+    """(denoising steps of the student, gradient steps) of each halving, teacher_steps -> distill_steps.  U52
+
+    Refuses ladders that miss distill_steps, and a shift term where windows have no next state.
+    """
     if args.horizon < 2 and args.shift_weight > 0:
         allowed = "2 or more, or --shift-weight 0: one step has no next state"
         raise run.UsageError("--horizon", args.horizon, allowed)
@@ -461,7 +443,11 @@ def halvings(args: Args) -> list[tuple[int, int]]:
 
 
 class Planner:
-    """The diffusion planner, then its students, and the phases that train them: actor `teacher`, transition `net`."""
+    """Trains the planner, then its students, then P̂, which are all `net`: in three phases before RL.  [Alg. 1, l. 3-5]
+
+    average: running average of the planner, the first teacher; teacher: what the running halving distills, in the end
+    the last student, which becomes the actor.
+    """
 
     def __init__(self, r: run.Run, args: Args, windows: Windows, act_dim: int, dataset_hash: str):
         self.r, self.args, self.windows, self.act_dim = r, args, windows, act_dim
@@ -488,7 +474,7 @@ class Planner:
         self.opt.param_groups[0]["lr"].copy_(self.args.planner_lr * share_of_lr)
         self.opt.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)  # the norm, as all rates: U52
         self.opt.step()
         self.count.add_(1)
 
@@ -513,7 +499,7 @@ class Planner:
         return {"loss/distill": loss.detach()}
 
     def transition_step(self, updates: int) -> dict[str, torch.Tensor]:
-        """One of the `updates` gradient steps of P̂, at three times the planner's learning rate.  D57"""
+        """One of the `updates` gradient steps of P̂ on d, at three times the planner's learning rate.  D57"""
         windows = self.windows
         rows = windows.buffer.take(windows.buffer.draw(self.args.planner_batch, windows.rows))
         loss = self.transition_loss(self.model, rows)
@@ -528,16 +514,21 @@ class Planner:
             for x in state.values():
                 x.zero_()
 
-    def learn(self, score: Callable[[PlannerNet, int], float]) -> None:
-        """All phases; `score` of a net and its denoising steps is for --eval-halvings."""
+    def learn(self, score: Callable[[PlanActor], float] | None) -> None:
+        """All phases, the first perhaps another run's; `score` of each student as actor, None: not asked for.
+
+        r.phase yields the steps that are left, r.once is True once in a run's life: a stopped run goes on where it was.
+        """
         r, args = self.r, self.args
+        if args.from_planner and r.once("from_planner"):
+            r.import_phase("planner", args.from_planner, self.settings, average=self.average)
         step_fn = r.capture(self.planner_step)
         for step in r.phase("planner", args.planner_steps):
             r.log(step, step_fn())
         if r.once("planner_end"):
             r.export_phase("planner", self.settings, average=self.average)
             self.teacher.load_state_dict(self.average.state_dict())
-        until = 0
+        until = 0  # one phase for all halvings: its steps go on
         for steps, updates in self.ladder:
             start, until = until, until + updates
             step_fn = r.capture(partial(self.distill_step, steps, updates))
@@ -547,39 +538,28 @@ class Planner:
                 r.log(step, step_fn())
             if r.once(f"halving to {steps}"):
                 self.teacher.load_state_dict(self.net.state_dict())
-                logs = self.errors(steps)
-                if args.eval_halvings:
-                    logs[f"distill/score_{steps}"] = score(self.teacher, steps)
-                r.record(until, logs)
-        updates = 2 * args.planner_steps if args.fit_transition and args.horizon > 1 else 0
+                student = PlanActor(self.teacher, steps, "zero").to(r.device)
+                r.record(until, judge.student(self, student, unroll, score))
+        updates = 2 * args.planner_steps if args.fit_transition and args.horizon > 1 else 0  # D57
         if r.once("transition") and updates == 0:
-            self.restart()
+            self.restart()  # P̂ is the student as it is
         step_fn = r.capture(partial(self.transition_step, updates))
         for step in r.phase("transition", updates):
             if step == 0:
                 self.restart()
             r.log(step, step_fn())
 
-    @torch.no_grad()
-    def errors(self, steps: int) -> dict[str, float]:
-        """Mean square gap between endpoints of the `steps`-step student and the planner, same noise, same windows."""
-        own, device = torch.Generator(self.r.device).manual_seed(0), self.r.device
-        index = torch.randint(len(self.windows.last), (COMPARED,), generator=own, device=device)
-        x, _ = self.windows.take(index)
-        noise = torch.randn(x.shape, generator=own, device=device)
-        known = (torch.arange(x.shape[2], device=device) >= self.act_dim).expand_as(x[:, 0])
-        planned = unroll(self.average, noise, x[:, 0], known, self.args.teacher_steps)
-        gap = (unroll(self.teacher, noise, x[:, 0], known, steps) - planned).square()
-        return {
-            f"distill/error_{steps}": gap.sum().item() / (gap.numel() - known.sum().item()),
-            f"distill/action_error_{steps}": gap[..., : self.act_dim].mean().item(),
-        }
+    def clone_into(self, nets: nn.ModuleDict) -> None:
+        """Once: the last student becomes the actor's net; that trained on, the transition model's.  [Alg. 1, l. 5]"""
+        if self.r.once("clone"):
+            nets["actor"].net.load_state_dict(self.teacher.state_dict())
+            nets["transition"].net.load_state_dict(self.net.state_dict())
 
 
-# --- end shared: dual.planner ---
+# --- end shared: dual.phases ---
 
 
-# NEW: the posterior of the last layer, and acting with it
+# NEW: the posterior of the actor's last layer, and acting with it
 # --- shared: dual.laplace ---
 EPISTEMIC_CAP, SHIFT_CAP = 0.25, 1.0  # variance, per dimension of the action: D53
 
@@ -626,9 +606,10 @@ def calibrate(spectrum: torch.Tensor, target_std: float, prior: float) -> float:
 def draw_offsets(
     basis: torch.Tensor, precision: torch.Tensor, null: torch.Tensor, scales: torch.Tensor, draws: int
 ) -> torch.Tensor:
-    """Draws of W minus W, row j ~ N(0, s_j² G⁻¹), without a part along `null`: (draws, A, F) float32.  [Eq. 6]: D56
+    """Draws of W minus W, row j ~ N(0, s_j² G⁻¹), without a part along `null`: (draws, A, F) float32.  [Eq. 6]
 
-    G by its eigenvectors (F, F) and eigenvalues (F,); null (F,) of length 1, s (A,); from the global generator.
+    G by its eigenvectors (F, F) and eigenvalues (F,); s (A,); from the global generator. null (F,), of length 1: data
+    say nothing along it, so the prior alone would set that part, and the next update turn it into noise: D56.
     """
     xi = torch.randn(len(basis), draws * len(scales), dtype=basis.dtype, device=basis.device)
     rows = (basis * precision.rsqrt() @ xi).T
@@ -651,8 +632,8 @@ class Explorer:
         self.offsets = torch.zeros(args.laplace_draws, actor.net.act_dim, width, device=device)
         self.n_eff_per_row = torch.zeros((), dtype=torch.float64, device=device)
         self.shift = torch.zeros((), device=device)  # d of the next step
-        self.usual = torch.ones((), device=device)  # d without a shift
-        self.tally = torch.zeros(5, device=device)  # steps, and sums of three variances and d
+        self.usual = torch.ones((), device=device)  # d without a shift; for the log
+        self.tally = torch.zeros(5, device=device)  # steps, and sums of three variances and d; for the log
 
     def state(self) -> dict:
         """What a checkpoint holds, by name."""
@@ -661,7 +642,7 @@ class Explorer:
 
     @torch.no_grad()
     def act(self, obs: torch.Tensor) -> torch.Tensor:
-        """a ~ N(mean, σ² + epistemic + min(λ d, cap)), not yet in the box: (1, O) -> (1, A).  [Eqs. 7-8]: D53, U55"""
+        """a ~ N(mean, σ² + epistemic + min(λ d, cap)), not yet in the box: (1, O) -> (1, A).  [Eqs. 7-8]: caps, D53"""
         args, actor = self.args, self.actor
         if args.uq == "latent":
             z = actor.noise(args.laplace_draws)
@@ -683,25 +664,17 @@ class Explorer:
 
     @torch.no_grad()
     def observe(self, online: ReplayBuffer) -> None:
-        """After an environment step, stored last: d of the next one.  U58"""
+        """After an environment step, stored last: d of the next one, by the frozen P̂ (U57), on a device-side index."""
         if self.args.horizon > 1:
             self.shift.copy_(self.transition.prediction_error(online.take((online.size - 1)[None]))[0])
 
-    @torch.no_grad()
     def start(self, dataset: ReplayBuffer, weigh: Callable[[Batch], torch.Tensor]) -> dict[str, float]:
-        """At the end of offline: first posterior, N_eff from laplace_std, and what d is without a shift."""
-        logs = {}
-        if self.args.uq == "laplace":
-            logs = self.fit([dataset], weigh, first=True)
-        if self.args.horizon > 1:
-            parts = self.parts([dataset])
-            errors = sum(transition_loss(self.transition, b) * len(b.rewards) for b in parts)
-            self.usual.copy_(errors / sum((1 - b.terminations).sum() for b in parts).clamp(min=1))
-            logs["shift/offline"] = self.usual.item()
-        return logs
+        """At the end of offline: first posterior, and, for the log, what d is without a shift."""
+        logs = self.fit([dataset], weigh, first=True) if self.args.uq == "laplace" else {}
+        return logs | (judge.usual_shift(self, dataset) if self.args.horizon > 1 else {})
 
     def some(self, total: int) -> torch.Tensor:
-        """Indices of at most laplace_rows of so many rows, all different.  U56"""
+        """Indices of at most laplace_rows of so many rows, all different: U56."""
         index = torch.arange(total, device=self.shift.device)
         if total > self.args.laplace_rows:
             index = torch.randperm(total, device=self.shift.device)[: self.args.laplace_rows]
@@ -727,9 +700,10 @@ class Explorer:
     def fit(
         self, buffers: list[ReplayBuffer], weigh: Callable[[Batch], torch.Tensor], first: bool = False
     ) -> dict[str, float]:
-        """New posterior from rows of `buffers`, weighed (B,) >= 0, and new draws of it.  [Eq. 6, Thm. 3.4]: D51, U56
+        """New posterior from rows of `buffers`, weighed (B,) >= 0, and new draws of it.  [Eq. 6, Thm. 3.4]: rows, U56
 
-        Waits for the device; not part of a gradient step.
+        N_eff, set at the `first` fit, and noise are ours, D51; --laplace-std 0 --laplace-noise sigma are Eq. 6's. Waits
+        for the device; not part of a gradient step.
         """
         args, actor = self.args, self.actor
         if args.laplace_weights == "elbo":
@@ -755,58 +729,102 @@ class Explorer:
         condition = (precision[-1] / precision[1]).item()  # the first is the null direction's
         return {"laplace/n_eff": n_eff, "laplace/condition": condition, "laplace/data_std": spread**0.5}
 
-    def logs(self) -> dict[str, torch.Tensor]:
-        """Means since the tally was last cleared."""
-        steps, aleatoric, epistemic, shift, d = self.tally
-        total = aleatoric + epistemic + shift
-        named = {"aleatoric": aleatoric, "epistemic": epistemic, "shift": shift}
-        logs = {f"uq/share_{k}": v / total for k, v in named.items()}
-        logs |= {f"uq/{k}_std": (named[k] / steps).sqrt() for k in ("aleatoric", "epistemic")}
-        return logs | {"uq/shift": d / steps, "uq/shift_ratio": d / steps / self.usual}
 
-
-def time_acting(args: Args, task: data.Task) -> dict[str, float]:
-    """Print milliseconds per action at the task's sizes, untrained: by T, K, shift.  [Table 4, Fig. 2a]"""
-    run.check_limits(args)
-    halvings(args)
-    device, sizes = run.pick_device(args.device), (args.planner_width, args.planner_blocks)
-    obs, unit = torch.zeros(1, task.obs_dim, device=device), torch.ones(task.obs_dim, device=device)
-    row = ReplayBuffer(1, task.obs_dim, task.act_dim, device)
-    row.append(torch.zeros(1, row.table.shape[1], device=device))
-    columns = {"K = 0": ("none", False), f"K = {args.laplace_draws}": ("laplace", False)}
-    columns |= {f"K = {args.laplace_draws} and shift": ("laplace", True)} if args.horizon > 1 else {}
-    print(f"milliseconds per action on {device}\nT   " + "   ".join(columns))
-    for steps in (2**i for i in range(args.teacher_steps.bit_length())):
-        net = PlannerNet(args.horizon, task.act_dim, 0 * unit, unit, *sizes).to(device)
-        actor, cells = PlanActor(net, steps, args.latent), []
-        for name, (uq, shift) in columns.items():
-            explorer = Explorer(replace(args, uq=uq), actor.to(device), actor, None)
-            for i in range(25):
-                if i == 5:  # the first few warm up
-                    begun = perf_counter()
-                explorer.act(obs).cpu()
-                if shift:
-                    explorer.observe(row)
-            cells.append(f"{(perf_counter() - begun) / 20 * 1_000:{len(name)}.2f}")
-        print(f"{steps:<4}" + "   ".join(cells))
-    return {}
+def untrained_explorer(args: Args, task: data.Task, steps: int, uq: str) -> Explorer:
+    """One that acts in `steps` denoising steps, at the task's sizes: for judge.time_acting."""
+    halvings(args)  # refuses what cannot be
+    unit = torch.ones(task.obs_dim)
+    net = PlannerNet(args.horizon, task.act_dim, 0 * unit, unit, args.planner_width, args.planner_blocks)
+    actor = PlanActor(net, steps, args.latent).to(run.pick_device(args.device))
+    return Explorer(replace(args, uq=uq), actor, actor, None)
 
 
 # --- end shared: dual.laplace ---
 
 
+# NEW: what Cal-QL adds to the method: actions in the box, and what the posterior's rows weigh
+BOX = 0.9  # |u| up to which `box` is the identity: D58
+VALUE_ACTIONS = 4  # per state, for V: U64
+
+
+def box(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Actions in the box, and log |da/du| of each: a = u up to BOX, BOX + (1 - BOX) tanh(x) beyond it: D58.
+
+    x = (|u| - BOX) / (1 - BOX), u's sign comes back; log(1 - tanh² x) = 2 (ln 2 - x - softplus(-2x)).  [SAC App. C]
+    """
+    x = (u.abs() - BOX).relu() / (1 - BOX)
+    return u.clamp(-BOX, BOX) + (1 - BOX) * u.sign() * x.tanh(), 2 * (math.log(2) - x - F.softplus(-2 * x))
+
+
+def boxed(
+    mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Action box(u), u = mean + σ · noise, and its log π: (..., A), log σ also (A,) -> (..., A), (...,): D58."""
+    actions, log_slope = box(mean + log_std.exp() * noise)
+    log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    return actions, (log_normal - log_slope).sum(-1)
+
+
+@torch.no_grad()
+def bounded_weight(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """exp(clip((Q - V) / std(Q - V), -5, 5)) over all rows of a fit: both (N,) -> (N,).  In place of Eq. 6's Q: U64"""
+    adv = q - v
+    scale = adv.std(correction=0).maximum(1e-5 * v.abs().mean())  # what is less is rounding
+    return (adv / scale.clamp(min=1e-12)).clamp(-5.0, 5.0).exp()
+
+
+@torch.no_grad()
+def posterior_weight(nets: nn.ModuleDict, batch: Batch) -> torch.Tensor:
+    """bounded_weight of Q, the lesser of qf, over V, its mean over VALUE_ACTIONS actions of π: (N,).  U64"""
+    q, v = [], []
+    for obs, actions in zip(batch.obs.split(4_096), batch.actions.split(4_096), strict=True):
+        mean, log_std = nets["actor"](obs)
+        noise = torch.randn(len(obs), VALUE_ACTIONS, actions.shape[1], device=obs.device)
+        drawn, _ = boxed(mean[:, None], log_std, noise)
+        both = q_of_many(nets["qf"], obs, torch.cat([actions[:, None], drawn], 1)).amin(0)
+        q, v = [*q, both[:, 0]], [*v, both[:, 1:].mean(1)]
+    return bounded_weight(torch.cat(q), torch.cat(v))
+
+
+# calql.py's: critics, nets, losses, returns, training
+# --- shared: calql.critics ---
+def orthogonal(sizes: tuple, gains: list[float], copies: int) -> tuple[nn.ParameterList, nn.ParameterList]:
+    """Weights (copies, in, out) orthogonal with the layer's gain, biases (copies, 1, out) zero.  [CORL]"""
+    weights = [torch.empty(copies, i, o) for i, o in pairwise(sizes)]
+    for weight, gain in zip(weights, gains, strict=True):
+        for k in range(copies):
+            nn.init.orthogonal_(weight[k], gain)
+    return nn.ParameterList(weights), nn.ParameterList([torch.zeros(copies, 1, o) for o in sizes[1:]])
+
+
+class DeepTwinQ(nn.Module):
+    """Two critics as stacked weights, one batched matmul per layer: obs (B, O), actions (B, A) -> (2, B).  [CORL]"""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int, layers: int):
+        super().__init__()
+        gains = [math.sqrt(2)] * layers + [1e-2]  # D6
+        self.weight, self.bias = orthogonal((obs_dim + act_dim, *[hidden] * layers, 1), gains, 2)
+
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([obs, actions], -1).expand(2, -1, -1)
+        *hidden, (weight_out, bias_out) = zip(self.weight, self.bias, strict=True)
+        for weight, bias in hidden:
+            x = torch.baddbmm(bias, x, weight).relu_()
+        return torch.baddbmm(bias_out, x, weight_out).squeeze(-1)
+
+
+# --- end shared: calql.critics ---
+
+
 # NEW
 def make_calql_dual_nets(net: PlannerNet, args: Args, obs_dim: int, act_dim: int) -> nn.ModuleDict:
     """actor, transition (frozen), both clones of `net`; qf, q_target (a frozen copy of qf); weights as in calql.py."""
-    nets = nn.ModuleDict(
-        {
-            "actor": PlanActor(deepcopy(net), args.distill_steps, args.latent),
-            "transition": PlanActor(deepcopy(net), args.distill_steps, "zero").requires_grad_(False),
-            "qf": DeepTwinQ(obs_dim, act_dim, args.hidden, args.critic_layers),
-            "q_target": DeepTwinQ(obs_dim, act_dim, args.hidden, args.critic_layers),
-            "weights": nn.ParameterDict({"log_alpha": torch.zeros(()), "log_alpha_prime": torch.ones(())}),
-        }
-    )
+    nets = nn.ModuleDict()
+    nets["actor"] = PlanActor(deepcopy(net), args.distill_steps, args.latent)
+    nets["transition"] = PlanActor(deepcopy(net), args.distill_steps, "zero").requires_grad_(False)
+    nets["qf"] = DeepTwinQ(obs_dim, act_dim, args.hidden, args.critic_layers)
+    nets["q_target"] = DeepTwinQ(obs_dim, act_dim, args.hidden, args.critic_layers)
+    nets["weights"] = nn.ParameterDict({"log_alpha": torch.zeros(()), "log_alpha_prime": torch.ones(())})
     nets["q_target"].load_state_dict(nets["qf"].state_dict())
     nets["q_target"].requires_grad_(False)
     return nets
@@ -828,16 +846,13 @@ def q_of_many(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.
 
 
 def conservative_gap(
-    q: torch.Tensor,
-    q_data: torch.Tensor,
-    log_probs: torch.Tensor,
-    bound: torch.Tensor | None,
-    clip_min: float,
+    q: torch.Tensor, q_data: torch.Tensor, log_probs: torch.Tensor, bound: torch.Tensor | None, floor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """R per row: logsumexp of importance-weighted Q, minus Q on data.  [CQL Eq. 4; Cal-QL §5; DARE Eq. 1]
 
     q (2, B, 3n): uniform actions, then those of π(s), then of π(s'), all at s; log_probs (B, 3n) their log-densities;
-    bound (B,) the return G below which policy actions are not pushed, None for CQL -> R (2, B), share below G ().
+    bound (B,) the return G below which policy actions are not pushed, None for CQL; R is at least `floor`
+    -> R (2, B), share below G ().
     """
     policy = torch.arange(q.shape[-1], device=q.device) >= q.shape[-1] // 3
     share = torch.zeros((), device=q.device)
@@ -845,7 +860,7 @@ def conservative_gap(
         below = policy & (q < bound[:, None])
         share = below.sum() / (2 * len(bound) * (2 * q.shape[-1] // 3))
         q = torch.where(below, bound[:, None], q)  # no gradient where G wins
-    return ((q - log_probs).logsumexp(-1) - q_data).clamp(min=clip_min), share
+    return ((q - log_probs).logsumexp(-1) - q_data).clamp(min=floor), share
 
 
 def frozen_q(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -899,9 +914,8 @@ class Returns:
         self.args, self.buffer, device = args, buffer, buffer.table.device
         self.dataset = self.of(units.rewards(dataset.rewards), dataset.ends).to(device)
         self.own = torch.zeros(len(buffer.table), device=device)
-        self.finished = torch.zeros(
-            (), dtype=torch.int64, device=device
-        )  # own rows of episodes that are over
+        # own rows of episodes that are over
+        self.finished = torch.zeros((), dtype=torch.int64, device=device)
 
     def state(self) -> dict:
         """What a checkpoint holds, by name."""
@@ -928,28 +942,7 @@ class Returns:
 # --- end shared: calql.returns ---
 
 
-# NEW: Cal-QL's losses with this actor
-BOX = 0.9  # |u| up to which `box` is the identity: D58
-
-
-def box(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Actions in the box, and log |da/du| of each: a = u up to BOX, BOX + (1 - BOX) tanh(x) beyond it.  D58
-
-    x = (|u| - BOX) / (1 - BOX), u's sign comes back; log(1 - tanh² x) = 2 (ln 2 - x - softplus(-2x)).  [SAC App. C]
-    """
-    x = (u.abs() - BOX).relu() / (1 - BOX)
-    return u.clamp(-BOX, BOX) + (1 - BOX) * u.sign() * x.tanh(), 2 * (math.log(2) - x - F.softplus(-2 * x))
-
-
-def boxed(
-    mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Action box(u), u = mean + σ · noise, and its log π: all (..., A) -> (..., A), (...,); log σ may be (A,).  D58"""
-    actions, log_slope = box(mean + log_std.exp() * noise)
-    log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    return actions, (log_normal - log_slope).sum(-1)
-
-
+# NEW: calql.py's losses, with μ per state, one σ, and `boxed` for its tanh
 def dual_losses(
     nets: nn.ModuleDict,
     batch: Batch,
@@ -964,26 +957,21 @@ def dual_losses(
     """
     n, (uniform, normal) = args.cql_n_actions, noise
     rows, act_dim = batch.actions.shape
-    mean, log_std = nets["actor"](torch.cat([batch.obs, batch.next_obs]))  # one pass for both
+    mean, log_std = nets["actor"](torch.cat([batch.obs, batch.next_obs]))  # one pass, (2B, A), (A,)
     mean, next_mean = mean[:, None].split(rows)
-    new_actions, log_pi = boxed(
-        mean, log_std, normal[:, 3 * n :]
-    )  # (B, 1, A), (B, 1): the actor's own, with gradient
+    # the actor's own action (B, 1, A) and its log π (B, 1), with gradient
+    new_actions, log_pi = boxed(mean, log_std, normal[:, 3 * n :])
     backups = n if args.max_target_backup else 1
-    means = torch.cat([mean.expand(-1, n, -1), next_mean.expand(-1, n + backups, -1)], 1)
-    with torch.no_grad():
-        sampled, sampled_log_prob = boxed(
-            means, log_std, normal[:, : 2 * n + backups]
-        )  # n of π(s), n of π(s'), the backup's of π(s'): U65
-        q_next = (
-            q_of_many(nets["q_target"], batch.next_obs, sampled[:, 2 * n :]).amin(0).amax(-1)
-        )  # no entropy term [CORL]
+    with torch.no_grad():  # n of π(s), n of π(s'), the backup's of π(s'), all with σ only: U65
+        means = torch.cat([mean.expand(-1, n, -1), next_mean.expand(-1, n + backups, -1)], 1)
+        sampled, sampled_log_prob = boxed(means, log_std, normal[:, : 2 * n + backups])
+        q_backups = q_of_many(nets["q_target"], batch.next_obs, sampled[:, 2 * n :])  # (2, B, backups)
+        q_next = q_backups.amin(0).amax(-1)  # no entropy term [CORL]
         target = batch.rewards + args.gamma * (1 - batch.terminations) * q_next
         log_uniform = torch.full((rows, n), -act_dim * math.log(2), device=target.device)
         log_probs = torch.cat([log_uniform, sampled_log_prob[:, : 2 * n]], 1)
-    q = q_of_many(
-        nets["qf"], batch.obs, torch.cat([batch.actions[:, None], uniform, sampled[:, : 2 * n]], 1)
-    )  # (2, B, 1 + 3n)
+    actions = torch.cat([batch.actions[:, None], uniform, sampled[:, : 2 * n]], 1)
+    q = q_of_many(nets["qf"], batch.obs, actions)  # (2, B, 1 + 3n)
     td_loss = (q[..., 0] - target).square().mean(1).sum()  # [DARE Eq. 1], D2
     gap, share = conservative_gap(q[..., 1:], q[..., 0], log_probs, bound, args.cql_clip_min)
     lagrange_loss = torch.zeros((), device=gap.device)
@@ -994,18 +982,16 @@ def dual_losses(
     else:
         cql_loss = (weight * gap).mean(1).sum()  # α R [DARE Eq. 1]
     log_alpha = nets["weights"]["log_alpha"]
-    alpha_loss = -(
-        log_alpha * (log_pi.detach() - act_dim)
-    ).mean()  # [SAC, arXiv 1812.05905 §5], target entropy -A
+    missing = log_pi.detach() - act_dim  # of the target entropy, -A
+    alpha_loss = -(log_alpha * missing).mean()  # [SAC, arXiv 1812.05905 §5]
     q_new = frozen_q(nets["qf"], batch.obs, new_actions[:, 0]).amin(0)
-    actor_loss = (log_alpha.detach().exp() * log_pi[:, 0] - q_new).mean()  # [SAC §4.2]: U63
+    actor_loss = (log_alpha.detach().exp() * log_pi[:, 0] - q_new).mean()  # [SAC §4.2]: for Eq. 5, U63
     logs = {"loss/q": td_loss, "loss/actor": actor_loss, "loss/alpha": alpha_loss, "cql/gap": gap.mean()}
     logs |= {"cql/bound_share": share, "q/mean": q[..., 0].mean(), "policy/log_prob": log_pi.mean()}
     logs |= {"policy/outside": (mean.abs() - 1).relu().mean(), "log_std/mean": log_std.mean()}
     logs |= {"alpha/entropy": log_alpha.exp(), "alpha/lagrange": nets["weights"]["log_alpha_prime"].exp()}
-    return td_loss + cql_loss + lagrange_loss + alpha_loss + actor_loss, {
-        k: v.detach() for k, v in logs.items()
-    }
+    total = td_loss + cql_loss + lagrange_loss + alpha_loss + actor_loss
+    return total, {k: v.detach() for k, v in logs.items()}
 
 
 # --- shared: calql.update ---
@@ -1031,35 +1017,10 @@ def make_calql_optimizer(
 # --- end shared: calql.update ---
 
 
-# NEW: what the posterior's rows weigh
-VALUE_ACTIONS = 4  # per state, for V: U64
-
-
-@torch.no_grad()
-def bounded_weight(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """exp(clip((Q - V) / std(Q - V), -5, 5)) over all rows of a fit: both (N,) -> (N,).  U64"""
-    adv = q - v
-    scale = adv.std(correction=0).maximum(1e-5 * v.abs().mean())  # less is rounding
-    return (adv / scale.clamp(min=1e-12)).clamp(-5.0, 5.0).exp()
-
-
-@torch.no_grad()
-def posterior_weight(nets: nn.ModuleDict, batch: Batch) -> torch.Tensor:
-    """bounded_weight of Q, the lesser of qf, over V, its mean over VALUE_ACTIONS actions of π: (N,).  U64"""
-    q, v = [], []
-    for obs, actions in zip(batch.obs.split(4_096), batch.actions.split(4_096), strict=True):
-        mean, log_std = nets["actor"](obs)
-        noise = torch.randn(len(obs), VALUE_ACTIONS, actions.shape[1], device=obs.device)
-        drawn, _ = boxed(mean[:, None], log_std, noise)
-        both = q_of_many(nets["qf"], obs, torch.cat([actions[:, None], drawn], 1)).amin(0)
-        q, v = [*q, both[:, 0]], [*v, both[:, 1:].mean(1)]
-    return bounded_weight(torch.cat(q), torch.cat(v))
-
-
 def train(args: Args) -> dict[str, float]:
     task = data.get_task(args.env)
     if args.time_acting:  # NEW
-        return time_acting(args, task)
+        return judge.time_acting(args, task, untrained_explorer)
     r = run.Run(args, __file__, data.filed_name(args.env, args.dataset), ENV_PRESETS, NEEDS)
     if r.final:
         return r.final
@@ -1081,43 +1042,43 @@ def train(args: Args) -> dict[str, float]:
     planner = Planner(r, args, windows, task.act_dim, dataset.sha256)
     nets = make_calql_dual_nets(planner.net, args, task.obs_dim, task.act_dim).to(r.device)
     opt = make_calql_optimizer(nets, args.policy_lr, args.critic_lr, r.device)
+    explorer = Explorer(args, nets["actor"], nets["transition"], windows)  # NEW
 
     @torch.no_grad()
-    def act(obs: torch.Tensor) -> torch.Tensor:  # deterministic
-        return box(nets["actor"](obs)[0])[0]  # U59
+    def act(obs: torch.Tensor, actor: nn.Module = nets["actor"]) -> torch.Tensor:  # deterministic
+        return box(actor(obs)[0])[0]  # μ of W itself, no noise: U54
 
-    explorer = Explorer(args, nets["actor"], nets["transition"], windows)  # NEW
+    def explore(obs: torch.Tensor) -> torch.Tensor:
+        return box(explorer.act(obs))[0]  # NEW: both kinds of doubt act before the box: U63
+
+    def score(actor: nn.Module) -> float:  # NEW
+        return evaluate(partial(act, actor=actor), r.device)["eval/score"]
+
     added = planner.state() | explorer.state()
     r.register(nets=nets, opt=opt, online=online, interaction=interaction, **returns.state(), **added)
-    compiled_losses, compiled_planner_loss = r.compiled(dual_losses), r.compiled(planner_loss)
+    compiled_losses = r.compiled(dual_losses)
     offline_settings = r.settings(OFFLINE_SETTINGS)
 
-    def score(net: PlannerNet, steps: int) -> float:  # NEW
-        clone = PlanActor(net, steps, "zero").to(r.device)
-        policy = torch.no_grad()(lambda obs: box(clone(obs)[0])[0])
-        return evaluate(policy, r.device)["eval/score"]
-
-    # offline: gradient steps on the dataset
-    def offline_step() -> dict[str, torch.Tensor]:
-        index = offline.draw(args.batch_size)
+    def gradient_step(batch: Batch, bound: torch.Tensor | None, weight: float) -> dict[str, torch.Tensor]:
         noise = draw_noise(args.batch_size, task.act_dim, args.cql_n_actions, r.device)
-        bound = returns.dataset[index] if args.calibrate else None
-        loss, logs = compiled_losses(nets, offline.take(index), bound, args.cql_weight, noise, args)
-        if args.bc_coef > 0:  # NEW [Eq. 3]: U61
-            bc = compiled_planner_loss(nets["actor"].net, *windows.draw(args.batch_size))
+        loss, logs = compiled_losses(nets, batch, bound, weight, noise, args)
+        if args.bc_coef > 0:  # NEW [Eq. 3]: the planner's loss for the actor, off: U61
+            bc = planner.planner_loss(nets["actor"].net, *windows.draw(args.batch_size))
             loss, logs = loss + args.bc_coef * bc, logs | {"loss/bc": bc.detach()}
         update(nets, opt, loss, args.polyak)
         return logs
 
+    # offline: gradient steps on the dataset
+    def offline_step() -> dict[str, torch.Tensor]:
+        index = offline.draw(args.batch_size)
+        bound = returns.dataset[index] if args.calibrate else None
+        return gradient_step(offline.take(index), bound, args.cql_weight)
+
     if args.from_offline and r.once("from_offline"):
         r.import_phase("offline", args.from_offline, offline_settings, nets=nets, opt=opt)
     if not args.from_offline:  # NEW: planner and students, unless the offline phase is another run's
-        if args.from_planner and r.once("from_planner"):
-            r.import_phase("planner", args.from_planner, planner.settings, average=planner.average)
-        planner.learn(score)
-        if r.once("clone"):
-            nets["actor"].net.load_state_dict(planner.teacher.state_dict())
-            nets["transition"].net.load_state_dict(planner.net.state_dict())
+        planner.learn(score if args.eval_halvings else None)
+        planner.clone_into(nets)
     step_fn = r.capture(offline_step)
     for step in r.phase("offline", args.offline_steps):
         r.log(step, step_fn())
@@ -1138,29 +1099,23 @@ def train(args: Args) -> dict[str, float]:
         n_online = args.batch_size - n_offline
         index = offline.draw(n_offline), online.draw(n_online, returns.drawable)
         batch = mix(offline.take(index[0]), online.take(index[1]))
-        noise = draw_noise(args.batch_size, task.act_dim, args.cql_n_actions, r.device)
         bound = None  # D3
         if args.calibrate_online:
             bound = torch.cat([returns.dataset[index[0]], returns.own[index[1]]])
-        loss, logs = compiled_losses(nets, batch, bound, args.cql_weight_online, noise, args)
-        if args.bc_coef > 0:  # NEW [Eq. 3]: U61
-            bc = compiled_planner_loss(nets["actor"].net, *windows.draw(args.batch_size))
-            loss, logs = loss + args.bc_coef * bc, logs | {"loss/bc": bc.detach()}
-        update(nets, opt, loss, args.polyak)
-        return logs
+        return gradient_step(batch, bound, args.cql_weight_online)
 
     step_fn = r.capture(online_step)
     for step in r.phase("online", args.online_steps):
-        if interaction.obs is None:  # NEW: an episode's first step: U57
+        if interaction.obs is None:  # NEW: an episode's first step has no shift: U57
             explorer.shift.zero_()
-        if episode := interaction.step(lambda obs: box(explorer.act(obs))[0]):
+        if episode := interaction.step(explore):
             r.record(step + 1, episode)
             returns.add_episode(episode["train/episode_length"])
         explorer.observe(online)  # NEW
         if step >= args.warmup_steps and (interaction.episode or not args.calibrate_online):
             for _ in range(args.utd):
                 logs = step_fn()
-            r.log(step, logs | explorer.logs())
+            r.log(step, logs | judge.acting(explorer))
         if (step + 1) % run.LOG_EVERY == 0:  # NEW
             explorer.tally.zero_()
         if args.uq == "laplace" and (step + 1) % args.laplace_every == 0:  # NEW

@@ -1,75 +1,47 @@
 """DUAL on IQL: the actor is a distilled diffusion planner, its last layer is Bayesian, and both kinds of doubt explore.
 
 Paper    Bui, Jazbec, Nalisnick, Liu, "Efficient and Uncertainty-Aware Diffusion Framework for Offline-to-Online
-         Reinforcement Learning" (DUAL), arXiv 2605.30776v1; no code is public. Distillation: Salimans, Ho,
-         "Progressive Distillation", ICLR 2022, arXiv 2202.00512. Planner: Janner et al., "Diffuser", ICML 2022,
-         arXiv 2205.09991. Backbone: iql.py, line for line outside the NEW parts.
-Symbols  τ window of H = horizon steps, each [a, s] | u noise level, angle φ = π u / 2 | z noised window | v what the
-         net predicts | T denoising steps | μ, σ actor | W last layer, f its features | G precision of a row of W |
-         K laplace_draws | λ shift_weight | d prediction error | P̂ transition | Q̂, V, A, β, γ as in iql.py
-Read     what iql.py has; then NEW: Windows, PlannerNet, planner_loss, distill_loss, PlanActor, Planner; second_moment
-         to ensemble, Explorer; time_acting; train
+         Reinforcement Learning", arXiv 2605.30776v1: Eq., Alg., Table below; no code is public. Distillation: Salimans,
+         Ho, ICLR 2022, arXiv 2202.00512. Diffuser: Janner et al., ICML 2022, arXiv 2205.09991. Backbone: iql.py.
 Idea     Offline: a diffusion model of windows learns behavior and dynamics at once, 32 denoising steps are distilled
-         into one, and the first action of that one-step plan becomes the mean of a Gaussian actor, which the backbone
-         trains. That mean is affine in the last layer, so the weighted likelihood has an exact Gaussian posterior.
-         Online: K draws of the last layer widen the policy where data are few, and so does the error of the frozen
-         student's next state: where the world is not the dataset's.
-Notes    D1, D2, D3, D5, U1 as in iql.py.
-         D50 Eq. 3 is ε-prediction; here v-prediction on the cosine schedule, as in Salimans & Ho: at pure noise ε is
-            the input, and a one-step student of it says nothing.
-         D51 Eq. 6 literally (noise σ, uniform prior, as many observations as weights) is a spike over 10⁶ rows and dies
-            with σ; here unit noise, prior precision laplace_prior, and N_eff such that the mean epistemic std on data
-            is laplace_std at the end of offline, then in proportion to the rows. Literal: --laplace-noise sigma
-            --laplace-std 0 --laplace-prior 1e-6.
-         D52 the text reads ŝ' "for free" off the plan, whose action is not the executed one, and whose states RL no
-            longer trains (off by 0.9, the student by 0.03); here P̂ is asked again with the executed action.
-         D53 caps: epistemic variance 0.25, λ d 1, per dimension of the action.
-         D55 Eq. 5's weight is Q, which may be negative; on IQL it is the bounded exponential advantage.
-         D56 draws have no part in the one direction in which a layer norm's features and 1 do not vary: only the prior
-            would limit it, and the next update turn it into noise (70 times the std with the literal recipe).
-         D57 P̂ is the student and then trained on d itself, twice planner_steps: the student's own error (0.026 in
-            hopper-mini-v0, a linear model's is 0.015) hides what a shift changes. --no-fit-transition is the text.
-         D59 learner in CORL's flavour, as the paper: states normalised, one buffer, 1M online steps; iql.py's is PEX's.
-            One setting for locomotion: what CORL's hopper files have of their own is left from another actor.
+         into one, and the first action of that one-step plan becomes the mean of a Gaussian actor, which IQL trains.
+         That mean is affine in the last layer, so the weighted likelihood has an exact Gaussian posterior. Online: K
+         draws of the layer widen the policy where data are few; so does the error of the frozen student's next state,
+         where the world is not the dataset's.
+Symbols  τ window of H = horizon steps, each [a, s] | u noise level, angle φ = π u / 2 | z noised window | v what the
+         net predicts | T denoising steps | μ, σ actor | W last layer, f its features | G precision of a row of W, M its
+         part from data | K laplace_draws | λ shift_weight | d prediction error | P̂ transition | V, A, β, γ as in iql.py
+Read     NEW: planner, distillation; PlanActor; Planner; posterior, Explorer. Of iql.py: TwinQ, ValueNet, `losses` (its
+         actor term, -w log π with awr_weight as w, is Eq. 5; the others train Q and V), optimizer, update. Then train.
+Notes    D1, D2, D3, D5, U1 as in iql.py. The rest: what the paper has; what is here; why.
+         D50 Eq. 3 predicts noise; here v, cosine schedule [Salimans & Ho]: at pure noise ε is the input itself.
+         D51 Eq. 6 (noise σ, flat prior, N_eff = Σ w) is a spike and dies with σ; here noise 1, prior laplace_prior, and
+            N_eff such that the epistemic std on data is laplace_std when offline ends, then in proportion to the rows.
+         D52 ŝ' off the plan, of an action not executed, and RL moves it (off by 0.9; P̂ 0.03); here P̂, asked again.
+         D53 no caps; here epistemic variance at most 0.25, λ d at most 1, per dimension: uniform actions have 1/3.
+         D55 Eq. 5 weighs with Q, which may be negative; here with IQL's bounded exponential advantage.
+         D56 all of W is drawn; here not along the one direction that features never take: only the prior limits it.
+         D57 P̂ is the student; here then trained on d: its own error (0.026 on mini; linear 0.015) would hide a shift.
+         D59 the learner is CORL's, as the paper's (iql.py: PEX's), one setting for locomotion; the warm-up is ours.
          U50 planner network: residual MLP on the flattened window, actions in [-1, 1] as they are, one Linear last.
-         U51 horizon 4, AntMaze 32, stride 1; windows start at every row, past an episode's end stand the last next
-            state and zero actions without loss.
-         U52 32 -> 1 denoising steps (the latencies of Table 4 have ratio 32); learning rates, gradient norm at most 1,
-            average of the planner; twice the steps for the last two halvings; in the final one a quarter of the pure
-            noise is shrunk towards the actor's zero latent.
-         U53 the known state (with probability 1/2 also the action) stands in the noised input, without loss; one more
-            input says whether the action is known.
-         U54 latent of the mean: zero; --latent sample draws it in training and acting, not in evaluation.
-         U55 σ: one free parameter per action, start e⁻¹, log in [-5, 0.5]. No squash, which would break the start and
-            the affine form, so actions are clipped; no dropout, whatever the task.
-         U56 posterior: K draws per fit, kept as offsets from W, which moves on; a fit at the end of offline and every
-            laplace_every environment steps, on up to laplace_rows rows of all there are, dataset and own.
-         U57 d: mean square over the state's dimensions in units of their std; 0 on an episode's first step.
-         U58 P̂ is frozen when RL begins: it measures the shift from the dataset, and does not fade.
-         U59 evaluation: mean of W itself, no noise, no shift.
-         U60 warm-up without updates, which CORL does not have; acting is DUAL's from the first step.
-         U61 no diffusion loss during RL; --bc-coef adds Eq. 3 on dataset windows to the actor.
-         U62 Frozen-Lake: rewards of 10 and β = 10, own rows only online; with 0/1 rewards the weights do not tell
-            actions apart, and half a batch of old slip holds the critic back. One-hot states stay in {-1, 1}: some
-            are hardly ever visited, and their std is next to 0.
-Metrics  loss/{planner,distill,transition}; distill/error_<T>, distill/action_error_<T>: mean square gap between the
-         T-step student's endpoint and the teacher's (all, actions), same noise, 512 windows; distill/score_<T> with
-         --eval-halvings; laplace/n_eff, laplace/condition of G, laplace/data_std root mean epistemic variance on the
-         rows of the fit; shift/offline mean of d on the dataset; means of acting: uq/{epistemic,aleatoric}_std,
-         uq/share_{epistemic,aleatoric,shift} of the variance, uq/shift d, uq/shift_ratio d / shift/offline. Of policies
-         on hopper-mini-v0 that ratio is 1.1 to 2.5 without a shift, 4 to 10 with friction-2.0 or morphology-2.0; with
-         kinematic-2.0 or gravity-2.0, 1.5 to 3, which does not tell: P̂ would have to be finer than its width of 64.
-         final.json's score_online_mean, the mean of the online evaluations, is what the paper's tables hold.
-Run      python algorithms/dual.py --env hopper-medium-v2 --seed 0
+         U51 H is 4, in AntMaze 32; stride 1, windows from every row; past an episode's end, actions have no loss.
+         U52 32 -> 1 steps (Table 4's latencies have ratio 32); rates, gradient norm, average, halvings; shrunk noise.
+         U53 the known state, half the time also the action, stands in the noised input; one more input says which.
+         U54 latent of μ: zero; --latent sample draws it in training and acting. Evaluation: μ of W itself, no noise.
+         U55 σ: a parameter per action, from e⁻¹, log in [-5, 0.5]; actions clipped, no squash: μ is affine; no dropout.
+         U56 K draws per fit, kept as offsets from W, which moves on; fits: end of offline, every laplace_every steps.
+         U57 d: mean square over states in units of their std; 0 on an episode's first step; P̂ frozen, d does not fade.
+         U61 no diffusion loss during RL; --bc-coef adds Eq. 3 on dataset windows to the actor's.
+         U62 Frozen-Lake (reasons at ENV_PRESETS): rewards of 10, β = 10, own rows only online, states as they are.
+Metrics  loss/{planner,distill,transition}; distill/*: judge.student; laplace/{n_eff, condition of G, data_std epistemic
+         on the fit's rows}; shift/offline, uq/*: judge.acting; score_online_mean in final.json: the paper's tables.
+Run      python algorithms/dual.py --env hopper-medium-v2 --seed 0; another run's phase: --from-planner, --from-offline
          Table 4: w/o planner --horizon 1 --shift-weight 0 | w/o distillation --distill-steps 32 | w/o epistemic UQ --uq
-         none | w/o shift-aware --shift-weight 0 | its latencies --time-acting. Table 5: --shift-weight 0.1 ... 1
-         Fig. 3c: w sampling --uq latent --shift-weight 0 | w LA with ELBO --laplace-weights elbo --shift-weight 0 |
-         w LA --shift-weight 0. Fig. 2b: --distill-steps 16, 8, 4, 2 (or --eval-halvings)
-         one planner for all: --from-planner runs/dual/hopper-medium-v2/seed0; one offline phase for all that differ
-         online: --from-offline runs/dual/hopper-medium-v2/seed0
-Cost     hopper-mini-v0: about 4.2 CPU minutes. Published sizes want a GPU (not measured there).
+         none | w/o shift-aware --shift-weight 0 | latencies --time-acting. Table 5: --shift-weight 0.1 to 1. Fig. 2b:
+         --distill-steps 16 to 2, --eval-halvings. Fig. 3c, no shift: w sampling --uq latent | w LA with ELBO
+         --laplace-weights elbo. Eq. 6 to the letter: --laplace-noise sigma --laplace-std 0 --laplace-prior 1e-6
+Cost     hopper-mini-v0: about 4.2 CPU minutes; published sizes want a GPU (not measured there).
 Fails    constant rates online: the mean is one path through Hopper and may fall where the noisy policy seldom does.
-         --laplace-noise sigma: weighted regression drives σ down online, and the epistemic part with it.
 """
 
 import math
@@ -79,7 +51,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from time import perf_counter
 from typing import Literal
 
 import numpy as np
@@ -87,7 +58,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import data, run
+from common import data, judge, run
 from common.buffer import Batch, ReplayBuffer, mix
 from common.run import Count, Fraction, Natural, Number, Portion, Positive, Rate, Several, Share, Weight
 
@@ -98,7 +69,7 @@ class Args:
     dataset: Path | None = None  # HDF5 file in D4RL layout instead of the task's own
     seed: Natural = 0  # networks, batches, exploration and evaluation all derive from it
     offline_steps: Natural = 1_000_000  # gradient steps [CORL]
-    online_steps: Natural = 1_000_000  # environment steps [CORL]: D59
+    online_steps: Natural = 1_000_000  # environment steps [CORL], as all of the learner: D59
     from_offline: Path | None = None  # run directory (or its offline.pt) to take the offline phase from
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it works
     compile: bool | None = None  # compile and capture the gradient step; default: on for cuda, off for cpu
@@ -116,40 +87,40 @@ class Args:
     lr: Positive = 3e-4  # Adam, all networks [CORL]
     hidden: Count = 256  # width of the hidden layers [CORL]; the actor's is planner_width
     normalize_reward: bool = False  # r · 1000 / (largest - smallest episode return): D2
-    normalize_obs: bool = True  # (obs - mean) / (std + 1e-3) of the dataset [CORL]: D59
-    reward_scale: Positive = 1.0  # rewards in training: scale · r + bias, on top of normalize_reward: U62
+    normalize_obs: bool = True  # (obs - mean) / (std + 1e-3) of the dataset [CORL: D59]
+    reward_scale: Positive = 1.0  # rewards in training: scale · r + bias, r from above; Frozen-Lake: U62
     reward_bias: Number = 0.0  # added to rewards in training, after scaling [CORL: AntMaze]
     # online
-    warmup_steps: Natural = 5_000  # environment steps without updates, counted in online_steps: U60
+    warmup_steps: Natural = 5_000  # environment steps without updates, counted in online_steps; ours: D59
     utd: Count = 1  # gradient steps per environment step
     offline_frac: Portion = 0.5  # share of a batch from the dataset; 0 = own rows only
-    append_online: bool = True  # one buffer, batches from all of it [CORL]: D59
+    append_online: bool = True  # one buffer, batches from all of it [CORL: D59]
     # NEW: planner and actor
     from_planner: Path | None = None  # run directory (or its planner.pt) to take the planner from
-    horizon: Count = 4  # H, steps of a window; 1 = no planner: U51
-    normalize_windows: bool = True  # states of windows in units of their std: U51, U62
-    planner_steps: Natural = 500_000  # gradient steps: U52
+    horizon: Count = 4  # H, steps of a window; 1 = no planner; the paper's is unknown: U51
+    normalize_windows: bool = True  # states of windows in units of their std: U51; not one-hot ones: U62
+    planner_steps: Natural = 500_000  # gradient steps; as all of the training, ours: U52
     planner_batch: Count = 256  # windows: U52
     planner_lr: Positive = 3e-4  # Adam, cosine to 0; in each halving linear to 0: U52
-    planner_width: Count = 512  # of the residual blocks: U50
+    planner_width: Count = 512  # of the residual blocks; the paper names no network: U50
     planner_blocks: Natural = 3  # residual blocks: U50
-    teacher_steps: Count = 32  # denoising steps of the planner: U52
+    teacher_steps: Count = 32  # denoising steps of the planner; 32 to 1 from Table 4: U52
     distill_steps: Count = 1  # T, denoising steps of the actor; teacher_steps = no distillation: U52
     halving_steps: Count = 20_000  # gradient steps per halving, twice as many to 2 and 1 denoising steps: U52
     eval_halvings: bool = False  # evaluate the clone of each halving's student
-    latent: Literal["zero", "sample"] = "zero"  # where the actor's plan starts: U54
-    bc_coef: Weight = 0.0  # weight of the planner's loss in the actor's: U61
+    latent: Literal["zero", "sample"] = "zero"  # where the actor's plan starts, at which noise: U54
+    bc_coef: Weight = 0.0  # weight of the planner's loss in the actor's; the text has none: U61
     # NEW: uncertainty
     uq: Literal["laplace", "latent", "none"] = "laplace"  # what the K sub-policies differ in [Fig. 3c]
     laplace_weights: Literal["actor", "elbo"] = "actor"  # likelihood of the posterior [Remark 3.3]
-    laplace_noise: Literal["unit", "sigma"] = "unit"  # std of the actions given W: D51
-    laplace_draws: Count = 10  # K, sub-policies: U56
+    laplace_noise: Literal["unit", "sigma"] = "unit"  # std of the actions given W; sigma: Eq. 6: D51
+    laplace_draws: Count = 10  # K, sub-policies; how many, and when they are drawn anew, is ours: U56
     laplace_every: Count = 5_000  # environment steps between fits: U56
     laplace_rows: Count = 50_000  # transitions of a fit, at most: U56
     laplace_std: Weight = 0.1  # epistemic std on data that sets N_eff; 0 = N_eff is the sum of weights: D51
-    laplace_prior: Positive = 1.0  # τ0, prior precision of the last layer: D51
+    laplace_prior: Positive = 1.0  # τ0, prior precision of the last layer; the text's is flat: D51
     shift_weight: Weight = 0.5  # λ [Table 5]
-    fit_transition: bool = True  # train P̂ on d after the distillation: D57
+    fit_transition: bool = True  # train P̂ on d after the distillation; off: the text: D57
     time_acting: bool = False  # only print milliseconds per action for 1, 2, 4, ... denoising steps [Table 4]
 
 
@@ -157,25 +128,29 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     "antmaze-": dict(  # [IQL App. B; episodes: CORL; horizon: U51]
         expectile=0.9, inv_temp=10.0, reward_bias=-1.0, eval_every=10_000, eval_episodes=100, horizon=32,
     ),
-    **{k: dict(expectile=0.8) for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL; dropout: U55]
+    **{k: dict(expectile=0.8) for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL; no dropout: U55]
     "maze2d-": dict(eval_episodes=100),  # [CORL, offline IQL]
-    "hopper-mini": dict(  # U1
+    "hopper-mini": dict(  # sizes for minutes on two cores: U1
         offline_steps=15_000, online_steps=6_000, warmup_steps=2_000, lr=5e-4, polyak=0.01, hidden=64,
         normalize_reward=True, eval_every=2_000,
         planner_steps=3_000, planner_width=64, planner_blocks=1, planner_lr=1e-3, halving_steps=300,
         laplace_every=1_000, laplace_rows=10_000,
     ),
-    "frozenlake-": dict(  # U62
+    # U62: with rewards of 0 and 1 the weights do not tell actions apart; half a batch of old slip holds the critic
+    # back; the one-hot entry of a state that is hardly ever visited has a std next to 0
+    "frozenlake-": dict(
         offline_steps=6_000, online_steps=20_000, warmup_steps=2_000, eval_every=500, eval_episodes=1,
         expectile=0.7, inv_temp=10.0, reward_scale=10.0, normalize_obs=False, append_online=False, offline_frac=0.0,
         normalize_windows=False, planner_steps=5_000, planner_width=128, planner_blocks=2, halving_steps=1_500,
     ),
-    "frozenlake-8x8": dict(horizon=8),  # U51
+    "frozenlake-8x8": dict(horizon=8),  # a longer way: U51
 }  # fmt: skip
+# --- shared: dual.settings ---
 PLANNER_SETTINGS = (  # NEW: what a planner depends on, beside the dataset
     "horizon", "planner_steps", "planner_batch", "planner_lr", "planner_width", "planner_blocks",
     "normalize_windows", "normalize_obs",
 )  # fmt: skip
+# --- end shared: dual.settings ---
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
     "offline_steps", "batch_size", "gamma", "polyak", "expectile", "inv_temp", "lr", "hidden",
     "normalize_reward", "normalize_obs", "reward_scale", "reward_bias",
@@ -191,6 +166,579 @@ NEEDS = {  # condition -> settings that have no effect without it: a flag for on
 }  # fmt: skip
 
 
+# NEW: from here to iql.py's blocks, DUAL. First the planner, a diffusion over windows of actions and states.
+# --- shared: dual.planner ---
+EMA_START, EMA_EVERY, EMA_DECAY = 2_000, 10, 0.995  # the planner's average; gradient steps [Diffuser]: U52
+SHRUNK = 0.25  # share of the last halving's pure noise that is shrunk towards the actor's zero latent: U52
+
+
+class Windows:
+    """Windows of H = horizon steps [a, s], one from each row of a buffer's dataset, made on the device.  [Eq. 2]: U51
+
+    Actions as they are; states in units of their std (+ 1e-3) from their mean over the dataset as the agent sees it, or
+    as they are too. Past an episode's end stand its last next state and zero actions, the latter without loss.
+    """
+
+    def __init__(self, buffer: ReplayBuffer, ends: np.ndarray, horizon: int, normalize: bool = True):
+        """`buffer` holds the dataset; ends (N,) bool marks each episode's last row; the very last row is one anyway."""
+        device, n = buffer.table.device, len(ends)
+        stops = np.union1d(np.flatnonzero(ends), [n - 1])
+        last = stops[np.searchsorted(stops, np.arange(n))]  # of the row's episode
+        self.last = torch.from_numpy(last).to(device)
+        self.buffer, self.offsets = buffer, torch.arange(horizon, device=device)
+        self.rows = torch.tensor(n, device=device)  # of the dataset: those that `draw` draws from
+        std, mean = torch.std_mean(buffer.obs.double(), 0, correction=0)
+        self.mean, self.std = mean.float(), std.float() + 1e-3
+        if not normalize:
+            self.mean, self.std = torch.zeros_like(self.mean), torch.ones_like(self.std)
+
+    def take(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those that start at rows `index` (B,): x (B, H, D), and what has a loss (B, H, D), 0 or 1."""
+        wanted, last = index[:, None] + self.offsets, self.last[index][:, None]
+        past = (wanted > last).flatten()[:, None]  # (B H, 1)
+        rows = self.buffer.take(torch.minimum(wanted, last).flatten())
+        states = (torch.where(past, rows.next_obs, rows.obs) - self.mean) / self.std
+        x = torch.cat([rows.actions.masked_fill(past, 0.0), states], 1)
+        mask = torch.cat([(~past).to(x).expand_as(rows.actions), torch.ones_like(states)], 1)
+        return x.view(*wanted.shape, -1), mask.view(*wanted.shape, -1)
+
+    def draw(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """n of them, uniform with replacement."""
+        return self.take(self.buffer.draw(n, self.rows))
+
+
+def residual(width: int) -> nn.Sequential:
+    """What one residual block adds, (B, w) -> (B, w)."""
+    wide = 2 * width
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, wide), nn.Mish(), nn.Linear(wide, width))
+
+
+class PlannerNet(nn.Module):
+    """v(z, u): noised window z (B, H, D), noise level u (B,) or (1,), is its first action known (B,) -> (B, H, D).
+
+    D = A + O, actions first. A residual MLP with one Linear last: U50. Holds the states' mean and std (O,), so that an
+    actor made of it takes plain observations.
+    """
+
+    def __init__(
+        self, horizon: int, act_dim: int, mean: torch.Tensor, std: torch.Tensor, width: int, blocks: int
+    ):
+        super().__init__()
+        self.horizon, self.act_dim, self.row = horizon, act_dim, act_dim + len(mean)
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
+        self.register_buffer("frequencies", 1_000.0 ** (torch.arange(32) / 31))
+        self.inlet = nn.Linear(horizon * self.row + 1, width)
+        self.time = nn.Sequential(nn.Linear(64, 128), nn.Mish(), nn.Linear(128, width))
+        self.blocks = nn.ModuleList(residual(width) for _ in range(blocks))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, horizon * self.row)
+
+    def normalize(self, obs: torch.Tensor) -> torch.Tensor:
+        """States as in windows: (..., O) -> (..., O)."""
+        return (obs - self.mean) / self.std
+
+    def features(self, z: torch.Tensor, u: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """What the last layer reads, (B, w)."""
+        angles = u[:, None] * self.frequencies
+        h = self.inlet(torch.cat([z.flatten(1), given[:, None]], 1))
+        h = h + self.time(torch.cat([angles.sin(), angles.cos()], 1))
+        for block in self.blocks:
+            h = h + block(h)
+        return self.norm(h)
+
+    def forward(self, z: torch.Tensor, u: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(z, u, given)).view(z.shape)
+
+
+# Diffusion: z = cos φ x + sin φ ε at φ = π u / 2. Of row 0 the state is known, and now and then the action.
+
+
+def in_paint(z: torch.Tensor, first: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """z (B, H, D) with `first` (B, D) at row 0 where `known` (B, D) bool: how a plan is conditioned, U53."""
+    return torch.cat([torch.where(known, first, z[:, 0])[:, None], z[:, 1:]], 1)
+
+
+def rotate(z: torch.Tensor, v: torch.Tensor, angle: float) -> torch.Tensor:
+    """One DDIM step by `angle`: cos z - sin v; from φ = angle it is the clean estimate.  [Salimans & Ho]"""
+    return math.cos(angle) * z - math.sin(angle) * v
+
+
+def unroll(
+    net: PlannerNet, z: torch.Tensor, first: torch.Tensor, known: torch.Tensor, steps: int, left: int = 0
+) -> torch.Tensor:
+    """The sampler of `steps` equal angles from noise z (B, H, D), but for the last `left`; in-paints around each."""
+    given, z = known[:, 0].to(z), in_paint(z, first, known)
+    for i in range(steps, left, -1):
+        v = net(z, z.new_full((1,), i / steps), given)
+        z = in_paint(rotate(z, v, 0.5 * math.pi / steps), first, known)
+    return z
+
+
+def noised(
+    x: torch.Tensor, u: torch.Tensor, eps: torch.Tensor, given: torch.Tensor, act_dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """z = cos φ x + sin φ ε in-painted, v = cos φ ε - sin φ x, and what of row 0 is known (B, D).  [Eq. 3]
+
+    v, not the ε that the paper predicts: D50. x (B, H, D), u (B,), given (B,) bool: the first action is known, too.
+    """
+    cos, sin = (f(0.5 * math.pi * u)[:, None, None] for f in (torch.cos, torch.sin))
+    known = (torch.arange(x.shape[2], device=x.device) >= act_dim) | given[:, None]
+    return in_paint(cos * x + sin * eps, x[:, 0], known), cos * eps - sin * x, known
+
+
+def masked_error(
+    got: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor, known: torch.Tensor
+) -> torch.Tensor:
+    """Mean of (got - wanted)² over what has a loss (mask, (B, H, D)) and is not in-painted (known, (B, D)) -> ()."""
+    mask = torch.cat([(mask[:, 0] * ~known)[:, None], mask[:, 1:]], 1)
+    return (mask * (got - wanted).square()).sum() / mask.sum().clamp(min=1)
+
+
+def planner_loss(net: PlannerNet, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """E (v̂(z, u) - v)² over windows x (B, H, D), u ~ U(0, 1], -> ().  [Eq. 3]: of v, D50; action known or not, U53"""
+    u = 1 - torch.rand(len(x), device=x.device)
+    given = torch.rand(len(x), device=x.device) < 0.5
+    z, v, known = noised(x, u, torch.randn_like(x), given, net.act_dim)
+    return masked_error(net(z, u, given.to(x)), v, mask, known)
+
+
+def distill_target(
+    teacher: nn.Module, z: torch.Tensor, u: torch.Tensor, first: torch.Tensor, known: torch.Tensor, steps: int
+) -> torch.Tensor:
+    """The v that takes z at u in one step where the teacher gets in two of half the angle.  [Salimans & Ho]
+
+    v* = (cos 2δ z - z₂) / sin 2δ, δ = π / (4 steps); at steps = 1 it is -z₂. z (B, H, D), u (B,) -> (B, H, D).
+    """
+    given, delta = known[:, 0].to(z), 0.25 * math.pi / steps
+    z1 = in_paint(rotate(z, teacher(z, u, given), delta), first, known)
+    z2 = in_paint(rotate(z1, teacher(z1, u - 0.5 / steps, given), delta), first, known)
+    return (math.cos(2 * delta) * z - z2) / math.sin(2 * delta)
+
+
+def distill_loss(
+    net: PlannerNet, teacher: PlannerNet, x: torch.Tensor, mask: torch.Tensor, steps: int, shrink: bool
+) -> torch.Tensor:
+    """E (v̂(z, u) - v*)² over windows x (B, H, D), u uniform in {1/steps, ..., 1} -> ().  [§3.1; Salimans & Ho]
+
+    shrink: some of the pure noise is nearer to 0, where the actor's plans start: U52.
+    """
+    i = torch.randint(1, steps + 1, (len(x),), device=x.device)
+    given = torch.rand(len(x), device=x.device) < 0.5
+    eps, u = torch.randn_like(x), i / steps
+    if shrink:
+        some = (i == steps) & (torch.rand(len(x), device=x.device) < SHRUNK)
+        eps = eps * torch.where(some, torch.rand(len(x), device=x.device), 1.0)[:, None, None]
+    z, _, known = noised(x, u, eps, given, net.act_dim)
+    with torch.no_grad():
+        target = distill_target(teacher, z, u, x[:, 0], known, steps)
+    return masked_error(net(z, u, given.to(x)), target, mask, known)
+
+
+# --- end shared: dual.planner ---
+
+
+# NEW: the actor, and the transition model, that a student makes
+# --- shared: dual.actor ---
+LOG_STD_MIN, LOG_STD_MAX, LOG_STD_START = -5.0, 0.5, -1.0  # of the actor's σ: U55
+
+
+class PlanActor(nn.Module):
+    """π(a|s) = N(μ(s), diag σ²), μ the T-step plan's first action: obs (B, O) -> μ (B, A), log σ (A,).  [Eq. 4]: U55
+
+    The last of the T steps is affine in the net's last layer: with f1 = -sin δ [f, 1], δ = π / 2T, and W the layer with
+    its biases, plan = base + f1 Wᵀ. Frozen, it also is the transition model: its plan with the first action given.
+    """
+
+    def __init__(self, net: PlannerNet, steps: int, latent: str):
+        super().__init__()
+        self.net, self.steps, self.latent = net, steps, latent
+        self.log_std = nn.Parameter(torch.full((net.act_dim,), LOG_STD_START))
+
+    def noise(self, rows: int) -> torch.Tensor:
+        """Latents (rows, H, D) ~ N(0, I)."""
+        return torch.randn(rows, self.net.horizon, self.net.row, device=self.log_std.device)
+
+    def start(self, obs: torch.Tensor, actions: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """Zero latent (B, H, D), row 0 (B, D), and which of it is known (B, D): the action only if there is one."""
+        net, act = self.net, obs.new_zeros(len(obs), self.net.act_dim) if actions is None else actions
+        first = torch.cat([act, net.normalize(obs)], 1)
+        known = torch.arange(net.row, device=obs.device) >= (net.act_dim if actions is None else 0)
+        known = known.expand_as(first)
+        return first.new_zeros(len(obs), net.horizon, net.row), first, known
+
+    def features(self, obs: torch.Tensor, z: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """f1 (B, w + 1), base (B, H D): plan = base + f1 Wᵀ; from the latent z (B, H, D), zero if None: U54."""
+        zero, first, known = self.start(obs)
+        z = unroll(self.net, zero if z is None else z, first, known, self.steps, left=1)
+        f = self.net.features(z, z.new_full((1,), 1 / self.steps), known[:, 0].to(z))
+        delta = 0.5 * math.pi / self.steps
+        f1 = -math.sin(delta) * torch.cat([f, torch.ones_like(f[:, :1])], 1)
+        return f1, math.cos(delta) * z.flatten(1)
+
+    def read(self, f1: torch.Tensor, base: torch.Tensor, part: slice) -> torch.Tensor:
+        """Entries `part` of the plan: base + f1 Wᵀ."""
+        head = self.net.head
+        weight = torch.cat([head.weight[part], head.bias[part, None]], 1)
+        return base[:, part] + f1 @ weight.T
+
+    @property
+    def first_action(self) -> slice:
+        return slice(self.net.act_dim)
+
+    @torch.no_grad()
+    def null(self) -> torch.Tensor:
+        """The direction (w + 1,) that every [f, 1] is normal to: a layer norm's outputs add up to 0.  D56"""
+        gain, bias = self.net.norm.weight.double(), self.net.norm.bias.double()
+        return F.normalize(torch.cat([1 / gain, -(bias / gain).sum()[None]]), dim=0)
+
+    def std(self) -> torch.Tensor:
+        return self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp()
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # a latent is drawn where gradients are, in the losses; under no_grad, as in evaluation, it is zero: U54
+        z = self.noise(len(obs)) if self.latent == "sample" and torch.is_grad_enabled() else None
+        mean = self.read(*self.features(obs, z), self.first_action)
+        return mean, self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+
+    def predict(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """ŝ' = P̂(s, a) in normalised units: obs (B, O), actions (B, A), the executed ones (D52) -> (B, O).  [§3.3]"""
+        return unroll(self.net, *self.start(obs, actions), self.steps)[:, 1, self.net.act_dim :]
+
+    def prediction_error(self, batch: Batch) -> torch.Tensor:
+        """d: mean over dimensions of (s' - ŝ')² in normalised units, (B,).  [Eq. 8]: which norm, U57"""
+        predicted = self.predict(batch.obs, batch.actions)
+        return (self.net.normalize(batch.next_obs) - predicted).square().mean(1)
+
+
+def transition_loss(model: PlanActor, batch: Batch) -> torch.Tensor:
+    """Mean of d, 0 for rows that end an episode: after those no d is ever used.  [Eq. 8]: training on d is D57"""
+    return ((1 - batch.terminations) * model.prediction_error(batch)).mean()
+
+
+# --- end shared: dual.actor ---
+
+
+# NEW: the phases that train planner, students and transition model
+# --- shared: dual.phases ---
+def halvings(args: Args) -> list[tuple[int, int]]:
+    """(denoising steps of the student, gradient steps) of each halving, teacher_steps -> distill_steps.  U52
+
+    Refuses ladders that miss distill_steps, and a shift term where windows have no next state.
+    """
+    if args.horizon < 2 and args.shift_weight > 0:
+        allowed = "2 or more, or --shift-weight 0: one step has no next state"
+        raise run.UsageError("--horizon", args.horizon, allowed)
+    ladder, steps = [], args.teacher_steps
+    while steps > args.distill_steps and steps % 2 == 0:
+        steps //= 2
+        ladder.append((steps, args.halving_steps * (2 if steps <= 2 else 1)))
+    if steps != args.distill_steps:
+        allowed = f"{args.teacher_steps}, or that halved some times"
+        raise run.UsageError("--distill-steps", args.distill_steps, allowed)
+    return ladder
+
+
+class Planner:
+    """Trains the planner, then its students, then P̂, which are all `net`: in three phases before RL.  [Alg. 1, l. 3-5]
+
+    average: running average of the planner, the first teacher; teacher: what the running halving distills, in the end
+    the last student, which becomes the actor.
+    """
+
+    def __init__(self, r: run.Run, args: Args, windows: Windows, act_dim: int, dataset_hash: str):
+        self.r, self.args, self.windows, self.act_dim = r, args, windows, act_dim
+        self.ladder = halvings(args)
+        r.seed("planner networks")  # the same planner beside any backbone
+        sizes = args.planner_width, args.planner_blocks
+        self.net = PlannerNet(args.horizon, act_dim, windows.mean, windows.std, *sizes).to(r.device)
+        self.average, self.teacher = (deepcopy(self.net).requires_grad_(False) for _ in range(2))
+        lr = torch.tensor(args.planner_lr, device=r.device)
+        adam = dict(fused=True, capturable=r.device.type == "cuda")
+        self.opt = torch.optim.Adam(self.net.parameters(), lr=lr, **adam)
+        self.count = torch.zeros((), device=r.device)  # gradient steps since the (re)start
+        self.model = PlanActor(self.net, args.distill_steps, "zero").to(r.device)  # what becomes P̂
+        self.planner_loss, self.distill_loss = r.compiled(planner_loss), r.compiled(distill_loss)
+        self.transition_loss = r.compiled(transition_loss)
+        self.settings = {k: getattr(args, k) for k in PLANNER_SETTINGS} | {"dataset": dataset_hash}
+
+    def state(self) -> dict:
+        """What a checkpoint holds, by name."""
+        return {f"planner_{k}": getattr(self, k) for k in ("net", "average", "teacher", "opt", "count")}
+
+    def descend(self, loss: torch.Tensor, share_of_lr: torch.Tensor) -> None:
+        """One gradient step of the live net at that share of the learning rate, counted."""
+        self.opt.param_groups[0]["lr"].copy_(self.args.planner_lr * share_of_lr)
+        self.opt.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)  # the norm, as all rates: U52
+        self.opt.step()
+        self.count.add_(1)
+
+    def planner_step(self) -> dict[str, torch.Tensor]:
+        """One gradient step of the planner and its average, a copy of it until EMA_START."""
+        loss = self.planner_loss(self.net, *self.windows.draw(self.args.planner_batch))
+        self.descend(loss, 0.5 * (1 + torch.cos(self.count * (math.pi / self.args.planner_steps))))
+        with torch.no_grad():
+            moves = (self.count - EMA_START).clamp(min=0) / EMA_EVERY
+            share = (1 / (1 + moves)).clamp(min=1 - EMA_DECAY)  # a plain mean at first, for short trainings
+            moving = (self.count <= EMA_START) | (self.count.remainder(EMA_EVERY) == 0)
+            share = torch.where(moving, share, 0.0)
+            for mine, live in zip(self.average.parameters(), self.net.parameters(), strict=True):
+                mine.lerp_(live, share)
+        return {"loss/planner": loss.detach()}
+
+    def distill_step(self, steps: int, updates: int) -> dict[str, torch.Tensor]:
+        """One of the `updates` gradient steps of the student of `steps` denoising steps."""
+        x, mask = self.windows.draw(self.args.planner_batch)
+        loss = self.distill_loss(self.net, self.teacher, x, mask, steps, steps == self.args.distill_steps)
+        self.descend(loss, 1 - self.count / updates)
+        return {"loss/distill": loss.detach()}
+
+    def transition_step(self, updates: int) -> dict[str, torch.Tensor]:
+        """One of the `updates` gradient steps of P̂ on d, at three times the planner's learning rate.  D57"""
+        windows = self.windows
+        rows = windows.buffer.take(windows.buffer.draw(self.args.planner_batch, windows.rows))
+        loss = self.transition_loss(self.model, rows)
+        self.descend(loss, 3 - 3 * self.count / updates)
+        return {"loss/transition": loss.detach()}
+
+    def restart(self) -> None:
+        """Before a halving, and before P̂: the student is its teacher, the optimizer fresh."""
+        self.net.load_state_dict(self.teacher.state_dict())
+        self.count.zero_()
+        for state in self.opt.state.values():
+            for x in state.values():
+                x.zero_()
+
+    def learn(self, score: Callable[[PlanActor], float] | None) -> None:
+        """All phases, the first perhaps another run's; `score` of each student as actor, None: not asked for.
+
+        r.phase yields the steps that are left, r.once is True once in a run's life: a stopped run goes on where it was.
+        """
+        r, args = self.r, self.args
+        if args.from_planner and r.once("from_planner"):
+            r.import_phase("planner", args.from_planner, self.settings, average=self.average)
+        step_fn = r.capture(self.planner_step)
+        for step in r.phase("planner", args.planner_steps):
+            r.log(step, step_fn())
+        if r.once("planner_end"):
+            r.export_phase("planner", self.settings, average=self.average)
+            self.teacher.load_state_dict(self.average.state_dict())
+        until = 0  # one phase for all halvings: its steps go on
+        for steps, updates in self.ladder:
+            start, until = until, until + updates
+            step_fn = r.capture(partial(self.distill_step, steps, updates))
+            for step in r.phase("distill", until):
+                if step == start:
+                    self.restart()
+                r.log(step, step_fn())
+            if r.once(f"halving to {steps}"):
+                self.teacher.load_state_dict(self.net.state_dict())
+                student = PlanActor(self.teacher, steps, "zero").to(r.device)
+                r.record(until, judge.student(self, student, unroll, score))
+        updates = 2 * args.planner_steps if args.fit_transition and args.horizon > 1 else 0  # D57
+        if r.once("transition") and updates == 0:
+            self.restart()  # P̂ is the student as it is
+        step_fn = r.capture(partial(self.transition_step, updates))
+        for step in r.phase("transition", updates):
+            if step == 0:
+                self.restart()
+            r.log(step, step_fn())
+
+    def clone_into(self, nets: nn.ModuleDict) -> None:
+        """Once: the last student becomes the actor's net; that trained on, the transition model's.  [Alg. 1, l. 5]"""
+        if self.r.once("clone"):
+            nets["actor"].net.load_state_dict(self.teacher.state_dict())
+            nets["transition"].net.load_state_dict(self.net.state_dict())
+
+
+# --- end shared: dual.phases ---
+
+
+# NEW: the posterior of the actor's last layer, and acting with it
+# --- shared: dual.laplace ---
+EPISTEMIC_CAP, SHIFT_CAP = 0.25, 1.0  # variance, per dimension of the action: D53
+
+
+def second_moment(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """M = Σ w f fᵀ / Σ w in float64: features (N, F), weights (N,) >= 0 -> (F, F); 0 where all weights are 0.  [Eq. 6]
+
+    N_eff M / σ_j² with N_eff = Σ w is the Hessian of Eq. 5 in row j of W, exactly: rows do not mix. Raises
+    FloatingPointError on anything not finite.
+    """
+    total, moment = 0.0, features.new_zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+    for f, w in zip(features.split(4_096), weights.double().split(4_096), strict=True):
+        total, moment = total + w.sum(), moment + (f.double() * w[:, None]).T @ f.double()
+    if not moment.isfinite().all():
+        raise FloatingPointError("weights or features of the posterior are not finite")
+    return moment / total if total > 0 else moment
+
+
+def precisions(spectrum: torch.Tensor, n_eff: float, prior: float) -> torch.Tensor:
+    """Eigenvalues of G = N_eff M + τ0 I from those of M; at least 1e-14 of the largest, where float64 ends.  [Eq. 6]"""
+    g = n_eff * spectrum + prior
+    return g.maximum(1e-14 * g.max())
+
+
+def data_variance(spectrum: torch.Tensor, n_eff: float, prior: float) -> float:
+    """tr(M G⁻¹) from the eigenvalues of M: the mean of f G⁻¹ f over the data, noise 1."""
+    return (spectrum / precisions(spectrum, n_eff, prior)).sum().item()
+
+
+def calibrate(spectrum: torch.Tensor, target_std: float, prior: float) -> float:
+    """N_eff at which the root mean epistemic variance on data is target_std; 0 if it is less anyway.  D51"""
+    low, high = 0.0, len(spectrum) / target_std**2  # where it is surely less: each term is below 1 / N_eff
+    if data_variance(spectrum, 0.0, prior) <= target_std**2:
+        return 0.0
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        if data_variance(spectrum, middle, prior) > target_std**2:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def draw_offsets(
+    basis: torch.Tensor, precision: torch.Tensor, null: torch.Tensor, scales: torch.Tensor, draws: int
+) -> torch.Tensor:
+    """Draws of W minus W, row j ~ N(0, s_j² G⁻¹), without a part along `null`: (draws, A, F) float32.  [Eq. 6]
+
+    G by its eigenvectors (F, F) and eigenvalues (F,); s (A,); from the global generator. null (F,), of length 1: data
+    say nothing along it, so the prior alone would set that part, and the next update turn it into noise: D56.
+    """
+    xi = torch.randn(len(basis), draws * len(scales), dtype=basis.dtype, device=basis.device)
+    rows = (basis * precision.rsqrt() @ xi).T
+    rows = rows - (rows @ null)[:, None] * null
+    return (rows.view(draws, len(scales), -1) * scales[:, None]).float()
+
+
+def ensemble(means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of the sub-policies' means (K, B, A) -> (B, A) each; centred, float32 would cancel.  [Eq. 7]"""
+    mean = means.mean(0)
+    return mean, (means - mean).square().mean(0)
+
+
+class Explorer:
+    """Acts with N(mean, σ² + epistemic + λ d): the draws of W, the shift d, and what they add up to.  [Eqs. 7-8]"""
+
+    def __init__(self, args: Args, actor: PlanActor, transition: PlanActor, windows: Windows | None):
+        self.args, self.actor, self.transition, self.windows = args, actor, transition, windows
+        device, width = actor.log_std.device, actor.net.head.in_features + 1
+        self.offsets = torch.zeros(args.laplace_draws, actor.net.act_dim, width, device=device)
+        self.n_eff_per_row = torch.zeros((), dtype=torch.float64, device=device)
+        self.shift = torch.zeros((), device=device)  # d of the next step
+        self.usual = torch.ones((), device=device)  # d without a shift; for the log
+        self.tally = torch.zeros(5, device=device)  # steps, and sums of three variances and d; for the log
+
+    def state(self) -> dict:
+        """What a checkpoint holds, by name."""
+        names = ("offsets", "n_eff_per_row", "shift", "usual", "tally")
+        return {f"explorer_{k}": getattr(self, k) for k in names}
+
+    @torch.no_grad()
+    def act(self, obs: torch.Tensor) -> torch.Tensor:
+        """a ~ N(mean, σ² + epistemic + min(λ d, cap)), not yet in the box: (1, O) -> (1, A).  [Eqs. 7-8]: caps, D53"""
+        args, actor = self.args, self.actor
+        if args.uq == "latent":
+            z = actor.noise(args.laplace_draws)
+        else:
+            z = actor.noise(1) if args.latent == "sample" else None  # one for all draws: U54
+        f1, base = actor.features(obs if z is None else obs.expand(len(z), -1), z)
+        means = actor.read(f1, base, actor.first_action)[:, None]  # (latents, 1, A)
+        if args.uq == "laplace":
+            means = means + (self.offsets @ f1.T).transpose(1, 2)  # (K, 1, A): in the last step only
+        mean, epistemic = ensemble(means)
+        epistemic, aleatoric = epistemic.clamp(max=EPISTEMIC_CAP), actor.std().square()
+        shift = torch.zeros_like(self.shift)
+        if args.shift_weight > 0:
+            shift = (args.shift_weight * self.shift).clamp(max=SHIFT_CAP)
+        parts = aleatoric.mean(), epistemic.mean(), shift, self.shift
+        self.tally.add_(torch.stack([torch.ones_like(shift), *parts]))
+        std = (aleatoric + epistemic + shift).sqrt()
+        return mean + std * torch.randn_like(mean)
+
+    @torch.no_grad()
+    def observe(self, online: ReplayBuffer) -> None:
+        """After an environment step, stored last: d of the next one, by the frozen P̂ (U57), on a device-side index."""
+        if self.args.horizon > 1:
+            self.shift.copy_(self.transition.prediction_error(online.take((online.size - 1)[None]))[0])
+
+    def start(self, dataset: ReplayBuffer, weigh: Callable[[Batch], torch.Tensor]) -> dict[str, float]:
+        """At the end of offline: first posterior, and, for the log, what d is without a shift."""
+        logs = self.fit([dataset], weigh, first=True) if self.args.uq == "laplace" else {}
+        return logs | (judge.usual_shift(self, dataset) if self.args.horizon > 1 else {})
+
+    def some(self, total: int) -> torch.Tensor:
+        """Indices of at most laplace_rows of so many rows, all different: U56."""
+        index = torch.arange(total, device=self.shift.device)
+        if total > self.args.laplace_rows:
+            index = torch.randperm(total, device=self.shift.device)[: self.args.laplace_rows]
+        return index
+
+    def parts(self, buffers: list[ReplayBuffer]) -> list[Batch]:
+        """Some rows of the buffers' union, in chunks."""
+        index, found, first = self.some(sum(map(len, buffers))), [], 0
+        for b in buffers:
+            mine = index[(index >= first) & (index < first + len(b))] - first
+            found, first = [*found, *map(b.take, mine.split(4_096))], first + len(b)
+        return found
+
+    def elbo_features(self, index: torch.Tensor) -> torch.Tensor:
+        """What W reads in Eq. 3, at random noise levels of the windows at `index` (B,) -> (B, w + 1).  [Remark 3.3]"""
+        net, (x, _) = self.actor.net, self.windows.take(index)
+        u, given = 1 - torch.rand(len(x), device=x.device), torch.zeros_like(index, dtype=torch.bool)
+        z, _, _ = noised(x, u, torch.randn_like(x), given, net.act_dim)
+        f = net.features(z, u, given.to(x))
+        return torch.cat([f, torch.ones_like(f[:, :1])], 1)
+
+    @torch.no_grad()
+    def fit(
+        self, buffers: list[ReplayBuffer], weigh: Callable[[Batch], torch.Tensor], first: bool = False
+    ) -> dict[str, float]:
+        """New posterior from rows of `buffers`, weighed (B,) >= 0, and new draws of it.  [Eq. 6, Thm. 3.4]: rows, U56
+
+        N_eff, set at the `first` fit, and noise are ours, D51; --laplace-std 0 --laplace-noise sigma are Eq. 6's. Waits
+        for the device; not part of a gradient step.
+        """
+        args, actor = self.args, self.actor
+        if args.laplace_weights == "elbo":
+            chunks = self.some(len(self.windows.last)).split(4_096)
+            features = torch.cat([self.elbo_features(i) for i in chunks])
+            weights = torch.ones(len(features), device=features.device)
+        else:
+            batches = self.parts(buffers)
+            features = torch.cat([actor.features(b.obs)[0] for b in batches])
+            weights = weigh(Batch(*map(torch.cat, zip(*batches, strict=True))))
+        spectrum, basis = torch.linalg.eigh(second_moment(features, weights))
+        spectrum, rows = spectrum.clamp(min=0), sum(map(len, buffers))
+        if args.laplace_std == 0:
+            self.n_eff_per_row.copy_(weights.double().mean())
+        elif first:
+            self.n_eff_per_row.fill_(calibrate(spectrum, args.laplace_std, args.laplace_prior) / rows)
+        n_eff = self.n_eff_per_row.item() * rows
+        precision = precisions(spectrum, n_eff, args.laplace_prior)
+        scales = actor.std() if args.laplace_noise == "sigma" else torch.ones_like(actor.log_std)
+        offsets = draw_offsets(basis, precision, actor.null(), scales.double(), args.laplace_draws)
+        self.offsets.copy_(offsets)
+        spread = data_variance(spectrum, n_eff, args.laplace_prior) * scales.square().mean().item()
+        condition = (precision[-1] / precision[1]).item()  # the first is the null direction's
+        return {"laplace/n_eff": n_eff, "laplace/condition": condition, "laplace/data_std": spread**0.5}
+
+
+def untrained_explorer(args: Args, task: data.Task, steps: int, uq: str) -> Explorer:
+    """One that acts in `steps` denoising steps, at the task's sizes: for judge.time_acting."""
+    halvings(args)  # refuses what cannot be
+    unit = torch.ones(task.obs_dim)
+    net = PlannerNet(args.horizon, task.act_dim, 0 * unit, unit, args.planner_width, args.planner_blocks)
+    actor = PlanActor(net, steps, args.latent).to(run.pick_device(args.device))
+    return Explorer(replace(args, uq=uq), actor, actor, None)
+
+
+# --- end shared: dual.laplace ---
+
+
+# iql.py's: critics, losses, training
 # --- shared: iql.critics ---
 class TwinQ(nn.Module):
     """Two Q networks as stacked weights, one batched matmul per layer: obs (B, O), actions (B, A) -> (2, B)."""
@@ -216,15 +764,28 @@ class ValueNet(nn.Module):
 
     def __init__(self, obs_dim: int, hidden: int):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
-        )
+        first, second, last = nn.Linear(obs_dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
+        self.net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         return self.net(obs).squeeze(-1)
 
 
 # --- end shared: iql.critics ---
+
+
+# NEW
+def make_dual_nets(net: PlannerNet, args: Args, obs_dim: int, act_dim: int) -> nn.ModuleDict:
+    """actor, transition (frozen), both clones of `net`; qf, q_target (a frozen copy of qf), vf."""
+    nets = nn.ModuleDict()
+    nets["actor"] = PlanActor(deepcopy(net), args.distill_steps, args.latent)
+    nets["transition"] = PlanActor(deepcopy(net), args.distill_steps, "zero").requires_grad_(False)
+    nets["qf"] = TwinQ(obs_dim, act_dim, args.hidden)
+    nets["q_target"] = TwinQ(obs_dim, act_dim, args.hidden)
+    nets["vf"] = ValueNet(obs_dim, args.hidden)
+    nets["q_target"].load_state_dict(nets["qf"].state_dict())
+    nets["q_target"].requires_grad_(False)
+    return nets
 
 
 # --- shared: iql.losses ---
@@ -309,615 +870,10 @@ def restart_optimizer(opt: torch.optim.Adam, lr: float) -> None:
 # --- end shared: iql.training ---
 
 
-# NEW: the planner, a diffusion over windows of actions and states; its distillation; the actor made of it
-# --- shared: dual.planner ---
-EMA_START, EMA_EVERY, EMA_DECAY = 2_000, 10, 0.995  # the planner's average; gradient steps [Diffuser]: U52
-SHRUNK = 0.25  # share of the last halving's pure noise that is shrunk: U52
-LOG_STD_MIN, LOG_STD_MAX, LOG_STD_START = -5.0, 0.5, -1.0  # U55
-COMPARED = 512  # windows on which student and teacher are compared
-
-
-class Windows:
-    """Windows of H = horizon steps [a, s] that start at a buffer's dataset rows, gathered on the device.  [Eq. 2]: U51
-
-    Actions as they are; states in units of their std (+ 1e-3) from their mean over the dataset as the agent sees it, or
-    as they are too.
-    """
-
-    def __init__(self, buffer: ReplayBuffer, ends: np.ndarray, horizon: int, normalize: bool = True):
-        """`buffer` holds the dataset; ends (N,) bool marks each episode's last row; the very last row is one anyway."""
-        device, n = buffer.table.device, len(ends)
-        stops = np.union1d(np.flatnonzero(ends), [n - 1])
-        last = stops[np.searchsorted(stops, np.arange(n))]  # of the row's episode
-        self.last = torch.from_numpy(last).to(device)
-        self.buffer, self.offsets = buffer, torch.arange(horizon, device=device)
-        self.rows = torch.tensor(n, device=device)
-        std, mean = torch.std_mean(buffer.obs.double(), 0, correction=0)
-        self.mean, self.std = mean.float(), std.float() + 1e-3
-        if not normalize:
-            self.mean, self.std = torch.zeros_like(self.mean), torch.ones_like(self.std)
-
-    def take(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those that start at rows `index` (B,): x (B, H, D), and what has a loss (B, H, D), 0 or 1."""
-        wanted, last = index[:, None] + self.offsets, self.last[index][:, None]
-        past = (wanted > last).flatten()[:, None]  # (B H, 1)
-        rows = self.buffer.take(torch.minimum(wanted, last).flatten())
-        states = (torch.where(past, rows.next_obs, rows.obs) - self.mean) / self.std
-        x = torch.cat([rows.actions.masked_fill(past, 0.0), states], 1)
-        mask = torch.cat([(~past).to(x).expand_as(rows.actions), torch.ones_like(states)], 1)
-        return x.view(*wanted.shape, -1), mask.view(*wanted.shape, -1)
-
-    def draw(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """n of them, uniform with replacement."""
-        return self.take(self.buffer.draw(n, self.rows))
-
-
-class PlannerNet(nn.Module):
-    """v(z, u): noised window z (B, H, D), noise level u (B,) or (1,), is its first action known (B,) -> (B, H, D).  U50
-
-    D = A + O, actions first. Holds the states' mean and std (O,), so that an actor made of it takes plain observations.
-    """
-
-    def __init__(
-        self, horizon: int, act_dim: int, mean: torch.Tensor, std: torch.Tensor, width: int, blocks: int
-    ):
-        super().__init__()
-        self.horizon, self.act_dim, self.row = horizon, act_dim, act_dim + len(mean)
-        self.register_buffer("mean", mean.clone())
-        self.register_buffer("std", std.clone())
-        self.register_buffer("frequencies", 1_000.0 ** (torch.arange(32) / 31))
-        self.inlet = nn.Linear(horizon * self.row + 1, width)
-        self.time = nn.Sequential(nn.Linear(64, 128), nn.Mish(), nn.Linear(128, width))
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Mish(), nn.Linear(2 * width, width)
-            )
-            for _ in range(blocks)
-        )
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, horizon * self.row)
-
-    def normalize(self, obs: torch.Tensor) -> torch.Tensor:
-        """States as in windows: (..., O) -> (..., O)."""
-        return (obs - self.mean) / self.std
-
-    def features(self, z: torch.Tensor, u: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-        """What the last layer reads, (B, w)."""
-        angles = u[:, None] * self.frequencies
-        h = self.inlet(torch.cat([z.flatten(1), given[:, None]], 1))
-        h = h + self.time(torch.cat([angles.sin(), angles.cos()], 1))
-        for block in self.blocks:
-            h = h + block(h)
-        return self.norm(h)
-
-    def forward(self, z: torch.Tensor, u: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-        return self.head(self.features(z, u, given)).view(z.shape)
-
-
-def in_paint(z: torch.Tensor, first: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """z (B, H, D) with `first` (B, D) at row 0 where `known` (B, D) bool.  U53"""
-    return torch.cat([torch.where(known, first, z[:, 0])[:, None], z[:, 1:]], 1)
-
-
-def rotate(z: torch.Tensor, v: torch.Tensor, angle: float) -> torch.Tensor:
-    """One DDIM step by `angle`: cos z - sin v; from φ = angle it is the clean estimate.  [Salimans & Ho]"""
-    return math.cos(angle) * z - math.sin(angle) * v
-
-
-def unroll(
-    net: PlannerNet, z: torch.Tensor, first: torch.Tensor, known: torch.Tensor, steps: int, left: int = 0
-) -> torch.Tensor:
-    """The sampler of `steps` equal angles from noise z (B, H, D), but for the last `left`; in-paints around each."""
-    given, z = known[:, 0].to(z), in_paint(z, first, known)
-    for i in range(steps, left, -1):
-        v = net(z, z.new_full((1,), i / steps), given)
-        z = in_paint(rotate(z, v, 0.5 * math.pi / steps), first, known)
-    return z
-
-
-def noised(
-    x: torch.Tensor, u: torch.Tensor, eps: torch.Tensor, given: torch.Tensor, act_dim: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """z = cos φ x + sin φ ε in-painted, v = cos φ ε - sin φ x, and what of row 0 is known (B, D).  [Eq. 3]: D50
-
-    x (B, H, D), u (B,), given (B,) bool: the first action is known, as the first state always is: U53.
-    """
-    cos, sin = (f(0.5 * math.pi * u)[:, None, None] for f in (torch.cos, torch.sin))
-    known = (torch.arange(x.shape[2], device=x.device) >= act_dim) | given[:, None]
-    return in_paint(cos * x + sin * eps, x[:, 0], known), cos * eps - sin * x, known
-
-
-def masked_error(
-    got: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor, known: torch.Tensor
-) -> torch.Tensor:
-    """Mean of (got - wanted)² over what has a loss (mask, (B, H, D)) and is not in-painted (known, (B, D)) -> ()."""
-    mask = torch.cat([(mask[:, 0] * ~known)[:, None], mask[:, 1:]], 1)
-    return (mask * (got - wanted).square()).sum() / mask.sum().clamp(min=1)
-
-
-def planner_loss(net: PlannerNet, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """E (v̂(z, u) - v)² over windows x (B, H, D), u ~ U(0, 1], -> ().  [Eq. 3]: D50, U53"""
-    u = 1 - torch.rand(len(x), device=x.device)
-    given = torch.rand(len(x), device=x.device) < 0.5
-    z, v, known = noised(x, u, torch.randn_like(x), given, net.act_dim)
-    return masked_error(net(z, u, given.to(x)), v, mask, known)
-
-
-def distill_target(
-    teacher: PlannerNet,
-    z: torch.Tensor,
-    u: torch.Tensor,
-    first: torch.Tensor,
-    known: torch.Tensor,
-    steps: int,
-) -> torch.Tensor:
-    """The v that takes z at u in one step where the teacher gets in two of half the angle.  [Salimans & Ho]
-
-    v* = (cos 2δ z - z₂) / sin 2δ, δ = π / (4 steps); at steps = 1 it is -z₂. z (B, H, D), u (B,) -> (B, H, D).
-    """
-    given, delta = known[:, 0].to(z), 0.25 * math.pi / steps
-    z1 = in_paint(rotate(z, teacher(z, u, given), delta), first, known)
-    z2 = in_paint(rotate(z1, teacher(z1, u - 0.5 / steps, given), delta), first, known)
-    return (math.cos(2 * delta) * z - z2) / math.sin(2 * delta)
-
-
-def distill_loss(
-    net: PlannerNet, teacher: PlannerNet, x: torch.Tensor, mask: torch.Tensor, steps: int, shrink: bool
-) -> torch.Tensor:
-    """E (v̂(z, u) - v*)² over windows x (B, H, D), u uniform in {1/steps, ..., 1} -> ().  [§3.1; Salimans & Ho]: U52"""
-    i = torch.randint(1, steps + 1, (len(x),), device=x.device)
-    given = torch.rand(len(x), device=x.device) < 0.5
-    eps, u = torch.randn_like(x), i / steps
-    if shrink:
-        some = (i == steps) & (torch.rand(len(x), device=x.device) < SHRUNK)
-        eps = eps * torch.where(some, torch.rand(len(x), device=x.device), 1.0)[:, None, None]
-    z, _, known = noised(x, u, eps, given, net.act_dim)
-    with torch.no_grad():
-        target = distill_target(teacher, z, u, x[:, 0], known, steps)
-    return masked_error(net(z, u, given.to(x)), target, mask, known)
-
-
-class PlanActor(nn.Module):
-    """π(a|s) = N(μ(s), diag σ²), μ the T-step plan's first action: obs (B, O) -> μ (B, A), log σ (A,).  [Eq. 4]: U55
-
-    The last of the T steps is affine in the net's last layer: with f1 = -sin δ [f, 1] and W the layer with its biases,
-    plan = base + f1 Wᵀ. Frozen, it also is the transition model: its plan with the first action given.
-    """
-
-    def __init__(self, net: PlannerNet, steps: int, latent: str):
-        super().__init__()
-        self.net, self.steps, self.latent = net, steps, latent
-        self.log_std = nn.Parameter(torch.full((net.act_dim,), LOG_STD_START))
-
-    def noise(self, rows: int) -> torch.Tensor:
-        """Latents (rows, H, D) ~ N(0, I)."""
-        return torch.randn(rows, self.net.horizon, self.net.row, device=self.log_std.device)
-
-    def start(self, obs: torch.Tensor, actions: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-        """Zero latent (B, H, D), row 0 (B, D), and which of it is known (B, D): the action only if there is one."""
-        net, act = self.net, obs.new_zeros(len(obs), self.net.act_dim) if actions is None else actions
-        first = torch.cat([act, net.normalize(obs)], 1)
-        known = torch.arange(net.row, device=obs.device) >= (net.act_dim if actions is None else 0)
-        known = known.expand_as(first)
-        return first.new_zeros(len(obs), net.horizon, net.row), first, known
-
-    def features(self, obs: torch.Tensor, z: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """f1 (B, w + 1), base (B, H D): plan = base + f1 Wᵀ; from the latent z (B, H, D), zero if None: U54."""
-        zero, first, known = self.start(obs)
-        z = unroll(self.net, zero if z is None else z, first, known, self.steps, left=1)
-        f = self.net.features(z, z.new_full((1,), 1 / self.steps), known[:, 0].to(z))
-        delta = 0.5 * math.pi / self.steps
-        f1 = -math.sin(delta) * torch.cat([f, torch.ones_like(f[:, :1])], 1)
-        return f1, math.cos(delta) * z.flatten(1)
-
-    def read(self, f1: torch.Tensor, base: torch.Tensor, part: slice) -> torch.Tensor:
-        """Entries `part` of the plan: base + f1 Wᵀ."""
-        head = self.net.head
-        weight = torch.cat([head.weight[part], head.bias[part, None]], 1)
-        return base[:, part] + f1 @ weight.T
-
-    @property
-    def first_action(self) -> slice:
-        return slice(self.net.act_dim)
-
-    @torch.no_grad()
-    def null(self) -> torch.Tensor:
-        """The direction (w + 1,) that every [f, 1] is normal to: a layer norm's outputs add up to 0.  D56"""
-        gain, bias = self.net.norm.weight.double(), self.net.norm.bias.double()
-        return F.normalize(torch.cat([1 / gain, -(bias / gain).sum()[None]]), dim=0)
-
-    def std(self) -> torch.Tensor:
-        return self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp()
-
-    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        z = self.noise(len(obs)) if self.latent == "sample" and torch.is_grad_enabled() else None
-        mean = self.read(*self.features(obs, z), self.first_action)
-        return mean, self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
-
-    def predict(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """ŝ' = P̂(s, a) in normalised units: obs (B, O), actions (B, A) -> (B, O).  [§3.3]: D52"""
-        return unroll(self.net, *self.start(obs, actions), self.steps)[:, 1, self.net.act_dim :]
-
-    def prediction_error(self, batch: Batch) -> torch.Tensor:
-        """d: mean over dimensions of (s' - ŝ')² in normalised units, (B,).  [Eq. 8]: U57"""
-        predicted = self.predict(batch.obs, batch.actions)
-        return (self.net.normalize(batch.next_obs) - predicted).square().mean(1)
-
-
-def transition_loss(model: PlanActor, batch: Batch) -> torch.Tensor:
-    """Mean of d, 0 for rows that end an episode: after those no d is ever used.  [Eq. 8]: D57"""
-    return ((1 - batch.terminations) * model.prediction_error(batch)).mean()
-
-
-def halvings(args: Args) -> list[tuple[int, int]]:
-    """(denoising steps of the student, gradient steps) of each halving, teacher_steps -> distill_steps.  U52"""
-    if args.horizon < 2 and args.shift_weight > 0:
-        allowed = "2 or more, or --shift-weight 0: one step has no next state"
-        raise run.UsageError("--horizon", args.horizon, allowed)
-    ladder, steps = [], args.teacher_steps
-    while steps > args.distill_steps and steps % 2 == 0:
-        steps //= 2
-        ladder.append((steps, args.halving_steps * (2 if steps <= 2 else 1)))
-    if steps != args.distill_steps:
-        allowed = f"{args.teacher_steps}, or that halved some times"
-        raise run.UsageError("--distill-steps", args.distill_steps, allowed)
-    return ladder
-
-
-class Planner:
-    """The diffusion planner, then its students, and the phases that train them: actor `teacher`, transition `net`."""
-
-    def __init__(self, r: run.Run, args: Args, windows: Windows, act_dim: int, dataset_hash: str):
-        self.r, self.args, self.windows, self.act_dim = r, args, windows, act_dim
-        self.ladder = halvings(args)
-        r.seed("planner networks")  # the same planner beside any backbone
-        sizes = args.planner_width, args.planner_blocks
-        self.net = PlannerNet(args.horizon, act_dim, windows.mean, windows.std, *sizes).to(r.device)
-        self.average, self.teacher = (deepcopy(self.net).requires_grad_(False) for _ in range(2))
-        lr = torch.tensor(args.planner_lr, device=r.device)
-        adam = dict(fused=True, capturable=r.device.type == "cuda")
-        self.opt = torch.optim.Adam(self.net.parameters(), lr=lr, **adam)
-        self.count = torch.zeros((), device=r.device)  # gradient steps since the (re)start
-        self.model = PlanActor(self.net, args.distill_steps, "zero").to(r.device)  # what becomes P̂
-        self.planner_loss, self.distill_loss = r.compiled(planner_loss), r.compiled(distill_loss)
-        self.transition_loss = r.compiled(transition_loss)
-        self.settings = {k: getattr(args, k) for k in PLANNER_SETTINGS} | {"dataset": dataset_hash}
-
-    def state(self) -> dict:
-        """What a checkpoint holds, by name."""
-        return {f"planner_{k}": getattr(self, k) for k in ("net", "average", "teacher", "opt", "count")}
-
-    def descend(self, loss: torch.Tensor, share_of_lr: torch.Tensor) -> None:
-        """One gradient step of the live net at that share of the learning rate, counted."""
-        self.opt.param_groups[0]["lr"].copy_(self.args.planner_lr * share_of_lr)
-        self.opt.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        self.opt.step()
-        self.count.add_(1)
-
-    def planner_step(self) -> dict[str, torch.Tensor]:
-        """One gradient step of the planner and its average, a copy of it until EMA_START."""
-        loss = self.planner_loss(self.net, *self.windows.draw(self.args.planner_batch))
-        self.descend(loss, 0.5 * (1 + torch.cos(self.count * (math.pi / self.args.planner_steps))))
-        with torch.no_grad():
-            moves = (self.count - EMA_START).clamp(min=0) / EMA_EVERY
-            share = (1 / (1 + moves)).clamp(min=1 - EMA_DECAY)  # a plain mean at first, for short trainings
-            moving = (self.count <= EMA_START) | (self.count.remainder(EMA_EVERY) == 0)
-            share = torch.where(moving, share, 0.0)
-            for mine, live in zip(self.average.parameters(), self.net.parameters(), strict=True):
-                mine.lerp_(live, share)
-        return {"loss/planner": loss.detach()}
-
-    def distill_step(self, steps: int, updates: int) -> dict[str, torch.Tensor]:
-        """One of the `updates` gradient steps of the student of `steps` denoising steps."""
-        x, mask = self.windows.draw(self.args.planner_batch)
-        loss = self.distill_loss(self.net, self.teacher, x, mask, steps, steps == self.args.distill_steps)
-        self.descend(loss, 1 - self.count / updates)
-        return {"loss/distill": loss.detach()}
-
-    def transition_step(self, updates: int) -> dict[str, torch.Tensor]:
-        """One of the `updates` gradient steps of P̂, at three times the planner's learning rate.  D57"""
-        windows = self.windows
-        rows = windows.buffer.take(windows.buffer.draw(self.args.planner_batch, windows.rows))
-        loss = self.transition_loss(self.model, rows)
-        self.descend(loss, 3 - 3 * self.count / updates)
-        return {"loss/transition": loss.detach()}
-
-    def restart(self) -> None:
-        """Before a halving, and before P̂: the student is its teacher, the optimizer fresh."""
-        self.net.load_state_dict(self.teacher.state_dict())
-        self.count.zero_()
-        for state in self.opt.state.values():
-            for x in state.values():
-                x.zero_()
-
-    def learn(self, score: Callable[[PlannerNet, int], float]) -> None:
-        """All phases; `score` of a net and its denoising steps is for --eval-halvings."""
-        r, args = self.r, self.args
-        step_fn = r.capture(self.planner_step)
-        for step in r.phase("planner", args.planner_steps):
-            r.log(step, step_fn())
-        if r.once("planner_end"):
-            r.export_phase("planner", self.settings, average=self.average)
-            self.teacher.load_state_dict(self.average.state_dict())
-        until = 0
-        for steps, updates in self.ladder:
-            start, until = until, until + updates
-            step_fn = r.capture(partial(self.distill_step, steps, updates))
-            for step in r.phase("distill", until):
-                if step == start:
-                    self.restart()
-                r.log(step, step_fn())
-            if r.once(f"halving to {steps}"):
-                self.teacher.load_state_dict(self.net.state_dict())
-                logs = self.errors(steps)
-                if args.eval_halvings:
-                    logs[f"distill/score_{steps}"] = score(self.teacher, steps)
-                r.record(until, logs)
-        updates = 2 * args.planner_steps if args.fit_transition and args.horizon > 1 else 0
-        if r.once("transition") and updates == 0:
-            self.restart()
-        step_fn = r.capture(partial(self.transition_step, updates))
-        for step in r.phase("transition", updates):
-            if step == 0:
-                self.restart()
-            r.log(step, step_fn())
-
-    @torch.no_grad()
-    def errors(self, steps: int) -> dict[str, float]:
-        """Mean square gap between endpoints of the `steps`-step student and the planner, same noise, same windows."""
-        own, device = torch.Generator(self.r.device).manual_seed(0), self.r.device
-        index = torch.randint(len(self.windows.last), (COMPARED,), generator=own, device=device)
-        x, _ = self.windows.take(index)
-        noise = torch.randn(x.shape, generator=own, device=device)
-        known = (torch.arange(x.shape[2], device=device) >= self.act_dim).expand_as(x[:, 0])
-        planned = unroll(self.average, noise, x[:, 0], known, self.args.teacher_steps)
-        gap = (unroll(self.teacher, noise, x[:, 0], known, steps) - planned).square()
-        return {
-            f"distill/error_{steps}": gap.sum().item() / (gap.numel() - known.sum().item()),
-            f"distill/action_error_{steps}": gap[..., : self.act_dim].mean().item(),
-        }
-
-
-# --- end shared: dual.planner ---
-
-
-# NEW: the posterior of the last layer, and acting with it
-# --- shared: dual.laplace ---
-EPISTEMIC_CAP, SHIFT_CAP = 0.25, 1.0  # variance, per dimension of the action: D53
-
-
-def second_moment(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """M = Σ w f fᵀ / Σ w in float64: features (N, F), weights (N,) >= 0 -> (F, F); 0 where all weights are 0.  [Eq. 6]
-
-    N_eff M / σ_j² with N_eff = Σ w is the Hessian of Eq. 5 in row j of W, exactly: rows do not mix. Raises
-    FloatingPointError on anything not finite.
-    """
-    total, moment = 0.0, features.new_zeros(features.shape[1], features.shape[1], dtype=torch.float64)
-    for f, w in zip(features.split(4_096), weights.double().split(4_096), strict=True):
-        total, moment = total + w.sum(), moment + (f.double() * w[:, None]).T @ f.double()
-    if not moment.isfinite().all():
-        raise FloatingPointError("weights or features of the posterior are not finite")
-    return moment / total if total > 0 else moment
-
-
-def precisions(spectrum: torch.Tensor, n_eff: float, prior: float) -> torch.Tensor:
-    """Eigenvalues of G = N_eff M + τ0 I from those of M; at least 1e-14 of the largest, where float64 ends.  [Eq. 6]"""
-    g = n_eff * spectrum + prior
-    return g.maximum(1e-14 * g.max())
-
-
-def data_variance(spectrum: torch.Tensor, n_eff: float, prior: float) -> float:
-    """tr(M G⁻¹) from the eigenvalues of M: the mean of f G⁻¹ f over the data, noise 1."""
-    return (spectrum / precisions(spectrum, n_eff, prior)).sum().item()
-
-
-def calibrate(spectrum: torch.Tensor, target_std: float, prior: float) -> float:
-    """N_eff at which the root mean epistemic variance on data is target_std; 0 if it is less anyway.  D51"""
-    low, high = 0.0, len(spectrum) / target_std**2  # where it is surely less: each term is below 1 / N_eff
-    if data_variance(spectrum, 0.0, prior) <= target_std**2:
-        return 0.0
-    for _ in range(200):
-        middle = 0.5 * (low + high)
-        if data_variance(spectrum, middle, prior) > target_std**2:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-def draw_offsets(
-    basis: torch.Tensor, precision: torch.Tensor, null: torch.Tensor, scales: torch.Tensor, draws: int
-) -> torch.Tensor:
-    """Draws of W minus W, row j ~ N(0, s_j² G⁻¹), without a part along `null`: (draws, A, F) float32.  [Eq. 6]: D56
-
-    G by its eigenvectors (F, F) and eigenvalues (F,); null (F,) of length 1, s (A,); from the global generator.
-    """
-    xi = torch.randn(len(basis), draws * len(scales), dtype=basis.dtype, device=basis.device)
-    rows = (basis * precision.rsqrt() @ xi).T
-    rows = rows - (rows @ null)[:, None] * null
-    return (rows.view(draws, len(scales), -1) * scales[:, None]).float()
-
-
-def ensemble(means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance of the sub-policies' means (K, B, A) -> (B, A) each; centred, float32 would cancel.  [Eq. 7]"""
-    mean = means.mean(0)
-    return mean, (means - mean).square().mean(0)
-
-
-class Explorer:
-    """Acts with N(mean, σ² + epistemic + λ d): the draws of W, the shift d, and what they add up to.  [Eqs. 7-8]"""
-
-    def __init__(self, args: Args, actor: PlanActor, transition: PlanActor, windows: Windows | None):
-        self.args, self.actor, self.transition, self.windows = args, actor, transition, windows
-        device, width = actor.log_std.device, actor.net.head.in_features + 1
-        self.offsets = torch.zeros(args.laplace_draws, actor.net.act_dim, width, device=device)
-        self.n_eff_per_row = torch.zeros((), dtype=torch.float64, device=device)
-        self.shift = torch.zeros((), device=device)  # d of the next step
-        self.usual = torch.ones((), device=device)  # d without a shift
-        self.tally = torch.zeros(5, device=device)  # steps, and sums of three variances and d
-
-    def state(self) -> dict:
-        """What a checkpoint holds, by name."""
-        names = ("offsets", "n_eff_per_row", "shift", "usual", "tally")
-        return {f"explorer_{k}": getattr(self, k) for k in names}
-
-    @torch.no_grad()
-    def act(self, obs: torch.Tensor) -> torch.Tensor:
-        """a ~ N(mean, σ² + epistemic + min(λ d, cap)), not yet in the box: (1, O) -> (1, A).  [Eqs. 7-8]: D53, U55"""
-        args, actor = self.args, self.actor
-        if args.uq == "latent":
-            z = actor.noise(args.laplace_draws)
-        else:
-            z = actor.noise(1) if args.latent == "sample" else None  # one for all draws: U54
-        f1, base = actor.features(obs if z is None else obs.expand(len(z), -1), z)
-        means = actor.read(f1, base, actor.first_action)[:, None]  # (latents, 1, A)
-        if args.uq == "laplace":
-            means = means + (self.offsets @ f1.T).transpose(1, 2)  # (K, 1, A): in the last step only
-        mean, epistemic = ensemble(means)
-        epistemic, aleatoric = epistemic.clamp(max=EPISTEMIC_CAP), actor.std().square()
-        shift = torch.zeros_like(self.shift)
-        if args.shift_weight > 0:
-            shift = (args.shift_weight * self.shift).clamp(max=SHIFT_CAP)
-        parts = aleatoric.mean(), epistemic.mean(), shift, self.shift
-        self.tally.add_(torch.stack([torch.ones_like(shift), *parts]))
-        std = (aleatoric + epistemic + shift).sqrt()
-        return mean + std * torch.randn_like(mean)
-
-    @torch.no_grad()
-    def observe(self, online: ReplayBuffer) -> None:
-        """After an environment step, stored last: d of the next one.  U58"""
-        if self.args.horizon > 1:
-            self.shift.copy_(self.transition.prediction_error(online.take((online.size - 1)[None]))[0])
-
-    @torch.no_grad()
-    def start(self, dataset: ReplayBuffer, weigh: Callable[[Batch], torch.Tensor]) -> dict[str, float]:
-        """At the end of offline: first posterior, N_eff from laplace_std, and what d is without a shift."""
-        logs = {}
-        if self.args.uq == "laplace":
-            logs = self.fit([dataset], weigh, first=True)
-        if self.args.horizon > 1:
-            parts = self.parts([dataset])
-            errors = sum(transition_loss(self.transition, b) * len(b.rewards) for b in parts)
-            self.usual.copy_(errors / sum((1 - b.terminations).sum() for b in parts).clamp(min=1))
-            logs["shift/offline"] = self.usual.item()
-        return logs
-
-    def some(self, total: int) -> torch.Tensor:
-        """Indices of at most laplace_rows of so many rows, all different.  U56"""
-        index = torch.arange(total, device=self.shift.device)
-        if total > self.args.laplace_rows:
-            index = torch.randperm(total, device=self.shift.device)[: self.args.laplace_rows]
-        return index
-
-    def parts(self, buffers: list[ReplayBuffer]) -> list[Batch]:
-        """Some rows of the buffers' union, in chunks."""
-        index, found, first = self.some(sum(map(len, buffers))), [], 0
-        for b in buffers:
-            mine = index[(index >= first) & (index < first + len(b))] - first
-            found, first = [*found, *map(b.take, mine.split(4_096))], first + len(b)
-        return found
-
-    def elbo_features(self, index: torch.Tensor) -> torch.Tensor:
-        """What W reads in Eq. 3, at random noise levels of the windows at `index` (B,) -> (B, w + 1).  [Remark 3.3]"""
-        net, (x, _) = self.actor.net, self.windows.take(index)
-        u, given = 1 - torch.rand(len(x), device=x.device), torch.zeros_like(index, dtype=torch.bool)
-        z, _, _ = noised(x, u, torch.randn_like(x), given, net.act_dim)
-        f = net.features(z, u, given.to(x))
-        return torch.cat([f, torch.ones_like(f[:, :1])], 1)
-
-    @torch.no_grad()
-    def fit(
-        self, buffers: list[ReplayBuffer], weigh: Callable[[Batch], torch.Tensor], first: bool = False
-    ) -> dict[str, float]:
-        """New posterior from rows of `buffers`, weighed (B,) >= 0, and new draws of it.  [Eq. 6, Thm. 3.4]: D51, U56
-
-        Waits for the device; not part of a gradient step.
-        """
-        args, actor = self.args, self.actor
-        if args.laplace_weights == "elbo":
-            chunks = self.some(len(self.windows.last)).split(4_096)
-            features = torch.cat([self.elbo_features(i) for i in chunks])
-            weights = torch.ones(len(features), device=features.device)
-        else:
-            batches = self.parts(buffers)
-            features = torch.cat([actor.features(b.obs)[0] for b in batches])
-            weights = weigh(Batch(*map(torch.cat, zip(*batches, strict=True))))
-        spectrum, basis = torch.linalg.eigh(second_moment(features, weights))
-        spectrum, rows = spectrum.clamp(min=0), sum(map(len, buffers))
-        if args.laplace_std == 0:
-            self.n_eff_per_row.copy_(weights.double().mean())
-        elif first:
-            self.n_eff_per_row.fill_(calibrate(spectrum, args.laplace_std, args.laplace_prior) / rows)
-        n_eff = self.n_eff_per_row.item() * rows
-        precision = precisions(spectrum, n_eff, args.laplace_prior)
-        scales = actor.std() if args.laplace_noise == "sigma" else torch.ones_like(actor.log_std)
-        offsets = draw_offsets(basis, precision, actor.null(), scales.double(), args.laplace_draws)
-        self.offsets.copy_(offsets)
-        spread = data_variance(spectrum, n_eff, args.laplace_prior) * scales.square().mean().item()
-        condition = (precision[-1] / precision[1]).item()  # the first is the null direction's
-        return {"laplace/n_eff": n_eff, "laplace/condition": condition, "laplace/data_std": spread**0.5}
-
-    def logs(self) -> dict[str, torch.Tensor]:
-        """Means since the tally was last cleared."""
-        steps, aleatoric, epistemic, shift, d = self.tally
-        total = aleatoric + epistemic + shift
-        named = {"aleatoric": aleatoric, "epistemic": epistemic, "shift": shift}
-        logs = {f"uq/share_{k}": v / total for k, v in named.items()}
-        logs |= {f"uq/{k}_std": (named[k] / steps).sqrt() for k in ("aleatoric", "epistemic")}
-        return logs | {"uq/shift": d / steps, "uq/shift_ratio": d / steps / self.usual}
-
-
-def time_acting(args: Args, task: data.Task) -> dict[str, float]:
-    """Print milliseconds per action at the task's sizes, untrained: by T, K, shift.  [Table 4, Fig. 2a]"""
-    run.check_limits(args)
-    halvings(args)
-    device, sizes = run.pick_device(args.device), (args.planner_width, args.planner_blocks)
-    obs, unit = torch.zeros(1, task.obs_dim, device=device), torch.ones(task.obs_dim, device=device)
-    row = ReplayBuffer(1, task.obs_dim, task.act_dim, device)
-    row.append(torch.zeros(1, row.table.shape[1], device=device))
-    columns = {"K = 0": ("none", False), f"K = {args.laplace_draws}": ("laplace", False)}
-    columns |= {f"K = {args.laplace_draws} and shift": ("laplace", True)} if args.horizon > 1 else {}
-    print(f"milliseconds per action on {device}\nT   " + "   ".join(columns))
-    for steps in (2**i for i in range(args.teacher_steps.bit_length())):
-        net = PlannerNet(args.horizon, task.act_dim, 0 * unit, unit, *sizes).to(device)
-        actor, cells = PlanActor(net, steps, args.latent), []
-        for name, (uq, shift) in columns.items():
-            explorer = Explorer(replace(args, uq=uq), actor.to(device), actor, None)
-            for i in range(25):
-                if i == 5:  # the first few warm up
-                    begun = perf_counter()
-                explorer.act(obs).cpu()
-                if shift:
-                    explorer.observe(row)
-            cells.append(f"{(perf_counter() - begun) / 20 * 1_000:{len(name)}.2f}")
-        print(f"{steps:<4}" + "   ".join(cells))
-    return {}
-
-
-# --- end shared: dual.laplace ---
-
-
-def make_dual_nets(net: PlannerNet, args: Args, obs_dim: int, act_dim: int) -> nn.ModuleDict:
-    """actor, transition (frozen), both clones of `net`; qf, q_target (a frozen copy of qf), vf."""
-    nets = nn.ModuleDict(
-        {
-            "actor": PlanActor(deepcopy(net), args.distill_steps, args.latent),
-            "transition": PlanActor(deepcopy(net), args.distill_steps, "zero").requires_grad_(False),
-            "qf": TwinQ(obs_dim, act_dim, args.hidden),
-            "q_target": TwinQ(obs_dim, act_dim, args.hidden),
-            "vf": ValueNet(obs_dim, args.hidden),
-        }
-    )
-    nets["q_target"].load_state_dict(nets["qf"].state_dict())
-    nets["q_target"].requires_grad_(False)
-    return nets
-
-
 def train(args: Args) -> dict[str, float]:
     task = data.get_task(args.env)
     if args.time_acting:  # NEW
-        return time_acting(args, task)
+        return judge.time_acting(args, task, untrained_explorer)
     r = run.Run(args, __file__, data.filed_name(args.env, args.dataset), ENV_PRESETS, NEEDS)
     if r.final:
         return r.final
@@ -928,7 +884,7 @@ def train(args: Args) -> dict[str, float]:
     r.require(dataset=dataset.sha256)
     moments = dataset.moments() if args.normalize_obs else None
     reward_scale = 1_000 / dataset.return_range() if args.normalize_reward else 1.0  # D2
-    reward_scale *= args.reward_scale  # U62
+    reward_scale *= args.reward_scale  # NEW, for Frozen-Lake: U62
     units = data.Units(reward_scale, args.reward_bias, moments)
     offline = dataset.buffer(units, r.device, args.online_steps if args.append_online else 0)
     online = offline if args.append_online else offline.like(args.online_steps)
@@ -941,37 +897,31 @@ def train(args: Args) -> dict[str, float]:
     nets = make_dual_nets(planner.net, args, task.obs_dim, task.act_dim).to(r.device)
     opt = make_optimizer(nets, args.lr, r.device)
     updates = torch.zeros((), device=r.device)  # of the offline phase
+    explorer = Explorer(args, nets["actor"], nets["transition"], windows)  # NEW
 
     @torch.no_grad()
-    def act(obs: torch.Tensor) -> torch.Tensor:  # deterministic
-        return nets["actor"](obs)[0].clamp(-1, 1)  # U59
+    def act(obs: torch.Tensor, actor: nn.Module = nets["actor"]) -> torch.Tensor:  # deterministic
+        return actor(obs)[0].clamp(-1, 1)  # μ of W itself, no noise: U54
 
-    explorer = Explorer(args, nets["actor"], nets["transition"], windows)  # NEW
+    def explore(obs: torch.Tensor) -> torch.Tensor:
+        return explorer.act(obs).clamp(-1, 1)  # NEW: clipped, not squashed: U55
+
+    def score(actor: nn.Module) -> float:  # NEW
+        return evaluate(partial(act, actor=actor), r.device)["eval/score"]
+
+    def weigh(batch: Batch) -> torch.Tensor:  # NEW: what a row counts in the posterior: as in Eq. 5, D55
+        adv = nets["q_target"](batch.obs, batch.actions).amin(0) - nets["vf"](batch.obs)
+        return awr_weight(adv, args.inv_temp)
+
     added = planner.state() | explorer.state()
     r.register(nets=nets, opt=opt, updates=updates, online=online, interaction=interaction, **added)
-    compiled_losses, compiled_planner_loss = r.compiled(losses), r.compiled(planner_loss)
+    compiled_losses = r.compiled(losses)
     offline_settings = r.settings(OFFLINE_SETTINGS)
 
-    # NEW: planner and students, unless the offline phase is another run's
-    def score(net: PlannerNet, steps: int) -> float:
-        clone = PlanActor(net, steps, "zero").to(r.device)
-        policy = torch.no_grad()(lambda obs: clone(obs)[0].clamp(-1, 1))
-        return evaluate(policy, r.device)["eval/score"]
-
-    if args.from_offline and r.once("from_offline"):
-        r.import_phase("offline", args.from_offline, offline_settings, nets=nets)
-    if not args.from_offline:
-        if args.from_planner and r.once("from_planner"):
-            r.import_phase("planner", args.from_planner, planner.settings, average=planner.average)
-        planner.learn(score)
-        if r.once("clone"):
-            nets["actor"].net.load_state_dict(planner.teacher.state_dict())
-            nets["transition"].net.load_state_dict(planner.net.state_dict())
-
     def gradient_step(batch: Batch) -> dict[str, torch.Tensor]:
-        loss, logs = compiled_losses(nets, batch, args)  # Eq. 5 is the actor's part: D55
-        if args.bc_coef > 0:  # NEW [Eq. 3]: U61
-            bc = compiled_planner_loss(nets["actor"].net, *windows.draw(args.batch_size))
+        loss, logs = compiled_losses(nets, batch, args)
+        if args.bc_coef > 0:  # NEW [Eq. 3]: the planner's loss for the actor, off: U61
+            bc = planner.planner_loss(nets["actor"].net, *windows.draw(args.batch_size))
             loss, logs = loss + args.bc_coef * bc, logs | {"loss/bc": bc.detach()}
         update(nets, opt, loss, args.polyak)
         return logs
@@ -981,6 +931,11 @@ def train(args: Args) -> dict[str, float]:
         decay_actor_lr(opt, updates, args.lr, args.offline_steps)
         return gradient_step(offline.sample(args.batch_size))
 
+    if args.from_offline and r.once("from_offline"):
+        r.import_phase("offline", args.from_offline, offline_settings, nets=nets)
+    if not args.from_offline:  # NEW: planner and students, unless the offline phase is another run's
+        planner.learn(score if args.eval_halvings else None)
+        planner.clone_into(nets)
     step_fn = r.capture(offline_step)
     for step in r.phase("offline", args.offline_steps):
         r.log(step, step_fn())
@@ -992,10 +947,6 @@ def train(args: Args) -> dict[str, float]:
         restart_optimizer(opt, args.lr)  # D3; q_target stays: D5
 
     # NEW: the posterior [Alg. 1, l. 9]
-    def weigh(batch: Batch) -> torch.Tensor:
-        adv = nets["q_target"](batch.obs, batch.actions).amin(0) - nets["vf"](batch.obs)
-        return awr_weight(adv, args.inv_temp)  # the weights of Eq. 5: D55
-
     if r.once("posterior"):
         r.seed("posterior")
         r.record(args.offline_steps, explorer.start(offline, weigh))
@@ -1011,15 +962,15 @@ def train(args: Args) -> dict[str, float]:
 
     step_fn = r.capture(online_step)
     for step in r.phase("online", args.online_steps):
-        if interaction.obs is None:  # NEW: an episode's first step: U57
+        if interaction.obs is None:  # NEW: an episode's first step has no shift: U57
             explorer.shift.zero_()
-        if episode := interaction.step(lambda obs: explorer.act(obs).clamp(-1, 1)):
+        if episode := interaction.step(explore):
             r.record(step + 1, episode)
         explorer.observe(online)  # NEW
         if step >= args.warmup_steps:
             for _ in range(args.utd):
                 logs = step_fn()
-            r.log(step, logs | explorer.logs())
+            r.log(step, logs | judge.acting(explorer))
         if (step + 1) % run.LOG_EVERY == 0:  # NEW
             explorer.tally.zero_()
         if args.uq == "laplace" and (step + 1) % args.laplace_every == 0:  # NEW

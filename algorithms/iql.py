@@ -152,9 +152,8 @@ class ValueNet(nn.Module):
 
     def __init__(self, obs_dim: int, hidden: int):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
-        )
+        first, second, last = nn.Linear(obs_dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
+        self.net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         return self.net(obs).squeeze(-1)
@@ -166,14 +165,11 @@ class ValueNet(nn.Module):
 # --- shared: iql.networks ---
 def make_nets(obs_dim: int, act_dim: int, hidden: int, dropout: float = 0.0) -> nn.ModuleDict:
     """actor, qf, q_target (a frozen copy of qf), vf."""
-    nets = nn.ModuleDict(
-        {
-            "actor": GaussianActor(obs_dim, act_dim, hidden, dropout),
-            "qf": TwinQ(obs_dim, act_dim, hidden),
-            "q_target": TwinQ(obs_dim, act_dim, hidden),
-            "vf": ValueNet(obs_dim, hidden),
-        }
-    )
+    nets = nn.ModuleDict()
+    nets["actor"] = GaussianActor(obs_dim, act_dim, hidden, dropout)
+    nets["qf"] = TwinQ(obs_dim, act_dim, hidden)
+    nets["q_target"] = TwinQ(obs_dim, act_dim, hidden)
+    nets["vf"] = ValueNet(obs_dim, hidden)
     nets["q_target"].load_state_dict(nets["qf"].state_dict())
     nets["q_target"].requires_grad_(False)
     return nets

@@ -9,10 +9,12 @@ environment step it belongs to:
   syn/mean_gap (largest), std_ratio (mean)           over features, beside all rows learned from
   syn/nearest, online_l2                             distance to the nearest such row (0: a copy); to the own rows' mean
   syn/js_states, js_actions, js_rows                 Jensen-Shannon divergence from own rows
+At the end, of DUAL: its students beside their planner, what its acting is made of, and how long that takes.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import Any
 
 import gymnasium as gym
@@ -252,3 +254,84 @@ def guided_rows(energies: Any, task: data.Task, units: data.Units) -> dict[str, 
         if error:
             logs[f"energy/{name}_sim_error"] = error["sim_error"]
     return logs
+
+
+COMPARED = 512  # windows on which a DUAL student and its planner are compared
+
+
+@torch.no_grad()
+def student(planner: Any, actor: Any, unroll: Callable, score: Callable | None) -> dict[str, float]:
+    """A DUAL Planner's student of T denoising steps, as `actor`, beside the planner of teacher_steps.
+
+    Mean square gap between their endpoints, from the same noise on the same windows: distill/error_<T> over all that is
+    not given, distill/action_error_<T> over the actions; distill/score_<T> if there is a `score`. `unroll` is the
+    sampler. Read of the planner: `average`, `windows`, `act_dim`, `args`; of the actor: its `net`, and T, `steps`.
+    """
+    windows, device, steps = planner.windows, planner.windows.last.device, actor.steps
+    own = torch.Generator(device).manual_seed(0)
+    index = torch.randint(len(windows.last), (COMPARED,), generator=own, device=device)
+    x, _ = windows.take(index)
+    noise = torch.randn(x.shape, generator=own, device=device)
+    known = (torch.arange(x.shape[2], device=device) >= planner.act_dim).expand_as(x[:, 0])
+    planned = unroll(planner.average, noise, x[:, 0], known, planner.args.teacher_steps)
+    gap = (unroll(actor.net, noise, x[:, 0], known, steps) - planned).square()
+    logs = {f"distill/error_{steps}": gap.sum().item() / (gap.numel() - known.sum().item())}
+    logs[f"distill/action_error_{steps}"] = gap[..., : planner.act_dim].mean().item()
+    return logs if score is None else logs | {f"distill/score_{steps}": score(actor)}
+
+
+def acting(explorer: Any) -> dict[str, torch.Tensor]:
+    """Means of a DUAL Explorer's `tally` (steps, sums of three variances and d) since it was cleared.
+
+    uq/{epistemic,aleatoric}_std; uq/share_{epistemic,aleatoric,shift} of the variance; uq/shift d; uq/shift_ratio d /
+    shift/offline. Of policies on hopper-mini-v0 that ratio is 1.1 to 2.5 without a shift, 4 to 10 with friction-2.0 or
+    morphology-2.0; with kinematic-2.0 or gravity-2.0, 1.5 to 3, which does not tell: P̂ would have to be finer than its
+    width of 64.
+    """
+    steps, aleatoric, epistemic, shift, d = explorer.tally
+    total = aleatoric + epistemic + shift
+    named = {"aleatoric": aleatoric, "epistemic": epistemic, "shift": shift}
+    logs = {f"uq/share_{k}": v / total for k, v in named.items()}
+    logs |= {f"uq/{k}_std": (named[k] / steps).sqrt() for k in ("aleatoric", "epistemic")}
+    return logs | {"uq/shift": d / steps, "uq/shift_ratio": d / steps / explorer.usual}
+
+
+@torch.no_grad()
+def usual_shift(explorer: Any, dataset: ReplayBuffer) -> dict[str, float]:
+    """shift/offline: the mean of d on some rows of the dataset that end no episode; kept as the Explorer's `usual`."""
+    parts, errors, rows = explorer.parts([dataset]), 0.0, 0.0
+    for b in parts:
+        goes_on = 1 - b.terminations
+        errors = errors + (goes_on * explorer.transition.prediction_error(b)).mean() * len(goes_on)
+        rows = rows + goes_on.sum()
+    explorer.usual.copy_(errors / rows.clamp(min=1))
+    return {"shift/offline": explorer.usual.item()}
+
+
+def time_acting(args: Any, task: data.Task, explorer: Callable) -> dict[str, float]:
+    """Print milliseconds per action of DUAL, untrained, at the task's sizes: by T, K, shift.  [DUAL Table 4, Fig. 2a]
+
+    explorer(args, task, T, uq) gives one that acts in T denoising steps; refusals of settings are its.
+    """
+    run.check_limits(args)
+    explorer(args, task, 1, "none")  # refuses what cannot be, before anything is printed
+    columns = {"K = 0": ("none", False), f"K = {args.laplace_draws}": ("laplace", False)}
+    columns |= {f"K = {args.laplace_draws} and shift": ("laplace", True)} if args.horizon > 1 else {}
+    device = run.pick_device(args.device)
+    obs = torch.zeros(1, task.obs_dim, device=device)
+    row = ReplayBuffer(1, task.obs_dim, task.act_dim, device)
+    row.append(torch.zeros(1, row.table.shape[1], device=device))
+    print(f"milliseconds per action on {device}\nT   " + "   ".join(columns))
+    for steps in (2**i for i in range(args.teacher_steps.bit_length())):
+        cells = []
+        for name, (uq, shift) in columns.items():
+            acting = explorer(args, task, steps, uq)
+            for i in range(25):
+                if i == 5:  # the first few warm up
+                    begun = perf_counter()
+                acting.act(obs).cpu()
+                if shift:
+                    acting.observe(row)
+            cells.append(f"{(perf_counter() - begun) / 20 * 1_000:{len(name)}.2f}")
+        print(f"{steps:<4}" + "   ".join(cells))
+    return {}

@@ -12,7 +12,7 @@ import torch
 from conftest import log_rows, module, tiny_args
 
 from algorithms import dual
-from common import data, run
+from common import data, judge, run
 from common.buffer import Batch, ReplayBuffer
 
 CPU = torch.device("cpu")
@@ -541,7 +541,7 @@ def test_action_is_equation_8_with_the_layers_drawn(steps):
     expected = means.mean(0) + variance.sqrt() * torch.randn(1, A)
     torch.manual_seed(2)
     assert torch.allclose(explorer.act(obs), expected, atol=1e-5)
-    logs = explorer.logs()
+    logs = judge.acting(explorer)
     total = math.exp(-2.0) + means.var(0, correction=0).mean().item() + 0.15
     assert logs["uq/aleatoric_std"].item() == pytest.approx(math.exp(-1.0), rel=1e-4)
     assert logs["uq/share_shift"].item() == pytest.approx(0.15 / total, rel=1e-4)

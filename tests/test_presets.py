@@ -338,7 +338,7 @@ DIFFERENCES = {
     ("iql_edis", "locomotion", "eval_episodes"): (10, "D45"),
     ("iql_edis", "adroit", "eval_episodes"): (10, "D45"),
     ("iql_edis", "all", "append_online"): (False, "D47: no row of the dataset online"),
-    ("dual calql_dual", "locomotion antmaze adroit maze2d", "warmup_steps"): (5_000, "U60: CORL has none"),
+    ("dual calql_dual", "locomotion antmaze adroit maze2d", "warmup_steps"): (5_000, "D59: CORL has none"),
     ("dual calql_dual", "all", "laplace_noise"): ("unit", "D51: Eq. 6 as it stands is a spike"),
     ("dual calql_dual", "all", "laplace_std"): (0.1, "D51"),
     ("dual calql_dual", "all", "laplace_prior"): (1.0, "D51"),
