@@ -194,6 +194,470 @@ NEEDS = {  # condition -> settings that have no effect without it: a flag for on
 }
 
 
+# NEW: AD2S's own, from here to calql.py's blocks: the two scorers, the scores, the selection; then the generator.
+def scorer_net(
+    inputs: int, hidden: int, outputs: int, activation: type[nn.Module], dropout: float
+) -> nn.Module:
+    """Two hidden layers, whose units are dropped with probability `dropout` in training: U44."""
+    first = nn.Linear(inputs, hidden), activation(), nn.Dropout(dropout)
+    second = nn.Linear(hidden, hidden), activation(), nn.Dropout(dropout)
+    return nn.Sequential(*first, *second, nn.Linear(hidden, outputs))
+
+
+def ratio_loss(own: torch.Tensor, dataset: torch.Tensor) -> torch.Tensor:
+    """E_on[softplus(-l)] + E_off[softplus(l)], l = log w (B,) -> (): 2 log 2 minus the objective.  [Eq. 7]: D41"""
+    return F.softplus(-own).mean() + F.softplus(dataset).mean()
+
+
+def set_aside(index: torch.Tensor) -> torch.Tensor:
+    """Which rows, given their indices (N,), test w_ψ instead of training it: every tenth block of 100 neighbours."""
+    return index // 100 % 10 == 9
+
+
+def moved_off_aside(index: torch.Tensor) -> torch.Tensor:
+    """Indices (N,), those of rows set aside moved by one to nine blocks, so that the draw stays uniform."""
+    return index - set_aside(index) * 100 * torch.randint(1, 10, index.shape, device=index.device)
+
+
+def one_step_error(dynamics: nn.Module, x: torch.Tensor, obs_dim: int) -> torch.Tensor:
+    """e = |s' - g(s, a)|² of normalised rows [s, a, r, s'] (B, D) -> (B,).  [Eq. 9]"""
+    return (x[:, -obs_dim:] - dynamics(x[:, : -obs_dim - 1])).square().sum(1)
+
+
+def scorer_losses(
+    nets: nn.ModuleDict, own: torch.Tensor, dataset: torch.Tensor, both: torch.Tensor, obs_dim: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Of w_ψ and g_φ, which share no parameter: normalised rows of D_on, D_off and their union (B, D).  [Eqs. 7, 9]"""
+    ratio = ratio_loss(nets["ratio"](own)[:, 0], nets["ratio"](dataset)[:, 0])
+    dynamics = one_step_error(nets["dynamics"], both, obs_dim).mean()
+    return ratio + dynamics, {"loss/ratio": ratio.detach(), "loss/dynamics": dynamics.detach()}
+
+
+def relative_advantage(rewards: torch.Tensor) -> torch.Tensor:
+    """A = (r - mean) / std over the rows given, (N,) -> (N,); 0 if they are all alike.  [Eq. 8]"""
+    return (rewards - rewards.mean()) / rewards.std(correction=0).clamp(min=1e-8)
+
+
+def top_fraction(scores: torch.Tensor, share: float) -> torch.Tensor:
+    """Indices of the highest `share` of scores (N,), best first, at least one; of equal ones the earlier: U43."""
+    return scores.argsort(descending=True, stable=True)[: max(1, round(share * len(scores)))]
+
+
+def scaled_condition(log_y: torch.Tensor) -> torch.Tensor:
+    """c = (log y - mean) / std, clipped to ±5, (N,) -> (N,) float32: D42."""
+    std = log_y.std(correction=0).clamp(min=1e-8)
+    return ((log_y - log_y.mean()) / std).clamp(-5, 5).float()
+
+
+def amplified(c: torch.Tensor, amplification: float) -> torch.Tensor:
+    """ĉ = c + (α - 1) |c|, higher below 0 too.  [§3.3]: D43"""
+    return c + (amplification - 1) * c.abs()
+
+
+class Aligner:
+    """w_ψ and g_φ; the scores of all rows; D_re, the rows to regenerate, with their conditions.
+
+    `buffers` are the rows of the dataset and own rows: nothing else is learned from, scored or regenerated.
+    """
+
+    CHUNK = 100_000  # rows scored at once
+    DROPOUT = 0.5  # of the hidden units of w_ψ, or it memorises own rows: D45
+
+    def __init__(self, r: run.Run, args: Args, agent: nn.ModuleDict, buffers: list[ReplayBuffer]):
+        self.r, self.args, self.agent, self.buffers = r, args, agent, buffers
+        offline = buffers[0]
+        self.obs_dim, self.act_dim = o, a = offline.widths[:2]
+        width = 2 * o + a + 1
+        nets = {
+            "ratio": scorer_net(width, args.scorer_hidden, 1, nn.ReLU, self.DROPOUT),
+            "dynamics": scorer_net(o + a, args.scorer_hidden, o, nn.SiLU, 0.0),
+        }
+        self.nets = nn.ModuleDict(nets).to(r.device)
+        adam = dict(fused=True, capturable=r.device.type == "cuda")
+        self.opt = torch.optim.Adam(self.nets.parameters(), args.scorer_lr, **adam)
+        self.moments = edm.Moments(width, 0, r.device)
+        self.moments.fit([offline.table[: offline.rows, :width]])
+        self.random_actions = torch.rand(args.cql_n_actions, a, device=r.device) * 2 - 1  # once per run: U47
+        self.loss = r.compiled(scorer_losses)
+
+    def state(self) -> dict:
+        """What a checkpoint holds, by name. Selections are not in it: they follow from the rest."""
+        return {f"aligner_{k}": getattr(self, k) for k in ("nets", "opt", "moments", "random_actions")}
+
+    def inputs(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of a table (B, >= D) -> [s, a, r, s'] (B, D) in units of the dataset's moments, clipped: U44."""
+        return self.moments.normalize(rows[:, : len(self.moments.mean)]).clamp(-10, 10)
+
+    def scorer_step(self) -> dict[str, torch.Tensor]:
+        """One gradient step of w_ψ and of g_φ, both on both buffers (D40).  [Algorithm 1, line 5]"""
+        n = self.args.scorer_batch
+        rows = (b.table.index_select(0, moved_off_aside(b.draw(n))) for b in self.buffers)
+        dataset, own = map(self.inputs, rows)
+        both = self.inputs(union_rows(self.buffers, n)[0])
+        loss, logs = self.loss(self.nets, own, dataset, both, self.obs_dim)
+        self.opt.zero_grad(set_to_none=True)
+        loss.backward()
+        self.opt.step()
+        return logs
+
+    def q_advantage(self, rows: torch.Tensor) -> torch.Tensor:
+        """A = Q(s, a) - E[Q(s, ã)], ã uniform, Q the lesser critic: rows of a table (B, ...) -> (B,).  [§4.5]: U47"""
+        obs, actions = rows[:, : self.obs_dim], rows[:, self.obs_dim : self.obs_dim + self.act_dim]
+        q = [self.agent["qf"](obs, a.expand_as(actions)).amin(0) for a in self.random_actions]
+        return self.agent["qf"](obs, actions).amin(0) - torch.stack(q).mean(0)
+
+    @torch.no_grad()
+    def errors(self, rows: torch.Tensor) -> torch.Tensor:
+        """e of rows of a table (B, >= D) -> (B,)."""
+        return one_step_error(self.nets["dynamics"], self.inputs(rows), self.obs_dim)
+
+    @torch.no_grad()
+    def scores(self) -> dict[str, torch.Tensor]:
+        """Of all rows, the dataset's first, (N,) float64: log_w, error, reward, advantage, log_u, log_y."""
+        parts = {"log_w": [], "error": [], "reward": [], "advantage": []}
+        self.nets.eval()
+        for b in self.buffers:
+            for rows in b.table[: b.rows].split(self.CHUNK):
+                reward = rows[:, self.obs_dim + self.act_dim]
+                parts["log_w"].append(self.nets["ratio"](self.inputs(rows))[:, 0])
+                parts["error"].append(self.errors(rows))
+                parts["reward"].append(reward)
+                parts["advantage"].append(self.q_advantage(rows) if self.args.advantage == "q" else reward)
+        self.nets.train()
+        s = {k: torch.cat(v).double() for k, v in parts.items()}
+        if self.args.advantage == "reward":
+            s["advantage"] = relative_advantage(s["reward"])
+        # u and y as logarithms: D42
+        s["log_u"] = s["log_w"] + self.args.beta_dr * s["advantage"]  # [Eq. 5]
+        s["log_y"] = self.args.beta_curi * s["advantage"] + (s["error"] + 1e-8).log()  # [§3.3]
+        return s
+
+    @torch.no_grad()
+    def select(self) -> None:
+        """Score all rows; choose D_re; conditions of all. A function of what is registered: a resumed run agrees."""
+        s, n = self.scores(), self.buffers[0].rows
+        aligned = top_fraction(s["log_u"], self.args.p_dr)  # D_aligned [§3.4]
+        chosen = aligned[top_fraction(s["log_y"][aligned], self.args.p_curi)].sort().values  # D_re [§3.4]
+        self.scored, self.aligned, self.chosen = s, aligned, chosen
+        self.conditions = scaled_condition(s["log_y"])
+        parts = zip(self.buffers, (chosen[chosen < n], chosen[chosen >= n] - n), strict=True)
+        self.reused = torch.cat([b.table.index_select(0, index) for b, index in parts])
+        self.reused_conditions = self.conditions[chosen]
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """ĉ of the reused rows, what they are regenerated toward."""
+        return amplified(self.reused_conditions, self.args.amplification)
+
+    def held_out(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """log w of own rows and of dataset rows that w_ψ has not learned from; of all, where there are none."""
+        n = self.buffers[0].rows
+        both = self.scored["log_w"][n:], self.scored["log_w"][:n]
+        aside = [set_aside(torch.arange(len(x), device=x.device)) for x in both]
+        return tuple(x[i] if i.any() else x for x, i in zip(both, aside, strict=True))
+
+
+# NEW: the diffusion model and what it generates, as in synther.py
+# --- shared: synther.generator ---
+class TransitionNet(nn.Module):
+    """F of the EDM, a residual MLP: x (B, D), ln σ / 4 (B,), condition (B, T) added to the time embedding -> (B, D).
+
+    The denoiser is D(x; σ) = x / (1 + σ²) + σ / √(1 + σ²) · F(x / √(1 + σ²), ln σ / 4): edm.denoise. Pre-activation
+    blocks of one layer each, no norm; time by 8 fixed random frequencies.  [SynthER]
+    """
+
+    def __init__(self, features: int, width: int, depth: int, time_dim: int):
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(8))
+        self.inlet, self.expand = nn.Linear(features, time_dim), nn.Linear(time_dim, width)
+        self.time = nn.Sequential(nn.Linear(17, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.out = nn.Linear(width, features)
+
+    def reset_parameters(self) -> None:
+        self.frequencies.normal_()
+
+    def forward(
+        self, x: torch.Tensor, c_noise: torch.Tensor, condition: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        angles = 2 * math.pi * c_noise[:, None] * self.frequencies
+        e = self.inlet(x) + self.time(torch.cat([c_noise[:, None], angles.sin(), angles.cos()], -1))
+        h = self.expand(e if condition is None else e + condition)
+        for layer in self.blocks:
+            h = h + layer(F.relu(h))
+        return self.out(F.relu(h))
+
+
+def union_rows(buffers: list[ReplayBuffer], n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (n, width) uniform over the union of buffers, and their indices in it (n,); nothing is read back."""
+    device = buffers[0].table.device
+    index = torch.randint(1 << 62, (n,), device=device).remainder_(sum(b.size for b in buffers))
+    rows, left = 0.0, index
+    for b in buffers:
+        mine = (left >= 0) & (left < b.size)
+        rows = rows + mine[:, None] * b.table.index_select(0, torch.where(mine, left, 0))
+        left = left - b.size
+    return rows, index
+
+
+class Generator:
+    """An EDM of transitions [s, a, r, s'], in units of their moments, and the buffer of what it generates.
+
+    Its sampler follows the slope (x - D(x; σ)) / σ from noise at σ = 80 down to a row at σ = 0. `real` are the buffers
+    of dataset and own rows. A method with conditions has a `draw` and a `begin` of its own.
+    """
+
+    TREE_DEPTH = 12  # at most; the robots' rules need 2 or 3 cuts, a goal's disc more
+
+    def __init__(self, r: run.Run, args: Args, net: nn.Module, real: list[ReplayBuffer]):
+        self.r, self.args, self.net, self.real = r, args, net.to(r.device), real
+        self.sources = real  # of the last training
+        self.obs_dim, self.act_dim = real[0].widths[:2]
+        self.features = Generator.features(args, real[0])
+        self.synthetic = real[0].like(args.synthetic_rows)
+        flag = int(args.terminal_flag == "joint")
+        self.moments = edm.Moments(self.features, flag, r.device)  # of all features but the flag: D20
+        self.ema = edm.EMA(self.net)
+        params, lr = [*self.net.parameters()], torch.tensor(args.diffusion_lr, device=r.device)
+        adam = dict(betas=(0.9, 0.99), fused=True, capturable=r.device.type == "cuda")
+        self.opt = torch.optim.Adam(params, lr=lr, **adam)  # [SynthER]
+        self.count = torch.zeros((), device=r.device)  # gradient steps since the restart
+        self.bounds = torch.zeros(2, device=r.device)  # of rewards learned from
+        self.totals = torch.zeros(4, device=r.device)  # rows, clipped actions, clipped rewards, rows dropped
+        self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)
+        self.tree: tuple | float = 0.0  # p(terminal | s')
+
+    @staticmethod
+    def features(args: Args, buffer: ReplayBuffer) -> int:
+        """Length D of a modelled row: s, a, r, s', and the flag of termination if it is a feature: D21."""
+        return buffer.table.shape[1] - int(args.terminal_flag == "classifier")
+
+    def state(self) -> dict:
+        """What a checkpoint holds, by name."""
+        names = ("net", "ema", "opt", "count", "moments", "bounds", "totals", "synthetic")
+        return {f"generator_{k}": getattr(self, k) for k in names}
+
+    def regenerate(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
+        """Both: the model learns `sources` from scratch, new rows replace the old."""
+        self.learn(k, sources, weights)
+        self.refill(k)
+
+    # -- training --
+
+    def learn(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
+        """The k-th training, from scratch, on rows of `sources`; resumes like any phase."""
+        r, args, self.sources = self.r, self.args, sources
+        step_fn, average_fn = r.capture(self.train_step), r.capture(lambda: self.ema.update(self.net))
+        for step in r.phase("generator", (k + 1) * args.diffusion_steps):
+            if step == k * args.diffusion_steps:
+                self.restart(sources, weights)
+            r.log(step, step_fn())
+            if (step - k * args.diffusion_steps) % edm.EMA.EVERY == 0:
+                average_fn()
+
+    def restart(self, sources: list[ReplayBuffer], weights: list[float] | None) -> None:
+        """Fresh network and optimizer, in place (U31); moments of the sources, weighted by rows or as given."""
+        tables = [b.table[: b.rows] for b in sources]
+        self.moments.fit([t[:, : self.features] for t in tables], weights)
+        rewards = torch.cat([t[:, self.obs_dim + self.act_dim] for t in tables])
+        self.bounds.copy_(torch.stack(rewards.aminmax()))
+        self.net.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+        self.ema.restart()
+        self.count.zero_()
+        for state in self.opt.state.values():
+            for x in state.values():
+                x.zero_()
+
+    def draw(self) -> tuple[torch.Tensor, ...]:
+        """For a gradient step: rows (B, D) in training units, and conditions for the network (none here)."""
+        return (union_rows(self.sources, self.args.diffusion_batch)[0][:, : self.features],)
+
+    def train_step(self) -> dict[str, torch.Tensor]:
+        """One gradient step of the EDM: cosine learning rate, gradient norm at most 1.  [SynthER]"""
+        decay = 1 + torch.cos(self.count * (math.pi / self.args.diffusion_steps))
+        self.opt.param_groups[0]["lr"].copy_(0.5 * self.args.diffusion_lr * decay)
+        self.count.add_(1)
+        rows, *condition = self.draw()
+        x, sigma = self.moments.normalize(rows), edm.draw_sigma(len(rows), rows.device)
+        # on a GPU in bfloat16, here and in sample_step; the learner's losses stay in float32: U35
+        with torch.autocast("cuda", torch.bfloat16, enabled=rows.is_cuda, cache_enabled=False):
+            loss = self.loss(self.net, x, sigma, *condition)
+        self.opt.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.opt.step()
+        return {"loss/diffusion": loss.detach()}
+
+    # -- sampling --
+
+    def denoiser(self, rows: int, *condition: torch.Tensor) -> edm.Denoiser:
+        """D of the averaged network for a chunk of rows."""
+        ones = torch.ones(rows, device=self.r.device)
+        return lambda x, sigma: self.denoise(self.ema.module, x, sigma * ones, *condition)
+
+    def noise(self, rows: int) -> torch.Tensor:
+        """x at the first noise level of the grid, (rows, D)."""
+        return edm.SIGMA_MAX * torch.randn(rows, self.features, device=self.r.device)
+
+    def begin(self, n: int) -> tuple[edm.Denoiser, torch.Tensor, int]:
+        """For n samples: the denoiser, x (n, D) at a noise level of the grid, and that level's index."""
+        return self.denoiser(n), self.noise(n), 0
+
+    @torch.no_grad()
+    def sample_step(self, gradient: edm.Denoiser | None = None) -> dict[str, torch.Tensor]:
+        """A chunk of generated rows (sample_batch, D), as they come; the `gradient` of an energy guides them."""
+        args = self.args
+        denoiser, x, first = self.begin(min(args.sample_batch, args.synthetic_rows))
+        denoiser = edm.with_energy(denoiser, gradient) if gradient else denoiser
+        with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda, cache_enabled=False):
+            x = edm.sample(denoiser, x, args.sample_steps, args.sample_churn, first)
+        return {"rows": self.moments.denormalize(x)}
+
+    def refill(self, k: int, gradient: edm.Denoiser | None = None) -> None:
+        """The k-th rows in place of those before; resumes like any phase."""
+        r, args = self.r, self.args
+        if args.terminal_flag == "classifier":
+            self.tree = self.terminal_tree()
+        chunks = -(-args.synthetic_rows // args.sample_batch)
+        sample_fn = r.capture(lambda: self.sample_step(gradient))
+        for chunk in r.phase("sampling", (k + 1) * chunks):
+            if chunk == k * chunks:
+                self.synthetic.clear()
+                self.totals.zero_()
+            self.keep(sample_fn()["rows"])
+        rows, _, _, dropped = self.totals.tolist()
+        if dropped > 0.01 * rows:
+            raise FloatingPointError(f"{dropped:.0f} of {rows:.0f} generated rows are not finite")
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Put generated rows into the buffer: finite ones, actions in the box, rewards in their range (D22), a flag."""
+        joint = self.args.terminal_flag == "joint"
+        rows = rows[: self.args.synthetic_rows - int(self.totals[0])]
+        self.totals[0] += len(rows)
+        finite, widths = rows.isfinite().all(1), self.synthetic.widths
+        obs, actions, rewards, next_obs, *flag = rows[finite].split(widths if joint else widths[:-1], 1)
+        if joint:
+            terminated = flag[0] > 0.5
+        else:  # drawn with the tree's probability: D21
+            share = leaf_shares(self.tree, next_obs)[:, None]
+            terminated = torch.rand_like(share) < share
+        clipped, outside = actions.abs() > 1, (rewards < self.bounds[0]) | (rewards > self.bounds[1])
+        self.totals[1:] += torch.stack([clipped.float().mean(1).sum(), outside.sum(), (~finite).sum()])
+        parts = obs, actions.clamp(-1, 1), rewards.clamp(*self.bounds), next_obs, terminated.float()
+        self.synthetic.append(torch.cat(parts, 1))
+
+    def terminal_tree(self) -> tuple | float:
+        """p(terminal | s') of all real rows, whatever the model learned from; both classes weigh the same: D21."""
+        rows = torch.cat([b.table[: b.rows] for b in self.real])
+        next_obs, ends = rows[:, -1 - self.obs_dim : -1], rows[:, -1] > 0.5
+        weight = torch.where(ends, 1 / ends.sum(), 1 / (~ends).sum()).double()
+        return grow_tree(next_obs, ends, weight, self.TREE_DEPTH)
+
+
+def grow_tree(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, depth: int) -> tuple | float:
+    """A classification tree: x (N, W), y (N,) bool -> share of y (a leaf), or (feature, cut, below, above): D21.
+
+    Each split has the least Gini impurity under `weight` (N,); its cut lies halfway between two rows.
+    """
+    best = (math.inf, 0, 0.0)  # impurity, feature, cut
+    mixed = depth > 0 and y.any() and not y.all()
+    for k in range(x.shape[1]) if mixed else ():
+        values, order = x[:, k].sort()
+        yes, no = ((weight * side)[order].cumsum(0) for side in (y, ~y))
+        yes_above, no_above = yes[-1] - yes, no[-1] - no
+        impurity = yes * no / (yes + no) + yes_above * no_above / (yes_above + no_above).clamp(min=1e-30)
+        i = int(torch.where(values[1:] > values[:-1], impurity[:-1], math.inf).argmin())
+        if values[i + 1] > values[i] and impurity[i] < best[0]:
+            best = (impurity[i].item(), k, 0.5 * (values[i] + values[i + 1]).item())
+    below = x[:, best[1]] <= best[2]
+    if best[0] == math.inf or below.all():  # no cut, or none between neighbouring floats
+        return y.float().mean().item()
+    return *best[1:], *(grow_tree(x[side], y[side], weight[side], depth - 1) for side in (below, ~below))
+
+
+def leaf_shares(tree: tuple | float, x: torch.Tensor) -> torch.Tensor:
+    """Share of y in the leaf of each row: x (N, W) -> (N,)."""
+    if isinstance(tree, float):
+        return torch.full_like(x[:, 0], tree)
+    feature, cut, below, above = tree
+    return torch.where(x[:, feature] <= cut, leaf_shares(below, x), leaf_shares(above, x))
+
+
+# --- end shared: synther.generator ---
+
+
+# NEW: the generator of D_re: told y, begun at the aligner's rows
+def first_step(sample_steps: int, noising_scale: float) -> int:
+    """Index in the falling noise levels where partial noising starts: int(N (1 - μ)).  [§3.3; GTA]"""
+    return min(int(sample_steps * (1 - noising_scale) + 1e-9), sample_steps - 1)
+
+
+class ConditionedNet(nn.Module):
+    """A TransitionNet told c: x (B, D), ln σ / 4 (B,), c (B,), keep (B,) bool, else a learned vector -> (B, D): U45."""
+
+    def __init__(self, net: TransitionNet, time_dim: int):
+        super().__init__()
+        self.net = net
+        self.embed = nn.Sequential(nn.Linear(1, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.null = nn.Parameter(torch.zeros(time_dim))
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.null)
+
+    def forward(
+        self, x: torch.Tensor, c_noise: torch.Tensor, c: torch.Tensor, keep: torch.Tensor
+    ) -> torch.Tensor:
+        return self.net(x, c_noise, torch.where(keep[:, None], self.embed(c[:, None]), self.null))
+
+
+class AlignedGenerator(Generator):
+    """A Generator of D_re: conditioned on y, begun at rows that the aligner chose, noised in part."""
+
+    def __init__(self, r: run.Run, args: Args, net: nn.Module, aligner: Aligner):
+        super().__init__(r, args, net, aligner.buffers)
+        self.aligner = aligner
+
+    def draw(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For a step of G_θ: rows of the union (B, D), their conditions (B,), which to keep (B,).  [Eq. 10]"""
+        rows, index = union_rows(self.real, self.args.diffusion_batch)
+        dropout = 1.0 if self.args.guidance_eta == -1 else self.args.condition_dropout  # w/o CG: U46
+        keep = torch.rand(len(rows), device=rows.device) >= dropout
+        return rows[:, : self.features], self.aligner.conditions.index_select(0, index), keep
+
+    def begin(self, n: int) -> tuple[edm.Denoiser, torch.Tensor, int]:
+        """(1 + η) D(x; σ, ĉ) - η D(x; σ, ∅), x^{μK} (n, D) of rows drawn from D_re, and the step it is at.  [Eq. 11]"""
+        args, aligner, device = self.args, self.aligner, self.r.device
+        pick = torch.randint(len(aligner.reused), (n,), device=device)
+        c, keep = aligner.targets.index_select(0, pick), torch.ones(n, dtype=torch.bool, device=device)
+        conditional, unconditional = self.denoiser(n, c, keep), self.denoiser(n, c, ~keep)
+        denoiser = edm.with_guidance(conditional, unconditional, args.guidance_eta)
+        if args.guidance_eta == -1:  # w/o CG: U46
+            denoiser = unconditional
+        if args.noising_scale == 1:  # w/o PN: U46
+            return denoiser, self.noise(n), 0
+        first = first_step(args.sample_steps, args.noising_scale)
+        x = self.moments.normalize(aligner.reused.index_select(0, pick)[:, : self.features])
+        return denoiser, x + edm.sigma_grid(args.sample_steps)[first] * torch.randn_like(x), first
+
+
+def method_settings(args: Args) -> Args:
+    """`args`, with PGR's values if that is asked for; UsageError if they contradict that or each other: U48."""
+    usual = run.with_presets(Args, ENV_PRESETS, args.env)
+    for name, value in PGR.items() if args.pgr else ():
+        if getattr(args, name) not in (value, getattr(usual, name)):
+            raise run.UsageError(run.flag(name), getattr(args, name), f"{value} with --pgr")
+    args = replace(args, **PGR) if args.pgr else args
+    dropout, eta = args.condition_dropout, args.guidance_eta
+    if dropout == 0 and eta not in (0, -1):  # w/o CG trains the null condition alone
+        allowed = "more than 0, or --guidance-eta 0: η needs the null condition"
+        raise run.UsageError("--condition-dropout", dropout, allowed)
+    if dropout == 1 and eta != -1:
+        allowed = "less than 1, or --guidance-eta -1: else c is never learned"
+        raise run.UsageError("--condition-dropout", dropout, allowed)
+    return args
+
+
+# From here to `train`: networks, losses, Monte-Carlo returns, optimizer of calql.py, as they are there.
 # --- shared: calql.critics ---
 def orthogonal(sizes: tuple, gains: list[float], copies: int) -> tuple[nn.ParameterList, nn.ParameterList]:
     """Weights (copies, in, out) orthogonal with the layer's gain, biases (copies, 1, out) zero.  [CORL]"""
@@ -480,499 +944,6 @@ def make_calql_optimizer(
 # --- end shared: calql.update ---
 
 
-# NEW: the diffusion model and what it generates. Outside the NEW parts this file is calql.py.
-# --- shared: synther.generator ---
-class TransitionNet(nn.Module):
-    """F of the EDM, a residual MLP: x (B, D), ln σ / 4 (B,), condition (B, T) added to the time embedding -> (B, D).
-
-    Pre-activation blocks of one layer each, no norm; time by 8 fixed random frequencies.  [SynthER]
-    """
-
-    def __init__(self, features: int, width: int, depth: int, time_dim: int):
-        super().__init__()
-        self.register_buffer("frequencies", torch.randn(8))
-        self.inlet, self.expand = nn.Linear(features, time_dim), nn.Linear(time_dim, width)
-        self.time = nn.Sequential(nn.Linear(17, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
-        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
-        self.out = nn.Linear(width, features)
-
-    def reset_parameters(self) -> None:
-        self.frequencies.normal_()
-
-    def forward(
-        self, x: torch.Tensor, c_noise: torch.Tensor, condition: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        angles = 2 * math.pi * c_noise[:, None] * self.frequencies
-        e = self.inlet(x) + self.time(torch.cat([c_noise[:, None], angles.sin(), angles.cos()], -1))
-        h = self.expand(e if condition is None else e + condition)
-        for layer in self.blocks:
-            h = h + layer(F.relu(h))
-        return self.out(F.relu(h))
-
-
-def union_rows(buffers: list[ReplayBuffer], n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (n, width) uniform over the union of buffers, and their indices in it (n,); nothing is read back."""
-    device = buffers[0].table.device
-    index = torch.randint(1 << 62, (n,), device=device).remainder_(sum(b.size for b in buffers))
-    rows, left = 0.0, index
-    for b in buffers:
-        mine = (left >= 0) & (left < b.size)
-        rows = rows + mine[:, None] * b.table.index_select(0, torch.where(mine, left, 0))
-        left = left - b.size
-    return rows, index
-
-
-def grow_tree(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, depth: int) -> tuple | float:
-    """A classification tree: x (N, W), y (N,) bool -> share of y (a leaf), or (feature, cut, below, above).  D21
-
-    Each split has the least Gini impurity under `weight` (N,); its cut lies halfway between two rows.
-    """
-    best = (math.inf, 0, 0.0)  # impurity, feature, cut
-    for k in range(x.shape[1] if depth > 0 and y.any() and not y.all() else 0):
-        values, order = x[:, k].sort()
-        yes, no = ((weight * side)[order].cumsum(0) for side in (y, ~y))
-        yes_above, no_above = yes[-1] - yes, no[-1] - no
-        impurity = yes * no / (yes + no) + yes_above * no_above / (yes_above + no_above).clamp(min=1e-30)
-        i = int(torch.where(values[1:] > values[:-1], impurity[:-1], math.inf).argmin())
-        if values[i + 1] > values[i] and impurity[i] < best[0]:
-            best = (impurity[i].item(), k, 0.5 * (values[i] + values[i + 1]).item())
-    below = x[:, best[1]] <= best[2]
-    if best[0] == math.inf or below.all():  # no cut, or none between neighbouring floats
-        return y.float().mean().item()
-    return *best[1:], *(grow_tree(x[side], y[side], weight[side], depth - 1) for side in (below, ~below))
-
-
-def leaf_shares(tree: tuple | float, x: torch.Tensor) -> torch.Tensor:
-    """Share of y in the leaf of each row: x (N, W) -> (N,)."""
-    if isinstance(tree, float):
-        return torch.full_like(x[:, 0], tree)
-    feature, cut, below, above = tree
-    return torch.where(x[:, feature] <= cut, leaf_shares(below, x), leaf_shares(above, x))
-
-
-class Generator:
-    """An EDM of transitions [s, a, r, s'], and the buffer of what it generates.
-
-    `real` are the buffers of dataset and own rows. A method with conditions has a `draw` and a `begin` of its own.
-    """
-
-    TREE_DEPTH = 12  # at most; the robots' rules need 2 or 3 cuts, a goal's disc more: D21
-
-    def __init__(self, r: run.Run, args: Args, net: nn.Module, real: list[ReplayBuffer]):
-        self.r, self.args, self.net, self.real = r, args, net.to(r.device), real
-        self.sources = real  # of the last training
-        self.obs_dim, self.act_dim = real[0].widths[:2]
-        self.synthetic = ReplayBuffer(args.synthetic_rows, self.obs_dim, self.act_dim, r.device)
-        self.features = Generator.features(args, real[0])
-        self.moments = edm.Moments(self.features, int(args.terminal_flag == "joint"), r.device)  # D20
-        self.ema = edm.EMA(self.net)
-        params, lr = [*self.net.parameters()], torch.tensor(args.diffusion_lr, device=r.device)
-        adam = dict(betas=(0.9, 0.99), fused=True, capturable=r.device.type == "cuda")
-        self.opt = torch.optim.Adam(params, lr=lr, **adam)  # [SynthER]
-        self.count = torch.zeros((), device=r.device)  # gradient steps since the restart
-        self.bounds = torch.zeros(2, device=r.device)  # of rewards learned from
-        self.totals = torch.zeros(4, device=r.device)  # rows, clipped actions, clipped rewards, rows dropped
-        self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)
-        self.tree: tuple | float = 0.0  # p(terminal | s')
-
-    @staticmethod
-    def features(args: Args, buffer: ReplayBuffer) -> int:
-        """Length of a modelled row: s, a, r, s', and the flag of termination if it is a feature: D21."""
-        return buffer.table.shape[1] - int(args.terminal_flag == "classifier")
-
-    def state(self) -> dict:
-        """What a checkpoint holds, by name."""
-        names = ("net", "ema", "opt", "count", "moments", "bounds", "totals", "synthetic")
-        return {f"generator_{k}": getattr(self, k) for k in names}
-
-    def draw(self) -> tuple[torch.Tensor, ...]:
-        """For a gradient step: rows (B, D) in training units, and conditions for the network (none here)."""
-        return (union_rows(self.sources, self.args.diffusion_batch)[0][:, : self.features],)
-
-    def begin(self, n: int) -> tuple[edm.Denoiser, torch.Tensor, int]:
-        """For n samples: the denoiser, x (n, D) at a noise level of the grid, and that step."""
-        return self.denoiser(n), self.noise(n), 0
-
-    def train_step(self) -> dict[str, torch.Tensor]:
-        """One gradient step of the EDM: cosine learning rate, gradient norm at most 1.  [SynthER]"""
-        args = self.args
-        self.opt.param_groups[0]["lr"].copy_(
-            0.5 * args.diffusion_lr * (1 + torch.cos(self.count * (math.pi / args.diffusion_steps)))
-        )
-        self.count.add_(1)
-        rows, *condition = self.draw()
-        x, sigma = self.moments.normalize(rows), edm.draw_sigma(len(rows), rows.device)
-        # on a GPU in bfloat16, here and in sample_step; the learner's losses stay in float32: U35
-        with torch.autocast("cuda", torch.bfloat16, enabled=rows.is_cuda, cache_enabled=False):
-            loss = self.loss(self.net, x, sigma, *condition)
-        self.opt.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        self.opt.step()
-        return {"loss/diffusion": loss.detach()}
-
-    def denoiser(self, rows: int, *condition: torch.Tensor) -> edm.Denoiser:
-        """D of the averaged network for a chunk of rows."""
-        ones = torch.ones(rows, device=self.r.device)
-        return lambda x, sigma: self.denoise(self.ema.module, x, sigma * ones, *condition)
-
-    def noise(self, rows: int) -> torch.Tensor:
-        """x at the first noise level of the grid, (rows, D)."""
-        return edm.SIGMA_MAX * torch.randn(rows, self.features, device=self.r.device)
-
-    @torch.no_grad()
-    def sample_step(self, gradient: edm.Denoiser | None = None) -> dict[str, torch.Tensor]:
-        """A chunk of generated rows (sample_batch, D), as they come; `gradient` of an energy guides them."""
-        args = self.args
-        denoiser, x, first = self.begin(min(args.sample_batch, args.synthetic_rows))
-        denoiser = edm.with_energy(denoiser, gradient) if gradient else denoiser
-        with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda, cache_enabled=False):
-            x = edm.sample(denoiser, x, args.sample_steps, args.sample_churn, first)
-        return {"rows": self.moments.denormalize(x)}
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Put generated rows into the buffer: actions in the box, rewards in their range, flags 0 or 1: D21, D22."""
-        rows = rows[: self.args.synthetic_rows - int(self.totals[0])]
-        self.totals[0] += len(rows)
-        finite = rows.isfinite().all(1)
-        rows = rows[finite]
-        actions, rewards = slice(self.obs_dim, self.obs_dim + self.act_dim), self.obs_dim + self.act_dim
-        next_obs = slice(rewards + 1, rewards + 1 + self.obs_dim)
-        terminated = rows[:, -1] > 0.5
-        if self.args.terminal_flag == "classifier":
-            share = leaf_shares(self.tree, rows[:, next_obs])
-            terminated = torch.rand_like(share) < share
-        clipped = rows[:, actions].abs() > 1
-        outside = (rows[:, rewards] < self.bounds[0]) | (rows[:, rewards] > self.bounds[1])
-        self.totals[1:] += torch.stack([clipped.float().mean(1).sum(), outside.sum(), (~finite).sum()])
-        rows[:, actions] = rows[:, actions].clamp(-1, 1)
-        rows[:, rewards] = rows[:, rewards].clamp(*self.bounds)
-        self.synthetic.append(torch.cat([rows[:, : next_obs.stop], terminated[:, None].float()], 1))
-
-    def restart(self, sources: list[ReplayBuffer], weights: list[float] | None) -> None:
-        """Before a training: fresh networks and optimizer in place, moments of the sources: U31."""
-        tables = [b.table[: b.rows] for b in sources]
-        self.moments.fit([t[:, : self.features] for t in tables], weights)
-        rewards = torch.cat([t[:, self.obs_dim + self.act_dim] for t in tables])
-        self.bounds.copy_(torch.stack(rewards.aminmax()))
-        self.net.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
-        self.ema.restart()
-        self.count.zero_()
-        for state in self.opt.state.values():
-            for x in state.values():
-                x.zero_()
-
-    def regenerate(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
-        """The k-th training from scratch on `sources`, then new rows in place of the old; resumes like any phase."""
-        self.learn(k, sources, weights)
-        self.refill(k)
-
-    def learn(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
-        """The training half of `regenerate`."""
-        r, args, self.sources = self.r, self.args, sources
-        step_fn, average_fn = r.capture(self.train_step), r.capture(lambda: self.ema.update(self.net))
-        for step in r.phase("generator", (k + 1) * args.diffusion_steps):
-            if step == k * args.diffusion_steps:
-                self.restart(sources, weights)
-            r.log(step, step_fn())
-            if (step - k * args.diffusion_steps) % edm.EMA.EVERY == 0:
-                average_fn()
-
-    def terminal_tree(self) -> tuple | float:
-        """p(terminal | s') of all real rows, whatever the model learned from; both classes weigh the same: D21."""
-        rows = torch.cat([b.table[: b.rows] for b in self.real])
-        next_obs, ends = rows[:, -1 - self.obs_dim : -1], rows[:, -1] > 0.5
-        weight = torch.where(ends, 1 / ends.sum(), 1 / (~ends).sum()).double()
-        return grow_tree(next_obs, ends, weight, self.TREE_DEPTH)
-
-    def refill(self, k: int, gradient: edm.Denoiser | None = None) -> None:
-        """The sampling half of `regenerate`; `gradient` of an energy guides it."""
-        r, args = self.r, self.args
-        if args.terminal_flag == "classifier":
-            self.tree = self.terminal_tree()
-        chunks, sample_fn = (
-            -(-args.synthetic_rows // args.sample_batch),
-            r.capture(lambda: self.sample_step(gradient)),
-        )
-        for chunk in r.phase("sampling", (k + 1) * chunks):
-            if chunk == k * chunks:
-                self.synthetic.clear()
-                self.totals.zero_()
-            self.keep(sample_fn()["rows"])
-        rows, _, _, dropped = self.totals.tolist()
-        if dropped > 0.01 * rows:
-            raise FloatingPointError(f"{dropped:.0f} of {rows:.0f} generated rows are not finite")
-
-
-# --- end shared: synther.generator ---
-
-
-# NEW: AD2S
-class ConditionedNet(nn.Module):
-    """A TransitionNet told c: x (B, D), ln σ / 4 (B,), c (B,), keep (B,) bool, else a learned vector -> (B, D): U45."""
-
-    def __init__(self, net: TransitionNet, time_dim: int):
-        super().__init__()
-        self.net = net
-        self.embed = nn.Sequential(nn.Linear(1, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
-        self.null = nn.Parameter(torch.zeros(time_dim))
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.null)
-
-    def forward(
-        self, x: torch.Tensor, c_noise: torch.Tensor, c: torch.Tensor, keep: torch.Tensor
-    ) -> torch.Tensor:
-        return self.net(x, c_noise, torch.where(keep[:, None], self.embed(c[:, None]), self.null))
-
-
-def scorer_net(
-    inputs: int, hidden: int, outputs: int, activation: type[nn.Module], dropout: float
-) -> nn.Sequential:
-    """Two hidden layers: U44. Their units are dropped with probability `dropout` in training."""
-    first = nn.Linear(inputs, hidden), activation(), nn.Dropout(dropout)
-    second = nn.Linear(hidden, hidden), activation(), nn.Dropout(dropout)
-    return nn.Sequential(*first, *second, nn.Linear(hidden, outputs))
-
-
-def ratio_loss(own: torch.Tensor, dataset: torch.Tensor) -> torch.Tensor:
-    """E_on[softplus(-l)] + E_off[softplus(l)], l = log w (B,) -> (): 2 log 2 minus Eq. 7.  [Eq. 7]: D41"""
-    return F.softplus(-own).mean() + F.softplus(dataset).mean()
-
-
-def set_aside(index: torch.Tensor) -> torch.Tensor:
-    """Which rows, given their indices (N,), test w_ψ instead of training it: every tenth block of 100 neighbours."""
-    return index // 100 % 10 == 9
-
-
-def moved_off_aside(index: torch.Tensor) -> torch.Tensor:
-    """Indices (N,), those of rows set aside moved by one to nine blocks, so that the draw stays uniform."""
-    return index - set_aside(index) * 100 * torch.randint(1, 10, index.shape, device=index.device)
-
-
-def ratio_checks(own: torch.Tensor, dataset: torch.Tensor) -> dict[str, float]:
-    """log w of rows of D_on and D_off, (N,) and (M,) -> what is 1 if w is their ratio, and the loss: D45"""
-    return {
-        "align/ratio_loss": ratio_loss(own, dataset).item(),
-        "align/w_off": dataset.exp().mean().item(),
-        "align/inverse_w_on": (-own).exp().mean().item(),
-        "align/w_balance": ((-own).sigmoid().mean() / dataset.sigmoid().mean()).item(),
-    }
-
-
-def one_step_error(dynamics: nn.Module, x: torch.Tensor, obs_dim: int) -> torch.Tensor:
-    """e = |s' - g(s, a)|² of normalised rows [s, a, r, s'] (B, D) -> (B,).  [Eq. 9]: U44"""
-    return (x[:, -obs_dim:] - dynamics(x[:, : -obs_dim - 1])).square().sum(1)
-
-
-def scorer_losses(
-    nets: nn.ModuleDict, own: torch.Tensor, dataset: torch.Tensor, both: torch.Tensor, obs_dim: int
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Of w_ψ and g_φ, which share no parameter: normalised rows of D_on, D_off and their union (B, D).  [Eqs. 7, 9]"""
-    ratio = ratio_loss(nets["ratio"](own)[:, 0], nets["ratio"](dataset)[:, 0])
-    dynamics = one_step_error(nets["dynamics"], both, obs_dim).mean()
-    return ratio + dynamics, {"loss/ratio": ratio.detach(), "loss/dynamics": dynamics.detach()}
-
-
-def relative_advantage(rewards: torch.Tensor) -> torch.Tensor:
-    """A = (r - mean) / std over the rows given, (N,) -> (N,); 0 if they are all alike.  [Eq. 8]"""
-    return (rewards - rewards.mean()) / rewards.std(correction=0).clamp(min=1e-8)
-
-
-def top_fraction(scores: torch.Tensor, share: float) -> torch.Tensor:
-    """Indices of the highest `share` of scores (N,), best first, at least one: U43."""
-    return scores.argsort(descending=True, stable=True)[: max(1, round(share * len(scores)))]
-
-
-def scaled_condition(log_y: torch.Tensor) -> torch.Tensor:
-    """c = (log y - mean) / std, clipped to ±5, (N,) -> (N,) float32: D42."""
-    std = log_y.std(correction=0).clamp(min=1e-8)
-    return ((log_y - log_y.mean()) / std).clamp(-5, 5).float()
-
-
-def amplified(c: torch.Tensor, amplification: float) -> torch.Tensor:
-    """ĉ = c + (α - 1) |c|.  [§3.3]: D43"""
-    return c + (amplification - 1) * c.abs()
-
-
-def first_step(sample_steps: int, noising_scale: float) -> int:
-    """Index in the falling noise levels where partial noising starts: int(N (1 - μ)).  [§3.3; GTA]"""
-    return min(int(sample_steps * (1 - noising_scale) + 1e-9), sample_steps - 1)
-
-
-def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Spearman's, of (N,) and (N,), equal values sharing their mean rank; 0 if one is constant."""
-    ranks = []
-    for x in (a, b):
-        _, group, size = x.unique(return_inverse=True, return_counts=True)
-        rank = (size.cumsum(0) - 0.5 * (size - 1))[group].double()
-        ranks.append((rank - rank.mean()) / rank.std(correction=0).clamp(min=1e-8))
-    return (ranks[0] * ranks[1]).mean().item()
-
-
-def method_settings(args: Args) -> Args:
-    """`args`, with PGR's values if that is asked for; UsageError if they contradict that or each other: U48."""
-    usual = run.with_presets(Args, ENV_PRESETS, args.env)
-    for name, value in PGR.items() if args.pgr else ():
-        if getattr(args, name) not in (value, getattr(usual, name)):
-            raise run.UsageError(f"--{name.replace('_', '-')}", getattr(args, name), f"{value} with --pgr")
-    args = replace(args, **PGR) if args.pgr else args
-    if args.condition_dropout == 0 and args.guidance_eta not in (
-        0,
-        -1,
-    ):  # w/o CG trains the null condition alone
-        raise run.UsageError(
-            "--condition-dropout", 0.0, "more than 0, or --guidance-eta 0: η needs the null condition"
-        )
-    if args.condition_dropout == 1 and args.guidance_eta != -1:
-        raise run.UsageError(
-            "--condition-dropout", 1.0, "less than 1, or --guidance-eta -1: else c is never learned"
-        )
-    return args
-
-
-class Aligner:
-    """w_ψ and g_φ; the scores of all rows; the rows to regenerate, noised in part, with their conditions.
-
-    `buffers` are the rows of the dataset and own rows: nothing else is learned from, scored or regenerated.
-    """
-
-    CHUNK = 100_000  # rows scored at once
-    DROPOUT = 0.5  # of the hidden units of w_ψ: D45
-
-    def __init__(self, r: run.Run, args: Args, agent: nn.ModuleDict, buffers: list[ReplayBuffer]):
-        self.r, self.args, self.agent, self.buffers = r, args, agent, buffers
-        offline = buffers[0]
-        self.obs_dim, self.act_dim = offline.widths[:2]
-        o, a = self.obs_dim, self.act_dim
-        width = 2 * o + a + 1
-        nets = {
-            "ratio": scorer_net(width, args.scorer_hidden, 1, nn.ReLU, self.DROPOUT),
-            "dynamics": scorer_net(o + a, args.scorer_hidden, o, nn.SiLU, 0.0),
-        }
-        self.nets = nn.ModuleDict(nets).to(r.device)
-        self.opt = torch.optim.Adam(
-            self.nets.parameters(), args.scorer_lr, fused=True, capturable=r.device.type == "cuda"
-        )
-        self.moments = edm.Moments(width, 0, r.device)
-        self.moments.fit([offline.table[: offline.rows, :width]])
-        self.random_actions = torch.rand(args.cql_n_actions, a, device=r.device) * 2 - 1  # U47
-        self.loss = r.compiled(scorer_losses)
-
-    def state(self) -> dict:
-        """What a checkpoint holds, by name. Selections are not in it: they follow from the rest."""
-        return {f"aligner_{k}": getattr(self, k) for k in ("nets", "opt", "moments", "random_actions")}
-
-    def inputs(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of a table (B, >= D) -> normalised [s, a, r, s'] (B, D): U44."""
-        return self.moments.normalize(rows[:, : len(self.moments.mean)]).clamp(-10, 10)
-
-    def scorer_step(self) -> dict[str, torch.Tensor]:
-        """One gradient step of w_ψ and of g_φ.  [Algorithm 1, line 5]: D40"""
-        n = self.args.scorer_batch
-        dataset, own = (
-            self.inputs(b.table.index_select(0, moved_off_aside(b.draw(n)))) for b in self.buffers
-        )
-        both = self.inputs(union_rows(self.buffers, n)[0])
-        loss, logs = self.loss(self.nets, own, dataset, both, self.obs_dim)
-        self.opt.zero_grad(set_to_none=True)
-        loss.backward()
-        self.opt.step()
-        return logs
-
-    def q_advantage(self, rows: torch.Tensor) -> torch.Tensor:
-        """A = Q(s, a) - E[Q(s, ã)], ã uniform: rows of a table (B, ...) -> (B,).  [§4.5]: U47"""
-        obs, actions = rows[:, : self.obs_dim], rows[:, self.obs_dim : self.obs_dim + self.act_dim]
-        q = [self.agent["qf"](obs, a.expand_as(actions)).amin(0) for a in self.random_actions]
-        return self.agent["qf"](obs, actions).amin(0) - torch.stack(q).mean(0)
-
-    @torch.no_grad()
-    def scores(self) -> dict[str, torch.Tensor]:
-        """Of all rows, the dataset's first, (N,) float64: log_w, error, reward, advantage, log_u, log_y."""
-        parts = {"log_w": [], "error": [], "reward": [], "advantage": []}
-        self.nets.eval()
-        for b in self.buffers:
-            for rows in b.table[: b.rows].split(self.CHUNK):
-                x, reward = self.inputs(rows), rows[:, self.obs_dim + self.act_dim]
-                parts["log_w"].append(self.nets["ratio"](x)[:, 0])
-                parts["error"].append(one_step_error(self.nets["dynamics"], x, self.obs_dim))
-                parts["reward"].append(reward)
-                parts["advantage"].append(self.q_advantage(rows) if self.args.advantage == "q" else reward)
-        self.nets.train()
-        s = {k: torch.cat(v).double() for k, v in parts.items()}
-        if self.args.advantage == "reward":
-            s["advantage"] = relative_advantage(s["reward"])
-        s["log_u"] = s["log_w"] + self.args.beta_dr * s["advantage"]  # [Eq. 5]: D42
-        s["log_y"] = self.args.beta_curi * s["advantage"] + (s["error"] + 1e-8).log()  # [§3.3]: D42
-        return s
-
-    @torch.no_grad()
-    def select(self) -> None:
-        """Score all rows; choose D_re; conditions of all. A function of what is registered: a resumed run agrees."""
-        s, n = self.scores(), self.buffers[0].rows
-        aligned = top_fraction(s["log_u"], self.args.p_dr)  # D_aligned [§3.4]
-        reused = aligned[top_fraction(s["log_y"][aligned], self.args.p_curi)].sort().values  # D_re [§3.4]
-        self.conditions = scaled_condition(s["log_y"])
-        parts = reused[reused < n], reused[reused >= n] - n
-        self.reused = torch.cat(
-            [b.table.index_select(0, i) for b, i in zip(self.buffers, parts, strict=True)]
-        )
-        self.reused_conditions = self.conditions[reused]
-        dataset, own = s["log_w"][:n], s["log_w"][n:]
-        aside = [set_aside(torch.arange(len(x), device=x.device)) for x in (own, dataset)]
-        tested = (x[i] if i.any() else x for x, i in zip((own, dataset), aside, strict=True))
-        self.logs = ratio_checks(*tested) | {
-            "align/u_reward_rank": rank_correlation(s["log_u"], s["reward"]),
-            "align/y_reward_rank": rank_correlation(s["log_y"], s["reward"]),
-            "align/offline_share_aligned": (aligned < n).float().mean().item(),
-            "align/offline_share_reused": (reused < n).float().mean().item(),
-            "align/model_error": (s["error"] / self.obs_dim).sqrt().median().item(),
-        }
-        before = self.reused_conditions.sort().values
-        after = amplified(self.reused_conditions, self.args.amplification).sort().values
-        for name, c in {"condition": before, "amplified": after}.items():
-            for q in (10, 50, 90):
-                self.logs[f"align/{name}_q{q}"] = c[q * (len(c) - 1) // 100].item()
-
-    @torch.no_grad()
-    def report(self, synthetic: ReplayBuffer) -> dict[str, float]:
-        """Logs of the selection; median root mean square error of generated rows under g_φ, in normalised units."""
-        x = self.inputs(synthetic.table[: synthetic.rows])
-        error = one_step_error(self.nets["dynamics"], x, self.obs_dim)
-        return self.logs | {"syn/model_error": (error / self.obs_dim).sqrt().median().item()}
-
-
-class AlignedGenerator(Generator):
-    """A Generator of D_re: conditioned on y, begun at rows that the aligner chose, noised in part."""
-
-    def __init__(self, r: run.Run, args: Args, net: nn.Module, aligner: Aligner):
-        super().__init__(r, args, net, aligner.buffers)
-        self.aligner = aligner
-
-    def draw(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """For a step of G_θ: rows of the union (B, D), their conditions (B,), which to keep (B,).  [Eq. 10]"""
-        rows, index = union_rows(self.real, self.args.diffusion_batch)
-        dropout = 1.0 if self.args.guidance_eta == -1 else self.args.condition_dropout  # U46
-        keep = torch.rand(len(rows), device=rows.device) >= dropout
-        return rows[:, : self.features], self.aligner.conditions.index_select(0, index), keep
-
-    def begin(self, n: int) -> tuple[edm.Denoiser, torch.Tensor, int]:
-        """Guided denoiser, x^{μK} (n, D) of rows drawn from D_re, and the step it stands at.  [Eq. 11]"""
-        args, aligner, device = self.args, self.aligner, self.r.device
-        pick = torch.randint(len(aligner.reused), (n,), device=device)
-        c = amplified(aligner.reused_conditions.index_select(0, pick), args.amplification)
-        keep = torch.ones(n, dtype=torch.bool, device=device)
-        conditional, unconditional = self.denoiser(n, c, keep), self.denoiser(n, c, ~keep)
-        denoiser = edm.with_guidance(conditional, unconditional, args.guidance_eta)
-        if args.guidance_eta == -1:
-            denoiser = unconditional  # U46
-        first = first_step(args.sample_steps, args.noising_scale)
-        if args.noising_scale == 1:
-            return denoiser, self.noise(n), 0  # U46
-        x = self.moments.normalize(aligner.reused.index_select(0, pick)[:, : self.features])
-        return denoiser, x + edm.sigma_grid(args.sample_steps)[first] * torch.randn_like(x), first
-
-
 def train(args: Args) -> dict[str, float]:
     task = data.get_task(args.env)
     args = method_settings(args)  # NEW
@@ -1076,8 +1047,7 @@ def train(args: Args) -> dict[str, float]:
             aligner.select()
             generator.regenerate(k, sources)
             if r.once(f"report {k}"):
-                logs = judge.generated_rows(generator, k, task, units, offline, online)
-                r.record(until, logs | aligner.report(synthetic))
+                r.record(until, judge.aligned_rows(generator, k, task, units, offline, online))
     return r.finish()
 
 
