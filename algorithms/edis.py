@@ -1,62 +1,49 @@
 """EDIS on Cal-QL: a diffusion model of all data, guided by three energies to rows that are like own ones.
 
-Paper    Liu, Liu, Jiang, Chen, Zhang, Chen, Yu, "Energy-Guided Diffusion Sampling for Offline-to-Online
-         Reinforcement Learning" (EDIS), ICML 2024, arXiv 2407.12448, code liuxhym/EDIS; the EDM: Karras et al.,
-         NeurIPS 2022, arXiv 2206.00364. Backbone: calql.py, line for line outside the NEW parts.
+Paper    Liu, Liu, Jiang, Chen, Zhang, Chen, Yu, "Energy-Guided Diffusion Sampling for Offline-to-Online Reinforcement
+         Learning" (EDIS), ICML 2024, arXiv 2407.12448, code liuxhym/EDIS; the EDM: Karras et al., NeurIPS 2022, arXiv
+         2206.00364. Backbone: calql.py, line for line outside the NEW parts.
+Idea     A diffusion model learns dataset and own transitions. Energies, each learned as a contrast, pull what it makes
+         to the states now visited (E_s), the policy's actions (E_π) and the dynamics (E_T): low E is wanted; the
+         sampler follows D - σ² Σ λ ∇E in place of D. Batches are own rows and generated ones.
 Symbols  F TransitionNet | D denoiser | σ noise level | N sample_steps | S_churn sample_churn | E TransitionEnergy |
          λ state_energy, policy_energy, dynamics_energy | K negatives per positive
-Read     what calql.py has; then NEW: TransitionNet, Generator, TransitionEnergy, info_nce, Energies; train
-Idea     A diffusion model learns dataset and own transitions. E_s pulls what it makes to the states now visited,
-         E_π to the actions of the policy, E_T to the dynamics; each is a contrast of rows that are so with rows of
-         the model. Batches are own rows and generated ones.
-Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py.
-         Of generated rows, in every file that has them:
-         D20 every feature but the terminal flag is normalised; SynthER (DMC) and EDIS leave rewards raw, against
-            the EDM's unit variance.
-         D21 a generated row ends an episode with the probability that a tree of real rows gives its s'. Papers: a
-            feature of the rows (--terminal-flag joint, cut at 0.5: 1-10 % of the falls) or no terminals (EDIS).
-         D22 actions are clipped to the box, rewards to the range learned from, rows that are not finite dropped
-            (an error above 1 %); no repository does.
+Read     Args; NEW: TransitionEnergy, info_nce, Energies; TransitionNet, Generator; train.
+         From calql.py: make_calql_nets (actor, qf, q_target), losses (their sum, of a batch), update (gradient step and
+         target), Returns (G of each row). r.phase(name, n): the steps up to n not done yet; r.once(name): true once.
+Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py. Of generated rows, in every file that has them:
+         D20 papers: raw rewards (SynthER on DMC, EDIS); here: all but the flag normalised; the EDM is for variance 1.
+         D21 papers: the flag of the end is a feature, cut at 0.5 (--terminal-flag joint: on 1-10 % of the falls), or 0
+            [EDIS]; here: drawn with the probability that a tree of real rows gives s'.
+         D22 papers: rows as they come; here: actions clipped to the box, rewards to the range learned from, rows not
+            finite dropped (an error above 1 %).
          D24 rows without a known s' (terminal ones of files without next_observations) are not learned from.
-         U31 each regeneration starts from scratch and replaces all rows [code of SynthER, EDIS].
-         U35 the model trains and samples in bfloat16 on a GPU, in float32 on a CPU.
-         Of EDIS. Its code trains other energies than it describes; we train those described, and have no mode
-         that reproduces the code's:
-         D40 noise levels: code trains E_s on σ = 80 alone and the others on two levels of a 32-step grid, and asks
-            at all of a 128-step grid; we train on levels of the sampler's own grid, drawn uniformly.
-         D41 guidance: paper gives each energy own features and a block of the gradient, which is exact only if blocks
-            are independent: states moved by 1, s' correlated 0.95, come out at (0.76, 0.46) for (1, 0.95); this is
-            --energy-form paper. Ours are exact one by one and summed (λ = 1): E_T = -log real / model of noised rows;
-            E_s, E_π as weights w of clean real rows, then -log E[w | x_σ] (contrastive energy prediction, Lu et al.,
-            arXiv 2304.12824), with gradients in all features. In hopper-mini-v0 both forms have the same simulator
-            error; actions come nearer to the policy's. Code omits σ of slope + σ ∇E; its λ (0.01 to 2) go with that.
-         D42 inputs: code gives the whole raw transition and the step's number, with noise added to raw features;
-            we normalised features and σ times c_in, ln σ / 4; E is c_in times the output, so that σ² ∇E is O(1).
-         D43 negatives: code's for E_π and E_T overwrite all features, so they are no samples (replacing (s, a) after
-            every step is not p(s'|s, a) either). Paper form: the model's rows for all three (optima need no
-            conditional samples: the gradient of a joint ratio in the last block is the conditional one's). Row form:
-            for E_s, E_π real rows, which a weight can tell apart without telling what is generated.
-         D44 groups: code's are of another state for half of each, and for E_s one softmax over 256 + 2,560 rows,
-            least at the ratio to their mixture; ours are one positive and 10 negatives each.
-         D45 learner: calql.py's with its presets, so that a difference to it is the method's. EDIS's own: α per
-            dataset; locomotion: Lagrange gap 10, critics of two layers, rewards normalised, no clip; AntMaze: r - 1,
-            states normalised; Adroit: Lagrange; 10 episodes everywhere.
+         U31 each training is from scratch and replaces all rows [SynthER, EDIS]. U35 on a GPU the model is in bfloat16.
+         Of EDIS. Its code trains other energies than it describes; here are those described, none of the code's:
+         D40 noise levels, code: trains E_s at σ = 80, the others at two, asks at 128; here: all of the sampler's grid.
+         D41 guidance, paper: each energy has own features, and a block of the gradient, exact if blocks are independent
+            (s moved by 1, s' correlated 0.95: (0.76, 0.46), not (1, 0.95)): --energy-form paper. Here: each exact, then
+            summed, all features: E_T = -log real / model of noised rows; E_s, E_π as weights w of clean real rows, then
+            -log E[w | x_σ] (Lu et al., arXiv 2304.12824). Code omits σ of σ ∇E: its λ (0.01 to 2) go with that.
+         D42 inputs, code: raw rows, step index; here: normalised, times c_in, ln σ / 4; E times c_in, so σ² ∇E is O(1).
+         D43 negatives, code: for E_π, E_T all features overwritten, no samples. Here, paper form: the model's rows (a
+            joint ratio has the conditional's gradient in its last block); row form, E_s, E_π: real rows, as a weight
+            can tell these apart without telling what is generated.
+         D44 groups, code: half of another state, of E_s one softmax over 256 + 2,560; here: 1 positive, 10 negatives.
+         D45 learner: calql.py's with its presets, 1M offline steps, no entropy in the target: only EDIS differs.
+            Code: 300,000 steps, entropy, α per dataset; locomotion: Lagrange gap 10, two critic layers, rewards
+            normalised, no clip; AntMaze: r - 1, states normalised; Adroit: Lagrange; 10 episodes everywhere.
          D46 first regeneration after the warm-up, no update before; the code's comes with one own transition.
          D47 batches: generated and own rows, none of the dataset [code].
-         U40 1,000 updates of each energy per regeneration; the code's 20 cannot fit. Energies and their Adam
-            persist [code].
-         U41 E_π: the policy's actions at the states of the negatives.
+         U40 1,000 updates of each energy per regeneration (code: 20 cannot fit); nets and Adam persist [code].
+         U41 positives: of E_π the policy's actions at the negatives' states; real rows are of both buffers.
          U42 the clip at 10 √D [code] is on the term added to the slope, σ Σ λ ∇E, all energies together.
-         U43 real rows are of both buffers, as the model's are.
          U44 generated rows have no return: calibration, where it is on, does not bound them.
-         D48 no entropy in the TD target, as in calql.py; the code has it (`backup_entropy`).
-         D49 1M offline steps, as in calql.py; the code takes 300,000.
          U45 share of tasks that the code has no file for (Maze2D, Adroit-cloned, shifted): 0.2.
-Metrics  those of calql.py; loss/diffusion (< 1); loss/{state,policy,dynamics,tilt}_energy (chance 2.40); and per
-         regeneration energy/effective, (Σ w)² / Σ w² as a share of real rows (small: few rows stand for all);
-         of unguided and guided rows energy/*_js_states from own states, *_policy_gap between the action and one of
-         the policy's, *_sim_error; energy/clipped share of guidance clipped (about 0);
-         syn/*: common/judge.py; synthetic-<k>.npz has 2,000 rows of each kind.
+Metrics  those of calql.py; loss/diffusion (< 1); loss/{state,policy,dynamics,tilt}_energy (chance 2.40); of each
+         regeneration energy/effective, (Σ w)² / Σ w² as a share of real rows (small: few stand for all), energy/clipped
+         (about 0) and, unguided and guided, *_js_states, *_policy_gap, *_sim_error, syn/*: common/judge.py.
+         synthetic-<k>.npz has 2,000 rows of each kind.
 Run      python algorithms/edis.py --env hopper-medium-v2 --seed 0
          without an energy --state-energy 0 | --policy-energy 0 | --dynamics-energy 0 | as described --energy-form paper
          EDIS as DARE ran it --diffusion-steps 50000 | four times cheaper sampling --sample-steps 32 --sample-churn 0
@@ -86,7 +73,7 @@ class Args:
     env: str = "hopper-medium-v2"  # task; every default below is the papers' value for locomotion
     dataset: Path | None = None  # HDF5 file in D4RL layout instead of the task's own
     seed: Natural = 0  # networks, batches, exploration and evaluation all derive from it
-    offline_steps: Natural = 1_000_000  # gradient steps [DARE §7.1]: D49
+    offline_steps: Natural = 1_000_000  # gradient steps [DARE §7.1]: D45
     online_steps: Natural = 200_000  # environment steps [DARE §7.1]
     from_offline: Path | None = None  # run directory (or its offline.pt) to take the offline phase from
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it works
@@ -100,7 +87,7 @@ class Args:
     batch_size: Several = 256  # transitions [DARE Table 4]
     gamma: Share = 0.99  # discount [DARE Table 4]
     polyak: Rate = 0.005  # share of qf copied into q_target at every gradient step [DARE Table 4]
-    policy_lr: Positive = 1e-4  # Adam, actor and entropy weight [DARE Table 4]: D48
+    policy_lr: Positive = 1e-4  # Adam, actor and entropy weight [DARE Table 4]
     critic_lr: Positive = 3e-4  # Adam, critics and Lagrange multiplier [DARE Table 4]
     hidden: Count = 256  # width of the hidden layers [DARE Table 4]
     critic_layers: Count = 3  # hidden layers of each critic [DARE Table 4]

@@ -1,56 +1,44 @@
 """CFDG on IQL: one diffusion model of dataset and own rows, told apart by a guided label; a third of a batch from it.
 
-Paper    Huang, Liu, Zhang, Yu, Li, "Offline-to-Online Reinforcement Learning with Classifier-Free Diffusion
-         Generation" (CFDG), ICML 2025, no code; the EDM: Karras et al., NeurIPS 2022, arXiv 2206.00364; network and
-         training: SynthER, arXiv 2303.06614, code conglu1997/SynthER. Backbone: iql.py, line for line outside the
-         NEW parts.
-Symbols  F LabelledNet | D denoiser | c label | ∅ NULL | w guidance_w | p_uncond label_dropout | r synthetic_frac |
-         D_on_syn, D_off_syn rows of the label ONLINE, OFFLINE | N sample_steps | S_churn sample_churn
-Read     what iql.py has; then NEW: TransitionNet, Generator, LabelledNet, LabelledGenerator, batch_counts; train
+Paper    Huang, Liu, Zhang, Yu, Li, "Offline-to-Online Reinforcement Learning with Classifier-Free Diffusion Generation"
+         (CFDG), ICML 2025, no code; the EDM: Karras et al., NeurIPS 2022, arXiv 2206.00364; network, training: SynthER,
+         arXiv 2303.06614, code conglu1997/SynthER. Backbone: iql.py, line for line outside the NEW parts.
 Idea     Own rows are few and near the policy, the dataset's are many and diverse. A model that knows which is which
          makes more of both; a batch then has a third of each: own, dataset, generated, the last mostly of own kind.
-Notes    D1, D2, D3, D4, D5, U1 as in iql.py.
-         Of generated rows, in every file that has them:
-         D20 every feature but the terminal flag is normalised; SynthER (DMC) and EDIS leave rewards raw, against
-            the EDM's unit variance.
-         D21 a generated row ends an episode with the probability that a tree of real rows gives its s'. Papers: a
-            feature of the rows (--terminal-flag joint, cut at 0.5: 1-10 % of the falls) or no terminals (EDIS).
-         D22 actions are clipped to the box, rewards to the range learned from, rows that are not finite dropped
-            (an error above 1 %); no repository does.
+Symbols  F LabelledNet | D denoiser | c label | ∅ NULL | w guidance_w | p_uncond label_dropout | r synthetic_frac |
+         D_on_syn, D_off_syn rows of the label ONLINE, OFFLINE | N sample_steps | S_churn sample_churn
+Read     Args; NEW: batch_counts, LabelledNet; TransitionNet, Generator; LabelledGenerator; train.
+         From iql.py: make_nets (actor, qf, q_target, vf), losses (their sum, of a batch), update (gradient step and
+         target), decay_actor_lr. r.phase(name, n): the steps up to n not done yet; r.once(name): true once.
+Notes    D1, D2, D3, D4, D5, U1 as in iql.py. Of generated rows, in every file that has them:
+         D20 papers: raw rewards (SynthER on DMC, EDIS); here: all but the flag normalised; the EDM is for variance 1.
+         D21 papers: the flag of the end is a feature, cut at 0.5 (--terminal-flag joint: on 1-10 % of the falls), or 0
+            [EDIS]; here: drawn with the probability that a tree of real rows gives s'.
+         D22 papers: rows as they come; here: actions clipped to the box, rewards to the range learned from, rows not
+            finite dropped (an error above 1 %).
          D24 rows without a known s' (terminal ones of files without next_observations) are not learned from.
-         U31 each regeneration starts from scratch and replaces all rows [code of SynthER, EDIS].
-         U35 the model trains and samples in bfloat16 on a GPU, in float32 on a CPU.
+         U31 each training is from scratch and replaces all rows [SynthER, EDIS]. U35 on a GPU the model is in bfloat16.
          Of CFDG:
-         D40 budget: 1M + 1M steps [§4.1]; the other files have 200,000 online, as DARE's tables. For a table with
-            them: --online-steps 200000.
-         D41 "100K epochs" [Table 5] are gradient steps: SynthER's count, and what the hours of Table 6 allow.
-         D42 Algorithm 1 adds rows to the synthetic buffers (1M); here they replace the old ones (U31), which are
-            further from the policy.
-         D43 w is Eq. 7's; Eq. 6 counts w + 1. Both halves of a Heun step are guided; PGR and GTA guide the first
-            alone, half as strong: their scale 2 is w = 0.5. The defaults of the library that the paper names (scale
-            6, rescaled) are not Eq. 7.
-         U40 w and p_uncond have no value in the paper: 0.5 and 0.25 [PGR; p_uncond also AD2S]. Guidance widens
-            the distance between labels and costs fidelity: w of 0, 0.5, 1, 2 are worth a look.
+         D40 budget: 1M + 1M steps [§4.1]; other files have 200,000 online, for a table with them --online-steps 200000.
+         D41 paper: "100K epochs" [Table 5]; here: gradient steps, SynthER's count, as the hours of Table 6 allow.
+         D42 paper: Algorithm 1 adds to the synthetic buffers (1M); here: new rows replace those of an older policy.
+         D43 w is Eq. 7's; Eq. 6 counts w + 1. PGR and GTA guide one of a Heun step's halves: their scale 2 is w = 0.5
+            here, where both are. The defaults of the library that the paper names (6, rescaled) are not Eq. 7.
+         U40 w and p_uncond have no value: 0.5, 0.25 [PGR; AD2S]. Guidance widens the labels' distance, costs fidelity.
          U41 the label's way in: a learned row, null too, added to the time embedding.
-         U42 the model's batch: half dataset, half own rows, so ∅ is their even mixture; normalised by moments that
-            weigh both alike, or 10,000 own rows would vanish beside 1M.
+         U42 half of the model's batch is own rows, moments weigh alike; by rows, 10,000 own ones would vanish in 1M.
          U43 rows per regeneration: 125,000, split as a batch is: 100,000 [EDIS] and 25,000.
-         U44 a batch keeps its size: 256 = 86 own + 85 dataset + 68 + 17 generated. "Concatenate" [§3.3] may also
-            mean 3 · 128.
-         U45 regenerations at 1/10, 2/10 ... of the online phase: every 100,000 steps of 1M and 10,000 of 100,000,
-            which are the two intervals of Table 5; until the first, a batch is half dataset, half own rows. The loss
-            does not tell generated rows from real ones.
-         U46 Table 3's "w/o guidance" is not explained: --guidance-w 0 keeps the labels, --no-labels is one
-            unlabelled model of the same rows. SynthER on the union by rows: iql_synther.py --synther-data both
-            --synthetic-frac 0.333.
-Metrics  those of iql.py; loss/diffusion (< 1); syn/* of each regeneration: common/judge.py,
-         where syn/js_* is Table 2's, below syn/dataset_js_*, its "Offline", if generation helps.
-         synthetic-<k>.npz has 2,000 rows of each kind, generated ones with the online label first.
+         U44 a batch keeps its size: 256 = 86 own + 85 dataset + 68 + 17; "concatenate" [§3.3] may also mean 3 · 128.
+         U45 regenerations at 1/10, 2/10 ... of the online phase: both intervals of Table 5; until then half dataset,
+            half own. The loss does not tell generated rows from real ones.
+         U46 Table 3's "w/o guidance": --guidance-w 0 has labels, --no-labels has not. SynthER on the union, by rows:
+            iql_synther.py --synther-data both --synthetic-frac 0.333.
+Metrics  those of iql.py; loss/diffusion (< 1); syn/* of each regeneration: common/judge.py, where syn/js_* is Table 2's
+         and, if generation helps, below syn/dataset_js_*, its "Offline"; synthetic-<k>.npz: 2,000 rows of each kind.
 Run      python algorithms/iql_cfdg.py --env hopper-medium-v2 --seed 0
          Table 3: no guidance --guidance-w 0 | nor labels --no-labels | no offline augmentation --online-label-frac 1
-         strength --guidance-w 2 | --label-dropout 0.1 | 1 : 1 labels --online-label-frac 0.5 | more generated
-         --synthetic-frac 0.5 | every 10,000 steps --regenerations 100
-         four times cheaper sampling --sample-steps 32 --sample-churn 0
+         --guidance-w 2 | --label-dropout 0.1 | 1 : 1 labels --online-label-frac 0.5 | --synthetic-frac 0.5
+         every 10,000 steps --regenerations 100 | four times cheaper sampling --sample-steps 32 --sample-churn 0
          the common start: --from-offline runs/iql/hopper-medium-v2/seed0
 Cost     hopper-mini-v0: 184 CPU seconds beside other jobs; published sizes want a GPU (not measured there).
 """

@@ -1,37 +1,36 @@
 """SynthER on Cal-QL: a diffusion model of the online buffer, half of each batch drawn from it.
 
-Paper    Lu, Ball, Teh, Parker-Holder, "Synthetic Experience Replay" (SynthER), NeurIPS 2023, arXiv 2303.06614,
-         code conglu1997/SynthER; the EDM: Karras et al., NeurIPS 2022, arXiv 2206.00364. Backbone: calql.py,
-         line for line outside the NEW parts.
-Symbols  F TransitionNet | D denoiser | σ noise level | N sample_steps | S_churn sample_churn
-Read     what calql.py has; then NEW: TransitionNet, Generator; train
-Idea     Every regenerate_every environment steps a diffusion model learns the transitions in the online buffer
-         from scratch and fills a buffer with new ones; batches then are part generated.
-Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py.
-         Of generated rows, in every file that has them:
-         D20 every feature but the terminal flag is normalised; SynthER (DMC) and EDIS leave rewards raw, against
-            the EDM's unit variance.
-         D21 a generated row ends an episode with the probability that a tree of real rows gives its s'. Papers: a
-            feature of the rows (--terminal-flag joint, cut at 0.5: 1-10 % of the falls) or no terminals (EDIS).
-         D22 actions are clipped to the box, rewards to the range learned from, rows that are not finite dropped
-            (an error above 1 %); no repository does.
+Paper    Lu, Ball, Teh, Parker-Holder, "Synthetic Experience Replay" (SynthER), NeurIPS 2023, arXiv 2303.06614, code
+         conglu1997/SynthER; the EDM: Karras et al., NeurIPS 2022, arXiv 2206.00364. Backbone: calql.py, line for line
+         outside the NEW parts.
+Idea     Every regenerate_every environment steps a diffusion model learns the transitions in the online buffer from
+         scratch and fills a buffer with new ones; from then on, half of a batch is generated.
+Symbols  F TransitionNet | D denoiser: the clean row, estimated from a noised one | σ noise level | N sample_steps |
+         S_churn sample_churn
+Read     Args; NEW: TransitionNet, Generator; train.
+         From calql.py: make_calql_nets (actor, qf, q_target), losses (their sum, of a batch), update (gradient step and
+         target), Returns (G of each row). r.phase(name, n): the steps up to n not done yet; r.once(name): true once.
+Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py. Of generated rows, in every file that has them:
+         D20 papers: raw rewards (SynthER on DMC, EDIS); here: all but the flag normalised; the EDM is for variance 1.
+         D21 papers: the flag of the end is a feature, cut at 0.5 (--terminal-flag joint: on 1-10 % of the falls), or 0
+            [EDIS]; here: drawn with the probability that a tree of real rows gives s'.
+         D22 papers: rows as they come; here: actions clipped to the box, rewards to the range learned from, rows not
+            finite dropped (an error above 1 %).
          D24 rows without a known s' (terminal ones of files without next_observations) are not learned from.
          U30 steps and rows per regeneration: 50,000 [AD2S], 100,000 [EDIS]; SynthER's are 100,000 and 200,000.
-         U31 each regeneration starts from scratch and replaces all rows [code of SynthER, EDIS].
-         U35 the model trains and samples in bfloat16 on a GPU, in float32 on a CPU.
+         U31 each training is from scratch and replaces all rows [SynthER, EDIS]. U35 on a GPU the model is in bfloat16.
          Of SynthER:
-         D23 SynthER online is SAC with 20 updates a step; here it is the backbone with its own, as in the
-            comparisons of CFDG and AD2S.
+         D23 paper: online SAC with 20 updates a step; here: the backbone with its own, as CFDG and AD2S compare.
          U32 learned from online: own rows only [CFDG]; AD2S also names both: --synther-data both.
          U33 the share is of the batch; the rest is the backbone's mix of dataset and own rows.
          U34 generated rows have no return: calibration, where it is on, does not bound them.
-Metrics  those of calql.py; loss/diffusion (< 1); syn/* of each regeneration: common/judge.py;
-         synthetic-<k>.npz has 2,000 rows of each kind.
+Metrics  those of calql.py; loss/diffusion (< 1); syn/* of each regeneration: common/judge.py; synthetic-<k>.npz:
+         2,000 rows of each kind.
 Run      python algorithms/synther.py --env hopper-medium-v2 --seed 0
-         learn from both buffers --synther-data both | four times cheaper sampling --sample-steps 32
-         --sample-churn 0 | SynthER's offline mode (CQL): --no-calibrate --offline-upsample --online-steps 0
-         --diffusion-steps 100000 --synthetic-rows 5000000 --diffusion-width 2048 --diffusion-time-dim 128
-         --diffusion-batch 1024 (256 below 800,000 rows)
+         learn from both buffers --synther-data both | four times cheaper sampling --sample-steps 32 --sample-churn 0
+         SynthER's offline mode (CQL): --no-calibrate --offline-upsample --online-steps 0 --diffusion-steps 100000
+         --synthetic-rows 5000000 --diffusion-width 2048 --diffusion-time-dim 128 --diffusion-batch 1024 (256 below
+         800,000 rows)
          the common start: --from-offline runs/calql/hopper-medium-v2/seed0
 Cost     hopper-mini-v0: 223 CPU seconds beside other jobs; published sizes want a GPU (not measured there).
 """
