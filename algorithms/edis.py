@@ -142,22 +142,12 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     **{k: dict(cql_weight=1.0, cql_weight_online=1.0, max_target_backup=True, normalize_obs=False)
        for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL, fine-tuning]
     "maze2d-": dict(policy_lr=3e-5, lagrange=True, target_gap=5.0, eval_episodes=100),  # [CORL, offline CQL]
-    "antmaze-medium-": dict(synthetic_frac=0.3),  # this and the rest: [code of EDIS]
-    "door-human": dict(synthetic_frac=0.5),
+    # shares of the code of EDIS; 0.2 in its other files
+    "antmaze-medium-": dict(synthetic_frac=0.3),
     "pen-human": dict(synthetic_frac=0.3),
-    "relocate-human": dict(synthetic_frac=0.2),
-    "halfcheetah-random-v2": dict(synthetic_frac=0.2),
-    "halfcheetah-medium-replay-v2": dict(synthetic_frac=0.2),
-    "halfcheetah-medium-v2": dict(synthetic_frac=0.2),
-    "halfcheetah-medium-expert-v2": dict(synthetic_frac=0.5),
-    "hopper-random-v2": dict(synthetic_frac=0.2),
-    "hopper-medium-replay-v2": dict(synthetic_frac=0.5),
-    "hopper-medium-v2": dict(synthetic_frac=0.2),
-    "hopper-medium-expert-v2": dict(synthetic_frac=0.5),
     "walker2d-random-v2": dict(synthetic_frac=0.1),
-    "walker2d-medium-replay-v2": dict(synthetic_frac=0.2),
-    "walker2d-medium-v2": dict(synthetic_frac=0.2),
-    "walker2d-medium-expert-v2": dict(synthetic_frac=0.2),
+    **{k: dict(synthetic_frac=0.5)
+       for k in ("door-human", "halfcheetah-medium-expert-v2", "hopper-medium-replay-v2", "hopper-medium-expert-v2")},
     "hopper-mini": dict(  # U1
         offline_steps=8_000, online_steps=6_000, warmup_steps=2_000, hidden=64, batch_size=128,
         policy_lr=3e-4, critic_lr=1e-3, polyak=0.02, cql_n_actions=4, cql_weight=5.0, cql_weight_online=5.0,
@@ -448,7 +438,7 @@ class Generator:
         self.count = torch.zeros((), device=r.device)  # gradient steps since the restart
         self.bounds = torch.zeros(2, device=r.device)  # of rewards learned from
         self.totals = torch.zeros(4, device=r.device)  # rows, clipped actions, clipped rewards, rows dropped
-        self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)
+        self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)  # with --compile
         self.tree: tuple | float = 0.0  # p(terminal | s')
 
     @staticmethod
@@ -462,15 +452,19 @@ class Generator:
         return {f"generator_{k}": getattr(self, k) for k in names}
 
     def regenerate(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
-        """Both: the model learns `sources` from scratch, new rows replace the old."""
+        """The k-th time, from 0: the model learns `sources` from scratch, then new rows replace the old.
+
+        Steps of a phase count on from one time to the next, so that a resumed run finds its place.
+        """
         self.learn(k, sources, weights)
         self.refill(k)
 
     # -- training --
 
     def learn(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
-        """The k-th training, from scratch, on rows of `sources`; resumes like any phase."""
+        """The training half of `regenerate`: the moments weigh the sources by rows, or by `weights`."""
         r, args, self.sources = self.r, self.args, sources
+        # with --compile, on a GPU, as CUDA graphs; else as they are
         step_fn, average_fn = r.capture(self.train_step), r.capture(lambda: self.ema.update(self.net))
         for step in r.phase("generator", (k + 1) * args.diffusion_steps):
             if step == k * args.diffusion_steps:
@@ -480,7 +474,7 @@ class Generator:
                 average_fn()
 
     def restart(self, sources: list[ReplayBuffer], weights: list[float] | None) -> None:
-        """Fresh network and optimizer, in place (U31); moments of the sources, weighted by rows or as given."""
+        """Before a training: fresh network and optimizer, in place (U31), moments of the sources."""
         tables = [b.table[: b.rows] for b in sources]
         self.moments.fit([t[:, : self.features] for t in tables], weights)
         rewards = torch.cat([t[:, self.obs_dim + self.act_dim] for t in tables])
@@ -529,7 +523,7 @@ class Generator:
 
     @torch.no_grad()
     def sample_step(self, gradient: edm.Denoiser | None = None) -> dict[str, torch.Tensor]:
-        """A chunk of generated rows (sample_batch, D), as they come; the `gradient` of an energy guides them."""
+        """A chunk of generated rows (sample_batch, D), as they come; guided by an energy, D - σ² `gradient` for D."""
         args = self.args
         denoiser, x, first = self.begin(min(args.sample_batch, args.synthetic_rows))
         denoiser = edm.with_energy(denoiser, gradient) if gradient else denoiser
@@ -538,7 +532,7 @@ class Generator:
         return {"rows": self.moments.denormalize(x)}
 
     def refill(self, k: int, gradient: edm.Denoiser | None = None) -> None:
-        """The k-th rows in place of those before; resumes like any phase."""
+        """The sampling half of `regenerate`; the `gradient` of an energy guides it."""
         r, args = self.r, self.args
         if args.terminal_flag == "classifier":
             self.tree = self.terminal_tree()
@@ -913,7 +907,7 @@ def train(args: Args) -> dict[str, float]:
     offline = dataset.buffer(units, r.device)
     online = offline.like(args.online_steps)
     returns = Returns(args, dataset, units, online)
-    known = offline.subset(dataset.known)  # NEW: D24
+    known = offline.subset(dataset.known)  # NEW: rows whose s' is known: D24
     interaction = data.Interaction(data.make_env(task, units), online, args.seed, units)
     evaluate = data.Evaluator(task, args.eval_episodes, args.seed, units)
 
@@ -969,7 +963,7 @@ def train(args: Args) -> dict[str, float]:
         noise = draw_noise(args.batch_size, task.act_dim, args.cql_n_actions, r.device)
         bound = None  # D3
         if args.calibrate_online:
-            unbound = torch.full((n_synthetic,), -torch.inf, device=r.device)  # NEW U44
+            unbound = torch.full((n_synthetic,), -torch.inf, device=r.device)  # NEW: no return: U44
             bound = torch.cat([returns.own[index], unbound])
         loss, logs = compiled_losses(nets, batch, bound, args.cql_weight_online, noise, args)
         update(nets, opt, loss, args.polyak)

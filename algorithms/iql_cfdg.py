@@ -230,7 +230,7 @@ class Generator:
         self.count = torch.zeros((), device=r.device)  # gradient steps since the restart
         self.bounds = torch.zeros(2, device=r.device)  # of rewards learned from
         self.totals = torch.zeros(4, device=r.device)  # rows, clipped actions, clipped rewards, rows dropped
-        self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)
+        self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)  # with --compile
         self.tree: tuple | float = 0.0  # p(terminal | s')
 
     @staticmethod
@@ -244,15 +244,19 @@ class Generator:
         return {f"generator_{k}": getattr(self, k) for k in names}
 
     def regenerate(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
-        """Both: the model learns `sources` from scratch, new rows replace the old."""
+        """The k-th time, from 0: the model learns `sources` from scratch, then new rows replace the old.
+
+        Steps of a phase count on from one time to the next, so that a resumed run finds its place.
+        """
         self.learn(k, sources, weights)
         self.refill(k)
 
     # -- training --
 
     def learn(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
-        """The k-th training, from scratch, on rows of `sources`; resumes like any phase."""
+        """The training half of `regenerate`: the moments weigh the sources by rows, or by `weights`."""
         r, args, self.sources = self.r, self.args, sources
+        # with --compile, on a GPU, as CUDA graphs; else as they are
         step_fn, average_fn = r.capture(self.train_step), r.capture(lambda: self.ema.update(self.net))
         for step in r.phase("generator", (k + 1) * args.diffusion_steps):
             if step == k * args.diffusion_steps:
@@ -262,7 +266,7 @@ class Generator:
                 average_fn()
 
     def restart(self, sources: list[ReplayBuffer], weights: list[float] | None) -> None:
-        """Fresh network and optimizer, in place (U31); moments of the sources, weighted by rows or as given."""
+        """Before a training: fresh network and optimizer, in place (U31), moments of the sources."""
         tables = [b.table[: b.rows] for b in sources]
         self.moments.fit([t[:, : self.features] for t in tables], weights)
         rewards = torch.cat([t[:, self.obs_dim + self.act_dim] for t in tables])
@@ -311,7 +315,7 @@ class Generator:
 
     @torch.no_grad()
     def sample_step(self, gradient: edm.Denoiser | None = None) -> dict[str, torch.Tensor]:
-        """A chunk of generated rows (sample_batch, D), as they come; the `gradient` of an energy guides them."""
+        """A chunk of generated rows (sample_batch, D), as they come; guided by an energy, D - σ² `gradient` for D."""
         args = self.args
         denoiser, x, first = self.begin(min(args.sample_batch, args.synthetic_rows))
         denoiser = edm.with_energy(denoiser, gradient) if gradient else denoiser
@@ -320,7 +324,7 @@ class Generator:
         return {"rows": self.moments.denormalize(x)}
 
     def refill(self, k: int, gradient: edm.Denoiser | None = None) -> None:
-        """The k-th rows in place of those before; resumes like any phase."""
+        """The sampling half of `regenerate`; the `gradient` of an energy guides it."""
         r, args = self.r, self.args
         if args.terminal_flag == "classifier":
             self.tree = self.terminal_tree()
@@ -415,7 +419,7 @@ class LabelledGenerator(Generator):
         half = self.args.diffusion_batch // 2
         sizes = half, self.args.diffusion_batch - half
         rows = [b.table.index_select(0, b.draw(n)) for b, n in zip(self.real, sizes, strict=True)]
-        p_uncond = self.args.label_dropout if self.args.labels else 1.0  # U46
+        p_uncond = self.args.label_dropout if self.args.labels else 1.0  # --no-labels: U46
         dropped = torch.rand(len(self.labels), device=self.labels.device) < p_uncond
         return torch.cat(rows)[:, : self.features], torch.where(dropped, NULL, self.labels)
 
@@ -636,7 +640,7 @@ def train(args: Args) -> dict[str, float]:
     units = data.Units(reward_scale, args.reward_bias, moments)
     offline = dataset.buffer(units, r.device)
     online = offline.like(args.online_steps)
-    known = offline.subset(dataset.known)  # NEW: D24
+    known = offline.subset(dataset.known)  # NEW: rows whose s' is known: D24
     interaction = data.Interaction(data.make_env(task, units), online, args.seed, units)
     evaluate = data.Evaluator(task, args.eval_episodes, args.seed, units)
 
@@ -658,9 +662,8 @@ def train(args: Args) -> dict[str, float]:
     generator = LabelledGenerator(r, args, known, online)
     if counts[3] and not 0 < generator.online_rows < args.synthetic_rows:
         raise run.UsageError("--synthetic-rows", args.synthetic_rows, "enough for rows of both labels")
-    r.register(
-        nets=nets, opt=opt, updates=updates, online=online, interaction=interaction, **generator.state()
-    )
+    added = generator.state()
+    r.register(nets=nets, opt=opt, updates=updates, online=online, interaction=interaction, **added)
     compiled_losses = r.compiled(losses)
     offline_settings = r.settings(OFFLINE_SETTINGS)
 
@@ -711,7 +714,7 @@ def train(args: Args) -> dict[str, float]:
             if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
                 r.record(step + 1, evaluate(act, r.device))
         if until < args.online_steps:
-            generator.regenerate(k, [known, online], weights=[1, 1])  # U42
+            generator.regenerate(k, [known, online], weights=[1, 1])  # alike in the moments: U42
             if r.once(f"report {k}"):
                 r.record(until, judge.labelled_rows(generator, k, task, units, offline, online))
     return r.finish()

@@ -124,28 +124,22 @@ class Args:
 ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
     "antmaze-": dict(  # [IQL App. B; episodes: CORL]
         expectile=0.9, inv_temp=10.0, reward_bias=-1.0, eval_every=10_000, eval_episodes=100,
-        synthetic_frac=0.2, diffusion_steps=50_000,  # this and the other two from here on: [code of EDIS]
+        diffusion_steps=50_000,  # [code of EDIS]
     ),
     **{k: dict(expectile=0.8, dropout=0.1, normalize_obs=True)
        for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL]
     "maze2d-": dict(normalize_obs=True, eval_episodes=100),  # [CORL, offline IQL]
+    # shares and model steps of the code of EDIS; 0.2 and 30,000 in its other files
     "antmaze-umaze-diverse": dict(synthetic_frac=0.9),
     "antmaze-large-": dict(synthetic_frac=0.1, diffusion_steps=30_000),
-    "halfcheetah-random-v2": dict(synthetic_frac=0.2, diffusion_steps=30_000),
     "halfcheetah-medium-replay-v2": dict(synthetic_frac=0.8, diffusion_steps=50_000),
     "halfcheetah-medium-v2": dict(synthetic_frac=0.5, diffusion_steps=50_000),
-    "halfcheetah-medium-expert-v2": dict(synthetic_frac=0.7, diffusion_steps=30_000),
-    "hopper-random-v2": dict(synthetic_frac=0.8, diffusion_steps=30_000),
-    "hopper-medium-replay-v2": dict(synthetic_frac=0.2, diffusion_steps=30_000),
-    "hopper-medium-v2": dict(synthetic_frac=0.2, diffusion_steps=30_000),
-    "hopper-medium-expert-v2": dict(synthetic_frac=0.1, diffusion_steps=30_000),
-    "walker2d-random-v2": dict(synthetic_frac=0.5, diffusion_steps=30_000),
+    "halfcheetah-medium-expert-v2": dict(synthetic_frac=0.7),
+    "hopper-random-v2": dict(synthetic_frac=0.8),
+    "hopper-medium-expert-v2": dict(synthetic_frac=0.1),
+    "walker2d-random-v2": dict(synthetic_frac=0.5),
     "walker2d-medium-replay-v2": dict(synthetic_frac=0.8, diffusion_steps=50_000),
-    "walker2d-medium-v2": dict(synthetic_frac=0.2, diffusion_steps=30_000),
-    "walker2d-medium-expert-v2": dict(synthetic_frac=0.5, diffusion_steps=30_000),
-    "door-human": dict(synthetic_frac=0.2, diffusion_steps=30_000),
-    "pen-human": dict(synthetic_frac=0.2, diffusion_steps=30_000),
-    "relocate-human": dict(synthetic_frac=0.2, diffusion_steps=30_000),
+    "walker2d-medium-expert-v2": dict(synthetic_frac=0.5),
     "hopper-mini": dict(  # U1
         offline_steps=15_000, online_steps=8_000, warmup_steps=2_000, lr=5e-4, polyak=0.01, hidden=64,
         normalize_obs=True, normalize_reward=True,
@@ -433,7 +427,7 @@ class Generator:
         self.count = torch.zeros((), device=r.device)  # gradient steps since the restart
         self.bounds = torch.zeros(2, device=r.device)  # of rewards learned from
         self.totals = torch.zeros(4, device=r.device)  # rows, clipped actions, clipped rewards, rows dropped
-        self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)
+        self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)  # with --compile
         self.tree: tuple | float = 0.0  # p(terminal | s')
 
     @staticmethod
@@ -447,15 +441,19 @@ class Generator:
         return {f"generator_{k}": getattr(self, k) for k in names}
 
     def regenerate(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
-        """Both: the model learns `sources` from scratch, new rows replace the old."""
+        """The k-th time, from 0: the model learns `sources` from scratch, then new rows replace the old.
+
+        Steps of a phase count on from one time to the next, so that a resumed run finds its place.
+        """
         self.learn(k, sources, weights)
         self.refill(k)
 
     # -- training --
 
     def learn(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
-        """The k-th training, from scratch, on rows of `sources`; resumes like any phase."""
+        """The training half of `regenerate`: the moments weigh the sources by rows, or by `weights`."""
         r, args, self.sources = self.r, self.args, sources
+        # with --compile, on a GPU, as CUDA graphs; else as they are
         step_fn, average_fn = r.capture(self.train_step), r.capture(lambda: self.ema.update(self.net))
         for step in r.phase("generator", (k + 1) * args.diffusion_steps):
             if step == k * args.diffusion_steps:
@@ -465,7 +463,7 @@ class Generator:
                 average_fn()
 
     def restart(self, sources: list[ReplayBuffer], weights: list[float] | None) -> None:
-        """Fresh network and optimizer, in place (U31); moments of the sources, weighted by rows or as given."""
+        """Before a training: fresh network and optimizer, in place (U31), moments of the sources."""
         tables = [b.table[: b.rows] for b in sources]
         self.moments.fit([t[:, : self.features] for t in tables], weights)
         rewards = torch.cat([t[:, self.obs_dim + self.act_dim] for t in tables])
@@ -514,7 +512,7 @@ class Generator:
 
     @torch.no_grad()
     def sample_step(self, gradient: edm.Denoiser | None = None) -> dict[str, torch.Tensor]:
-        """A chunk of generated rows (sample_batch, D), as they come; the `gradient` of an energy guides them."""
+        """A chunk of generated rows (sample_batch, D), as they come; guided by an energy, D - σ² `gradient` for D."""
         args = self.args
         denoiser, x, first = self.begin(min(args.sample_batch, args.synthetic_rows))
         denoiser = edm.with_energy(denoiser, gradient) if gradient else denoiser
@@ -523,7 +521,7 @@ class Generator:
         return {"rows": self.moments.denormalize(x)}
 
     def refill(self, k: int, gradient: edm.Denoiser | None = None) -> None:
-        """The k-th rows in place of those before; resumes like any phase."""
+        """The sampling half of `regenerate`; the `gradient` of an energy guides it."""
         r, args = self.r, self.args
         if args.terminal_flag == "classifier":
             self.tree = self.terminal_tree()
@@ -776,7 +774,7 @@ def train(args: Args) -> dict[str, float]:
     units = data.Units(reward_scale, args.reward_bias, moments)
     offline = dataset.buffer(units, r.device)
     online = offline.like(args.online_steps)
-    known = offline.subset(dataset.known)  # NEW: D24
+    known = offline.subset(dataset.known)  # NEW: rows whose s' is known: D24
     interaction = data.Interaction(data.make_env(task, units), online, args.seed, units)
     evaluate = data.Evaluator(task, args.eval_episodes, args.seed, units)
 

@@ -208,7 +208,7 @@ class Generator:
         self.count = torch.zeros((), device=r.device)  # gradient steps since the restart
         self.bounds = torch.zeros(2, device=r.device)  # of rewards learned from
         self.totals = torch.zeros(4, device=r.device)  # rows, clipped actions, clipped rewards, rows dropped
-        self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)
+        self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)  # with --compile
         self.tree: tuple | float = 0.0  # p(terminal | s')
 
     @staticmethod
@@ -222,15 +222,19 @@ class Generator:
         return {f"generator_{k}": getattr(self, k) for k in names}
 
     def regenerate(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
-        """Both: the model learns `sources` from scratch, new rows replace the old."""
+        """The k-th time, from 0: the model learns `sources` from scratch, then new rows replace the old.
+
+        Steps of a phase count on from one time to the next, so that a resumed run finds its place.
+        """
         self.learn(k, sources, weights)
         self.refill(k)
 
     # -- training --
 
     def learn(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
-        """The k-th training, from scratch, on rows of `sources`; resumes like any phase."""
+        """The training half of `regenerate`: the moments weigh the sources by rows, or by `weights`."""
         r, args, self.sources = self.r, self.args, sources
+        # with --compile, on a GPU, as CUDA graphs; else as they are
         step_fn, average_fn = r.capture(self.train_step), r.capture(lambda: self.ema.update(self.net))
         for step in r.phase("generator", (k + 1) * args.diffusion_steps):
             if step == k * args.diffusion_steps:
@@ -240,7 +244,7 @@ class Generator:
                 average_fn()
 
     def restart(self, sources: list[ReplayBuffer], weights: list[float] | None) -> None:
-        """Fresh network and optimizer, in place (U31); moments of the sources, weighted by rows or as given."""
+        """Before a training: fresh network and optimizer, in place (U31), moments of the sources."""
         tables = [b.table[: b.rows] for b in sources]
         self.moments.fit([t[:, : self.features] for t in tables], weights)
         rewards = torch.cat([t[:, self.obs_dim + self.act_dim] for t in tables])
@@ -289,7 +293,7 @@ class Generator:
 
     @torch.no_grad()
     def sample_step(self, gradient: edm.Denoiser | None = None) -> dict[str, torch.Tensor]:
-        """A chunk of generated rows (sample_batch, D), as they come; the `gradient` of an energy guides them."""
+        """A chunk of generated rows (sample_batch, D), as they come; guided by an energy, D - σ² `gradient` for D."""
         args = self.args
         denoiser, x, first = self.begin(min(args.sample_batch, args.synthetic_rows))
         denoiser = edm.with_energy(denoiser, gradient) if gradient else denoiser
@@ -298,7 +302,7 @@ class Generator:
         return {"rows": self.moments.denormalize(x)}
 
     def refill(self, k: int, gradient: edm.Denoiser | None = None) -> None:
-        """The k-th rows in place of those before; resumes like any phase."""
+        """The sampling half of `regenerate`; the `gradient` of an energy guides it."""
         r, args = self.r, self.args
         if args.terminal_flag == "classifier":
             self.tree = self.terminal_tree()
@@ -669,9 +673,8 @@ def train(args: Args) -> dict[str, float]:
     n_mixed = round(args.offline_frac * n_real)  # of the dataset, once there are generated rows
     run.check_batch(args, dataset=n_mixed, own=n_real - n_mixed, generated=n_synthetic)
     if args.offline_upsample and args.calibrate:
-        raise run.UsageError(
-            "--offline-upsample", "with --calibrate", "--no-calibrate: generated rows have no return"
-        )
+        allowed = "--no-calibrate: generated rows have no return"
+        raise run.UsageError("--offline-upsample", "with --calibrate", allowed)
     dataset = data.load(args.env, args.dataset)
     r.require(dataset=dataset.sha256)
     moments = dataset.moments() if args.normalize_obs else None
@@ -679,7 +682,7 @@ def train(args: Args) -> dict[str, float]:
     offline = dataset.buffer(units, r.device)
     online = offline.like(args.online_steps)
     returns = Returns(args, dataset, units, online)
-    known = offline.subset(dataset.known)  # NEW: D24
+    known = offline.subset(dataset.known)  # NEW: rows whose s' is known: D24
     interaction = data.Interaction(data.make_env(task, units), online, args.seed, units)
     evaluate = data.Evaluator(task, args.eval_episodes, args.seed, units)
 
@@ -701,9 +704,8 @@ def train(args: Args) -> dict[str, float]:
     net = TransitionNet(features, args.diffusion_width, args.diffusion_depth, args.diffusion_time_dim)
     generator = Generator(r, args, net, [known, online])
     synthetic, sources = generator.synthetic, [online] if args.synther_data == "online" else [known, online]
-    r.register(
-        nets=nets, opt=opt, online=online, interaction=interaction, **returns.state(), **generator.state()
-    )
+    added = generator.state()
+    r.register(nets=nets, opt=opt, online=online, interaction=interaction, **returns.state(), **added)
     compiled_losses = r.compiled(losses)
     offline_settings = r.settings(OFFLINE_SETTINGS)
     if args.offline_upsample:  # NEW
@@ -748,7 +750,7 @@ def train(args: Args) -> dict[str, float]:
         noise = draw_noise(args.batch_size, task.act_dim, args.cql_n_actions, r.device)
         bound = None  # D3
         if args.calibrate_online:
-            unbound = torch.full((n_synthetic,), -torch.inf, device=r.device)  # NEW U34
+            unbound = torch.full((n_synthetic,), -torch.inf, device=r.device)  # NEW: no return: U34
             bound = torch.cat([returns.dataset[index[0]], returns.own[index[1]], unbound])
         loss, logs = compiled_losses(nets, batch, bound, args.cql_weight_online, noise, args)
         update(nets, opt, loss, args.polyak)
