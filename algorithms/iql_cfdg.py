@@ -1,56 +1,44 @@
 """CFDG on IQL: one diffusion model of dataset and own rows, told apart by a guided label; a third of a batch from it.
 
-Paper    Huang, Liu, Zhang, Yu, Li, "Offline-to-Online Reinforcement Learning with Classifier-Free Diffusion
-         Generation" (CFDG), ICML 2025, no code; the EDM: Karras et al., NeurIPS 2022, arXiv 2206.00364; network and
-         training: SynthER, arXiv 2303.06614, code conglu1997/SynthER. Backbone: iql.py, line for line outside the
-         NEW parts.
-Symbols  F LabelledNet | D denoiser | c label | ∅ NULL | w guidance_w | p_uncond label_dropout | r synthetic_frac |
-         D_on_syn, D_off_syn rows of the label ONLINE, OFFLINE | N sample_steps | S_churn sample_churn
-Read     what iql.py has; then NEW: TransitionNet, Generator, LabelledNet, LabelledGenerator, batch_counts; train
+Paper    Huang, Liu, Zhang, Yu, Li, "Offline-to-Online Reinforcement Learning with Classifier-Free Diffusion Generation"
+         (CFDG), ICML 2025, no code; the EDM: Karras et al., NeurIPS 2022, arXiv 2206.00364; network, training: SynthER,
+         arXiv 2303.06614, code conglu1997/SynthER. Backbone: iql.py, line for line outside the NEW parts.
 Idea     Own rows are few and near the policy, the dataset's are many and diverse. A model that knows which is which
          makes more of both; a batch then has a third of each: own, dataset, generated, the last mostly of own kind.
-Notes    D1, D2, D3, D4, D5, U1 as in iql.py.
-         Of generated rows, in every file that has them:
-         D20 every feature but the terminal flag is normalised; SynthER (DMC) and EDIS leave rewards raw, against
-            the EDM's unit variance.
-         D21 a generated row ends an episode with the probability that a tree of real rows gives its s'. Papers: a
-            feature of the rows (--terminal-flag joint, cut at 0.5: 1-10 % of the falls) or no terminals (EDIS).
-         D22 actions are clipped to the box, rewards to the range learned from, rows that are not finite dropped
-            (an error above 1 %); no repository does.
+Symbols  F LabelledNet | D denoiser | c label | ∅ NULL | w guidance_w | p_uncond label_dropout | r synthetic_frac |
+         D_on_syn, D_off_syn rows of the label ONLINE, OFFLINE | N sample_steps | S_churn sample_churn
+Read     Args; NEW: batch_counts, LabelledNet; TransitionNet, Generator; LabelledGenerator; train.
+         From iql.py: make_nets (actor, qf, q_target, vf), losses (their sum, of a batch), update (gradient step and
+         target), decay_actor_lr. r.phase(name, n): the steps up to n not done yet; r.once(name): true once.
+Notes    D1, D2, D3, D4, D5, U1 as in iql.py. Of generated rows, in every file that has them:
+         D20 papers: raw rewards (SynthER on DMC, EDIS); here: all but the flag normalised; the EDM is for variance 1.
+         D21 papers: the flag of the end is a feature, cut at 0.5 (--terminal-flag joint: on 1-10 % of the falls), or 0
+            [EDIS]; here: drawn with the probability that a tree of real rows gives s'.
+         D22 papers: rows as they come; here: actions clipped to the box, rewards to the range learned from, rows not
+            finite dropped (an error above 1 %).
          D24 rows without a known s' (terminal ones of files without next_observations) are not learned from.
-         U31 each regeneration starts from scratch and replaces all rows [code of SynthER, EDIS].
-         U35 the model trains and samples in bfloat16 on a GPU, in float32 on a CPU.
+         U31 each training is from scratch and replaces all rows [SynthER, EDIS]. U35 on a GPU the model is in bfloat16.
          Of CFDG:
-         D40 budget: 1M + 1M steps [§4.1]; the other files have 200,000 online, as DARE's tables. For a table with
-            them: --online-steps 200000.
-         D41 "100K epochs" [Table 5] are gradient steps: SynthER's count, and what the hours of Table 6 allow.
-         D42 Algorithm 1 adds rows to the synthetic buffers (1M); here they replace the old ones (U31), which are
-            further from the policy.
-         D43 w is Eq. 7's; Eq. 6 counts w + 1. Both halves of a Heun step are guided; PGR and GTA guide the first
-            alone, half as strong: their scale 2 is w = 0.5. The defaults of the library that the paper names (scale
-            6, rescaled) are not Eq. 7.
-         U40 w and p_uncond have no value in the paper: 0.5 and 0.25 [PGR; p_uncond also AD2S]. Guidance widens
-            the distance between labels and costs fidelity: w of 0, 0.5, 1, 2 are worth a look.
+         D40 budget: 1M + 1M steps [§4.1]; other files have 200,000 online, for a table with them --online-steps 200000.
+         D41 paper: "100K epochs" [Table 5]; here: gradient steps, SynthER's count, as the hours of Table 6 allow.
+         D42 paper: Algorithm 1 adds to the synthetic buffers (1M); here: new rows replace those of an older policy.
+         D43 w is Eq. 7's; Eq. 6 counts w + 1. PGR and GTA guide one of a Heun step's halves: their scale 2 is w = 0.5
+            here, where both are. The defaults of the library that the paper names (6, rescaled) are not Eq. 7.
+         U40 w and p_uncond have no value: 0.5, 0.25 [PGR; AD2S]. Guidance widens the labels' distance, costs fidelity.
          U41 the label's way in: a learned row, null too, added to the time embedding.
-         U42 the model's batch: half dataset, half own rows, so ∅ is their even mixture; normalised by moments that
-            weigh both alike, or 10,000 own rows would vanish beside 1M.
+         U42 half of the model's batch is own rows, moments weigh alike; by rows, 10,000 own ones would vanish in 1M.
          U43 rows per regeneration: 125,000, split as a batch is: 100,000 [EDIS] and 25,000.
-         U44 a batch keeps its size: 256 = 86 own + 85 dataset + 68 + 17 generated. "Concatenate" [§3.3] may also
-            mean 3 · 128.
-         U45 regenerations at 1/10, 2/10 ... of the online phase: every 100,000 steps of 1M and 10,000 of 100,000,
-            which are the two intervals of Table 5; until the first, a batch is half dataset, half own rows. The loss
-            does not tell generated rows from real ones.
-         U46 Table 3's "w/o guidance" is not explained: --guidance-w 0 keeps the labels, --no-labels is one
-            unlabelled model of the same rows. SynthER on the union by rows: iql_synther.py --synther-data both
-            --synthetic-frac 0.333.
-Metrics  those of iql.py; loss/diffusion (< 1); syn/* of each regeneration: common/judge.py,
-         where syn/js_* is Table 2's, below syn/dataset_js_*, its "Offline", if generation helps.
-         synthetic-<k>.npz has 2,000 rows of each kind, generated ones with the online label first.
+         U44 a batch keeps its size: 256 = 86 own + 85 dataset + 68 + 17; "concatenate" [§3.3] may also mean 3 · 128.
+         U45 regenerations at 1/10, 2/10 ... of the online phase: both intervals of Table 5; until then half dataset,
+            half own. The loss does not tell generated rows from real ones.
+         U46 Table 3's "w/o guidance": --guidance-w 0 has labels, --no-labels has not. SynthER on the union, by rows:
+            iql_synther.py --synther-data both --synthetic-frac 0.333.
+Metrics  those of iql.py; loss/diffusion (< 1); syn/* of each regeneration: common/judge.py, where syn/js_* is Table 2's
+         and, if generation helps, below syn/dataset_js_*, its "Offline"; synthetic-<k>.npz: 2,000 rows of each kind.
 Run      python algorithms/iql_cfdg.py --env hopper-medium-v2 --seed 0
          Table 3: no guidance --guidance-w 0 | nor labels --no-labels | no offline augmentation --online-label-frac 1
-         strength --guidance-w 2 | --label-dropout 0.1 | 1 : 1 labels --online-label-frac 0.5 | more generated
-         --synthetic-frac 0.5 | every 10,000 steps --regenerations 100
-         four times cheaper sampling --sample-steps 32 --sample-churn 0
+         --guidance-w 2 | --label-dropout 0.1 | 1 : 1 labels --online-label-frac 0.5 | --synthetic-frac 0.5
+         every 10,000 steps --regenerations 100 | four times cheaper sampling --sample-steps 32 --sample-churn 0
          the common start: --from-offline runs/iql/hopper-medium-v2/seed0
 Cost     hopper-mini-v0: 184 CPU seconds beside other jobs; published sizes want a GPU (not measured there).
 """
@@ -145,6 +133,331 @@ NEEDS = {  # condition -> settings that have no effect without it: a flag for on
 }
 
 
+# NEW: CFDG's own, from here to iql.py's blocks: shares of a batch, labels; then the generator.
+def online_label_share(args: Args) -> float:
+    """Of generated rows; all of them if there are no labels."""
+    return args.online_label_frac if args.labels else 1.0
+
+
+def batch_counts(args: Args) -> tuple[int, int, int, int]:
+    """Rows of a batch once there are generated ones: own, dataset, online label, offline label.  [§4.1], U44"""
+    n_synthetic = round(args.synthetic_frac * args.batch_size)
+    n_real = args.batch_size - n_synthetic
+    n_offline = math.ceil(args.offline_frac * n_real - 0.5)  # own experience has the odd row
+    n_first = round(online_label_share(args) * n_synthetic)
+    return n_real - n_offline, n_offline, n_first, n_synthetic - n_first
+
+
+OFFLINE, ONLINE, NULL = 0, 1, 2  # labels; ∅ stands for either
+
+
+class LabelledNet(nn.Module):
+    """F(x, ln σ / 4, c): TransitionNet whose condition is a learned row of the label, labels (B,): U41."""
+
+    def __init__(self, features: int, width: int, depth: int, time_dim: int):
+        super().__init__()
+        self.net = TransitionNet(features, width, depth, time_dim)
+        self.rows = nn.Embedding(3, time_dim)
+
+    def forward(self, x: torch.Tensor, c_noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.net(x, c_noise, self.rows(labels))
+
+
+# NEW: the diffusion model and what it generates, as in synther.py
+# --- shared: synther.generator ---
+class TransitionNet(nn.Module):
+    """F of the EDM, a residual MLP: x (B, D), ln σ / 4 (B,), condition (B, T) added to the time embedding -> (B, D).
+
+    The denoiser is D(x; σ) = x / (1 + σ²) + σ / √(1 + σ²) · F(x / √(1 + σ²), ln σ / 4): edm.denoise. Pre-activation
+    blocks of one layer each, no norm; time by 8 fixed random frequencies.  [SynthER]
+    """
+
+    def __init__(self, features: int, width: int, depth: int, time_dim: int):
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(8))
+        self.inlet, self.expand = nn.Linear(features, time_dim), nn.Linear(time_dim, width)
+        self.time = nn.Sequential(nn.Linear(17, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.out = nn.Linear(width, features)
+
+    def reset_parameters(self) -> None:
+        self.frequencies.normal_()
+
+    def forward(
+        self, x: torch.Tensor, c_noise: torch.Tensor, condition: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        angles = 2 * math.pi * c_noise[:, None] * self.frequencies
+        e = self.inlet(x) + self.time(torch.cat([c_noise[:, None], angles.sin(), angles.cos()], -1))
+        h = self.expand(e if condition is None else e + condition)
+        for layer in self.blocks:
+            h = h + layer(F.relu(h))
+        return self.out(F.relu(h))
+
+
+def union_rows(buffers: list[ReplayBuffer], n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (n, width) uniform over the union of buffers, and their indices in it (n,); nothing is read back."""
+    device = buffers[0].table.device
+    index = torch.randint(1 << 62, (n,), device=device).remainder_(sum(b.size for b in buffers))
+    rows, left = 0.0, index
+    for b in buffers:
+        mine = (left >= 0) & (left < b.size)
+        rows = rows + mine[:, None] * b.table.index_select(0, torch.where(mine, left, 0))
+        left = left - b.size
+    return rows, index
+
+
+class Generator:
+    """An EDM of transitions [s, a, r, s'], in units of their moments, and the buffer of what it generates.
+
+    Its sampler follows the slope (x - D(x; σ)) / σ from noise at σ = 80 down to a row at σ = 0. `real` are the buffers
+    of dataset and own rows. A method with conditions has a `draw` and a `begin` of its own.
+    """
+
+    TREE_DEPTH = 12  # at most; the robots' rules need 2 or 3 cuts, a goal's disc more
+
+    def __init__(self, r: run.Run, args: Args, net: nn.Module, real: list[ReplayBuffer]):
+        self.r, self.args, self.net, self.real = r, args, net.to(r.device), real
+        self.sources = real  # of the last training
+        self.obs_dim, self.act_dim = real[0].widths[:2]
+        self.features = Generator.features(args, real[0])
+        self.synthetic = real[0].like(args.synthetic_rows)
+        flag = int(args.terminal_flag == "joint")
+        self.moments = edm.Moments(self.features, flag, r.device)  # of all features but the flag: D20
+        self.ema = edm.EMA(self.net)
+        params, lr = [*self.net.parameters()], torch.tensor(args.diffusion_lr, device=r.device)
+        adam = dict(betas=(0.9, 0.99), fused=True, capturable=r.device.type == "cuda")
+        self.opt = torch.optim.Adam(params, lr=lr, **adam)  # [SynthER]
+        self.count = torch.zeros((), device=r.device)  # gradient steps since the restart
+        self.bounds = torch.zeros(2, device=r.device)  # of rewards learned from
+        self.totals = torch.zeros(4, device=r.device)  # rows, clipped actions, clipped rewards, rows dropped
+        self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)  # with --compile
+        self.tree: tuple | float = 0.0  # p(terminal | s')
+
+    @staticmethod
+    def features(args: Args, buffer: ReplayBuffer) -> int:
+        """Length D of a modelled row: s, a, r, s', and the flag of termination if it is a feature: D21."""
+        return buffer.table.shape[1] - int(args.terminal_flag == "classifier")
+
+    def state(self) -> dict:
+        """What a checkpoint holds, by name."""
+        names = ("net", "ema", "opt", "count", "moments", "bounds", "totals", "synthetic")
+        return {f"generator_{k}": getattr(self, k) for k in names}
+
+    def regenerate(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
+        """The k-th time, from 0: the model learns `sources` from scratch, then new rows replace the old.
+
+        Steps of a phase count on from one time to the next, so that a resumed run finds its place.
+        """
+        self.learn(k, sources, weights)
+        self.refill(k)
+
+    # -- training --
+
+    def learn(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
+        """The training half of `regenerate`: the moments weigh the sources by rows, or by `weights`."""
+        r, args, self.sources = self.r, self.args, sources
+        # with --compile, on a GPU, as CUDA graphs; else as they are
+        step_fn, average_fn = r.capture(self.train_step), r.capture(lambda: self.ema.update(self.net))
+        for step in r.phase("generator", (k + 1) * args.diffusion_steps):
+            if step == k * args.diffusion_steps:
+                self.restart(sources, weights)
+            r.log(step, step_fn())
+            if (step - k * args.diffusion_steps) % edm.EMA.EVERY == 0:
+                average_fn()
+
+    def restart(self, sources: list[ReplayBuffer], weights: list[float] | None) -> None:
+        """Before a training: fresh network and optimizer, in place (U31), moments of the sources."""
+        tables = [b.table[: b.rows] for b in sources]
+        self.moments.fit([t[:, : self.features] for t in tables], weights)
+        rewards = torch.cat([t[:, self.obs_dim + self.act_dim] for t in tables])
+        self.bounds.copy_(torch.stack(rewards.aminmax()))
+        self.net.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+        self.ema.restart()
+        self.count.zero_()
+        for state in self.opt.state.values():
+            for x in state.values():
+                x.zero_()
+
+    def draw(self) -> tuple[torch.Tensor, ...]:
+        """For a gradient step: rows (B, D) in training units, and conditions for the network (none here)."""
+        return (union_rows(self.sources, self.args.diffusion_batch)[0][:, : self.features],)
+
+    def train_step(self) -> dict[str, torch.Tensor]:
+        """One gradient step of the EDM: cosine learning rate, gradient norm at most 1.  [SynthER]"""
+        decay = 1 + torch.cos(self.count * (math.pi / self.args.diffusion_steps))
+        self.opt.param_groups[0]["lr"].copy_(0.5 * self.args.diffusion_lr * decay)
+        self.count.add_(1)
+        rows, *condition = self.draw()
+        x, sigma = self.moments.normalize(rows), edm.draw_sigma(len(rows), rows.device)
+        # on a GPU in bfloat16, here and in sample_step; the learner's losses stay in float32: U35
+        with torch.autocast("cuda", torch.bfloat16, enabled=rows.is_cuda, cache_enabled=False):
+            loss = self.loss(self.net, x, sigma, *condition)
+        self.opt.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.opt.step()
+        return {"loss/diffusion": loss.detach()}
+
+    # -- sampling --
+
+    def denoiser(self, rows: int, *condition: torch.Tensor) -> edm.Denoiser:
+        """D of the averaged network for a chunk of rows."""
+        ones = torch.ones(rows, device=self.r.device)
+        return lambda x, sigma: self.denoise(self.ema.module, x, sigma * ones, *condition)
+
+    def noise(self, rows: int) -> torch.Tensor:
+        """x at the first noise level of the grid, (rows, D)."""
+        return edm.SIGMA_MAX * torch.randn(rows, self.features, device=self.r.device)
+
+    def begin(self, n: int) -> tuple[edm.Denoiser, torch.Tensor, int]:
+        """For n samples: the denoiser, x (n, D) at a noise level of the grid, and that level's index."""
+        return self.denoiser(n), self.noise(n), 0
+
+    @torch.no_grad()
+    def sample_step(self, gradient: edm.Denoiser | None = None) -> dict[str, torch.Tensor]:
+        """A chunk of generated rows (sample_batch, D), as they come; guided by an energy, D - σ² `gradient` for D."""
+        args = self.args
+        denoiser, x, first = self.begin(min(args.sample_batch, args.synthetic_rows))
+        denoiser = edm.with_energy(denoiser, gradient) if gradient else denoiser
+        with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda, cache_enabled=False):
+            x = edm.sample(denoiser, x, args.sample_steps, args.sample_churn, first)
+        return {"rows": self.moments.denormalize(x)}
+
+    def refill(self, k: int, gradient: edm.Denoiser | None = None) -> None:
+        """The sampling half of `regenerate`; the `gradient` of an energy guides it."""
+        r, args = self.r, self.args
+        if args.terminal_flag == "classifier":
+            self.tree = self.terminal_tree()
+        chunks = -(-args.synthetic_rows // args.sample_batch)
+        sample_fn = r.capture(lambda: self.sample_step(gradient))
+        for chunk in r.phase("sampling", (k + 1) * chunks):
+            if chunk == k * chunks:
+                self.synthetic.clear()
+                self.totals.zero_()
+            self.keep(sample_fn()["rows"])
+        rows, _, _, dropped = self.totals.tolist()
+        if dropped > 0.01 * rows:
+            raise FloatingPointError(f"{dropped:.0f} of {rows:.0f} generated rows are not finite")
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Put generated rows into the buffer: finite ones, actions in the box, rewards in their range (D22), a flag."""
+        joint = self.args.terminal_flag == "joint"
+        rows = rows[: self.args.synthetic_rows - int(self.totals[0])]
+        self.totals[0] += len(rows)
+        finite, widths = rows.isfinite().all(1), self.synthetic.widths
+        obs, actions, rewards, next_obs, *flag = rows[finite].split(widths if joint else widths[:-1], 1)
+        if joint:
+            terminated = flag[0] > 0.5
+        else:  # drawn with the tree's probability: D21
+            share = leaf_shares(self.tree, next_obs)[:, None]
+            terminated = torch.rand_like(share) < share
+        clipped, outside = actions.abs() > 1, (rewards < self.bounds[0]) | (rewards > self.bounds[1])
+        self.totals[1:] += torch.stack([clipped.float().mean(1).sum(), outside.sum(), (~finite).sum()])
+        parts = obs, actions.clamp(-1, 1), rewards.clamp(*self.bounds), next_obs, terminated.float()
+        self.synthetic.append(torch.cat(parts, 1))
+
+    def terminal_tree(self) -> tuple | float:
+        """p(terminal | s') of all real rows, whatever the model learned from; both classes weigh the same: D21."""
+        rows = torch.cat([b.table[: b.rows] for b in self.real])
+        next_obs, ends = rows[:, -1 - self.obs_dim : -1], rows[:, -1] > 0.5
+        weight = torch.where(ends, 1 / ends.sum(), 1 / (~ends).sum()).double()
+        return grow_tree(next_obs, ends, weight, self.TREE_DEPTH)
+
+
+def grow_tree(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, depth: int) -> tuple | float:
+    """A classification tree: x (N, W), y (N,) bool -> share of y (a leaf), or (feature, cut, below, above): D21.
+
+    Each split has the least Gini impurity under `weight` (N,); its cut lies halfway between two rows.
+    """
+    best = (math.inf, 0, 0.0)  # impurity, feature, cut
+    mixed = depth > 0 and y.any() and not y.all()
+    for k in range(x.shape[1]) if mixed else ():
+        values, order = x[:, k].sort()
+        yes, no = ((weight * side)[order].cumsum(0) for side in (y, ~y))
+        yes_above, no_above = yes[-1] - yes, no[-1] - no
+        impurity = yes * no / (yes + no) + yes_above * no_above / (yes_above + no_above).clamp(min=1e-30)
+        i = int(torch.where(values[1:] > values[:-1], impurity[:-1], math.inf).argmin())
+        if values[i + 1] > values[i] and impurity[i] < best[0]:
+            best = (impurity[i].item(), k, 0.5 * (values[i] + values[i + 1]).item())
+    below = x[:, best[1]] <= best[2]
+    if best[0] == math.inf or below.all():  # no cut, or none between neighbouring floats
+        return y.float().mean().item()
+    return *best[1:], *(grow_tree(x[side], y[side], weight[side], depth - 1) for side in (below, ~below))
+
+
+def leaf_shares(tree: tuple | float, x: torch.Tensor) -> torch.Tensor:
+    """Share of y in the leaf of each row: x (N, W) -> (N,)."""
+    if isinstance(tree, float):
+        return torch.full_like(x[:, 0], tree)
+    feature, cut, below, above = tree
+    return torch.where(x[:, feature] <= cut, leaf_shares(below, x), leaf_shares(above, x))
+
+
+# --- end shared: synther.generator ---
+
+
+# NEW: the generator of both labels
+class LabelledGenerator(Generator):
+    """A Generator of both labels. Of the rows it keeps, the first `boundary` have the online label, the rest the other.
+
+    `boundary` is a 0-d device tensor, so that a captured step draws each label alone, however many rows were dropped.
+    """
+
+    def __init__(self, r: run.Run, args: Args, offline: ReplayBuffer, online: ReplayBuffer):
+        sizes = args.diffusion_width, args.diffusion_depth, args.diffusion_time_dim
+        super().__init__(r, args, LabelledNet(Generator.features(args, offline), *sizes), [offline, online])
+        self.online_rows = round(online_label_share(args) * args.synthetic_rows)  # to generate: U43
+        self.boundary = torch.zeros((), dtype=torch.int64, device=r.device)
+        n = args.diffusion_batch
+        self.labels = torch.tensor([OFFLINE] * (n // 2) + [ONLINE] * (n - n // 2), device=r.device)
+
+    def state(self) -> dict:
+        return super().state() | {"generator_boundary": self.boundary}
+
+    def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows (B, D), half of each source (U42), and labels (B,), dropped to ∅ with p_uncond.  [§3.2]"""
+        half = self.args.diffusion_batch // 2
+        sizes = half, self.args.diffusion_batch - half
+        rows = [b.table.index_select(0, b.draw(n)) for b, n in zip(self.real, sizes, strict=True)]
+        p_uncond = self.args.label_dropout if self.args.labels else 1.0  # --no-labels: U46
+        dropped = torch.rand(len(self.labels), device=self.labels.device) < p_uncond
+        return torch.cat(rows)[:, : self.features], torch.where(dropped, NULL, self.labels)
+
+    def next_labels(self, n: int) -> torch.Tensor:
+        """Labels (n,) of the next rows to be generated: ONLINE until there are `online_rows`, then OFFLINE."""
+        place = self.totals[0] + torch.arange(n, device=self.totals.device)
+        return torch.where(place < self.online_rows, ONLINE, OFFLINE)
+
+    def begin(self, n: int) -> tuple[edm.Denoiser, torch.Tensor, int]:
+        """(1 + w) D(x; σ, c) - w D(x; σ, ∅), noise, and the first step.  [Eq. 7], D43"""
+        labels = self.next_labels(n)
+        denoiser = self.denoiser(n, torch.full_like(labels, NULL))
+        if self.args.labels:
+            denoiser = edm.with_guidance(self.denoiser(n, labels), denoiser, self.args.guidance_w)
+        return denoiser, self.noise(n), 0
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """As every Generator; counts the online-label rows that stay."""
+        stay = rows.isfinite().all(1) & (self.next_labels(len(rows)) == ONLINE)
+        self.boundary.mul_(self.totals[0] > 0).add_(stay.sum())
+        super().keep(rows)
+
+    def refill(self, k: int, gradient: edm.Denoiser | None = None) -> None:
+        super().refill(k, gradient)
+        end, rows = int(self.boundary), self.synthetic.rows
+        if not end or (rows == end and batch_counts(self.args)[3]):
+            raise FloatingPointError("no generated row of one label is finite")
+
+    def sample(self, n_online: int, n_offline: int) -> Batch:
+        """Kept rows: n_online of the online label, then n_offline of the other, uniform with replacement."""
+        index = self.synthetic.draw(n_online, self.boundary)
+        if n_offline:
+            others = self.synthetic.draw(n_offline, self.synthetic.size - self.boundary)
+            index = torch.cat([index, self.boundary + others])
+        return self.synthetic.take(index)
+
+
+# From here to `train`: networks, losses, optimizer of iql.py, as they are there.
 # --- shared: iql.actor ---
 class GaussianActor(nn.Module):
     """π(a|s) = N(mean(s), diag σ²): obs (B, O) -> mean (B, A) in (-1, 1), log_std (A,) in [-5, 2].  [PEX]
@@ -305,322 +618,6 @@ def restart_optimizer(opt: torch.optim.Adam, lr: float) -> None:
 # --- end shared: iql.training ---
 
 
-# NEW: the diffusion model and what it generates. Outside the NEW parts this file is iql.py.
-# --- shared: synther.generator ---
-class TransitionNet(nn.Module):
-    """F of the EDM, a residual MLP: x (B, D), ln σ / 4 (B,), condition (B, T) added to the time embedding -> (B, D).
-
-    Pre-activation blocks of one layer each, no norm; time by 8 fixed random frequencies.  [SynthER]
-    """
-
-    def __init__(self, features: int, width: int, depth: int, time_dim: int):
-        super().__init__()
-        self.register_buffer("frequencies", torch.randn(8))
-        self.inlet, self.expand = nn.Linear(features, time_dim), nn.Linear(time_dim, width)
-        self.time = nn.Sequential(nn.Linear(17, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
-        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
-        self.out = nn.Linear(width, features)
-
-    def reset_parameters(self) -> None:
-        self.frequencies.normal_()
-
-    def forward(
-        self, x: torch.Tensor, c_noise: torch.Tensor, condition: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        angles = 2 * math.pi * c_noise[:, None] * self.frequencies
-        e = self.inlet(x) + self.time(torch.cat([c_noise[:, None], angles.sin(), angles.cos()], -1))
-        h = self.expand(e if condition is None else e + condition)
-        for layer in self.blocks:
-            h = h + layer(F.relu(h))
-        return self.out(F.relu(h))
-
-
-def union_rows(buffers: list[ReplayBuffer], n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (n, width) uniform over the union of buffers, and their indices in it (n,); nothing is read back."""
-    device = buffers[0].table.device
-    index = torch.randint(1 << 62, (n,), device=device).remainder_(sum(b.size for b in buffers))
-    rows, left = 0.0, index
-    for b in buffers:
-        mine = (left >= 0) & (left < b.size)
-        rows = rows + mine[:, None] * b.table.index_select(0, torch.where(mine, left, 0))
-        left = left - b.size
-    return rows, index
-
-
-def grow_tree(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, depth: int) -> tuple | float:
-    """A classification tree: x (N, W), y (N,) bool -> share of y (a leaf), or (feature, cut, below, above).  D21
-
-    Each split has the least Gini impurity under `weight` (N,); its cut lies halfway between two rows.
-    """
-    best = (math.inf, 0, 0.0)  # impurity, feature, cut
-    for k in range(x.shape[1] if depth > 0 and y.any() and not y.all() else 0):
-        values, order = x[:, k].sort()
-        yes, no = ((weight * side)[order].cumsum(0) for side in (y, ~y))
-        yes_above, no_above = yes[-1] - yes, no[-1] - no
-        impurity = yes * no / (yes + no) + yes_above * no_above / (yes_above + no_above).clamp(min=1e-30)
-        i = int(torch.where(values[1:] > values[:-1], impurity[:-1], math.inf).argmin())
-        if values[i + 1] > values[i] and impurity[i] < best[0]:
-            best = (impurity[i].item(), k, 0.5 * (values[i] + values[i + 1]).item())
-    below = x[:, best[1]] <= best[2]
-    if best[0] == math.inf or below.all():  # no cut, or none between neighbouring floats
-        return y.float().mean().item()
-    return *best[1:], *(grow_tree(x[side], y[side], weight[side], depth - 1) for side in (below, ~below))
-
-
-def leaf_shares(tree: tuple | float, x: torch.Tensor) -> torch.Tensor:
-    """Share of y in the leaf of each row: x (N, W) -> (N,)."""
-    if isinstance(tree, float):
-        return torch.full_like(x[:, 0], tree)
-    feature, cut, below, above = tree
-    return torch.where(x[:, feature] <= cut, leaf_shares(below, x), leaf_shares(above, x))
-
-
-class Generator:
-    """An EDM of transitions [s, a, r, s'], and the buffer of what it generates.
-
-    `real` are the buffers of dataset and own rows. A method with conditions has a `draw` and a `begin` of its own.
-    """
-
-    TREE_DEPTH = 12  # at most; the robots' rules need 2 or 3 cuts, a goal's disc more: D21
-
-    def __init__(self, r: run.Run, args: Args, net: nn.Module, real: list[ReplayBuffer]):
-        self.r, self.args, self.net, self.real = r, args, net.to(r.device), real
-        self.sources = real  # of the last training
-        self.obs_dim, self.act_dim = real[0].widths[:2]
-        self.synthetic = ReplayBuffer(args.synthetic_rows, self.obs_dim, self.act_dim, r.device)
-        self.features = Generator.features(args, real[0])
-        self.moments = edm.Moments(self.features, int(args.terminal_flag == "joint"), r.device)  # D20
-        self.ema = edm.EMA(self.net)
-        params, lr = [*self.net.parameters()], torch.tensor(args.diffusion_lr, device=r.device)
-        adam = dict(betas=(0.9, 0.99), fused=True, capturable=r.device.type == "cuda")
-        self.opt = torch.optim.Adam(params, lr=lr, **adam)  # [SynthER]
-        self.count = torch.zeros((), device=r.device)  # gradient steps since the restart
-        self.bounds = torch.zeros(2, device=r.device)  # of rewards learned from
-        self.totals = torch.zeros(4, device=r.device)  # rows, clipped actions, clipped rewards, rows dropped
-        self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)
-        self.tree: tuple | float = 0.0  # p(terminal | s')
-
-    @staticmethod
-    def features(args: Args, buffer: ReplayBuffer) -> int:
-        """Length of a modelled row: s, a, r, s', and the flag of termination if it is a feature: D21."""
-        return buffer.table.shape[1] - int(args.terminal_flag == "classifier")
-
-    def state(self) -> dict:
-        """What a checkpoint holds, by name."""
-        names = ("net", "ema", "opt", "count", "moments", "bounds", "totals", "synthetic")
-        return {f"generator_{k}": getattr(self, k) for k in names}
-
-    def draw(self) -> tuple[torch.Tensor, ...]:
-        """For a gradient step: rows (B, D) in training units, and conditions for the network (none here)."""
-        return (union_rows(self.sources, self.args.diffusion_batch)[0][:, : self.features],)
-
-    def begin(self, n: int) -> tuple[edm.Denoiser, torch.Tensor, int]:
-        """For n samples: the denoiser, x (n, D) at a noise level of the grid, and that step."""
-        return self.denoiser(n), self.noise(n), 0
-
-    def train_step(self) -> dict[str, torch.Tensor]:
-        """One gradient step of the EDM: cosine learning rate, gradient norm at most 1.  [SynthER]"""
-        args = self.args
-        self.opt.param_groups[0]["lr"].copy_(
-            0.5 * args.diffusion_lr * (1 + torch.cos(self.count * (math.pi / args.diffusion_steps)))
-        )
-        self.count.add_(1)
-        rows, *condition = self.draw()
-        x, sigma = self.moments.normalize(rows), edm.draw_sigma(len(rows), rows.device)
-        # on a GPU in bfloat16, here and in sample_step; the learner's losses stay in float32: U35
-        with torch.autocast("cuda", torch.bfloat16, enabled=rows.is_cuda, cache_enabled=False):
-            loss = self.loss(self.net, x, sigma, *condition)
-        self.opt.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        self.opt.step()
-        return {"loss/diffusion": loss.detach()}
-
-    def denoiser(self, rows: int, *condition: torch.Tensor) -> edm.Denoiser:
-        """D of the averaged network for a chunk of rows."""
-        ones = torch.ones(rows, device=self.r.device)
-        return lambda x, sigma: self.denoise(self.ema.module, x, sigma * ones, *condition)
-
-    def noise(self, rows: int) -> torch.Tensor:
-        """x at the first noise level of the grid, (rows, D)."""
-        return edm.SIGMA_MAX * torch.randn(rows, self.features, device=self.r.device)
-
-    @torch.no_grad()
-    def sample_step(self, gradient: edm.Denoiser | None = None) -> dict[str, torch.Tensor]:
-        """A chunk of generated rows (sample_batch, D), as they come; `gradient` of an energy guides them."""
-        args = self.args
-        denoiser, x, first = self.begin(min(args.sample_batch, args.synthetic_rows))
-        denoiser = edm.with_energy(denoiser, gradient) if gradient else denoiser
-        with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda, cache_enabled=False):
-            x = edm.sample(denoiser, x, args.sample_steps, args.sample_churn, first)
-        return {"rows": self.moments.denormalize(x)}
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Put generated rows into the buffer: actions in the box, rewards in their range, flags 0 or 1: D21, D22."""
-        rows = rows[: self.args.synthetic_rows - int(self.totals[0])]
-        self.totals[0] += len(rows)
-        finite = rows.isfinite().all(1)
-        rows = rows[finite]
-        actions, rewards = slice(self.obs_dim, self.obs_dim + self.act_dim), self.obs_dim + self.act_dim
-        next_obs = slice(rewards + 1, rewards + 1 + self.obs_dim)
-        terminated = rows[:, -1] > 0.5
-        if self.args.terminal_flag == "classifier":
-            share = leaf_shares(self.tree, rows[:, next_obs])
-            terminated = torch.rand_like(share) < share
-        clipped = rows[:, actions].abs() > 1
-        outside = (rows[:, rewards] < self.bounds[0]) | (rows[:, rewards] > self.bounds[1])
-        self.totals[1:] += torch.stack([clipped.float().mean(1).sum(), outside.sum(), (~finite).sum()])
-        rows[:, actions] = rows[:, actions].clamp(-1, 1)
-        rows[:, rewards] = rows[:, rewards].clamp(*self.bounds)
-        self.synthetic.append(torch.cat([rows[:, : next_obs.stop], terminated[:, None].float()], 1))
-
-    def restart(self, sources: list[ReplayBuffer], weights: list[float] | None) -> None:
-        """Before a training: fresh networks and optimizer in place, moments of the sources: U31."""
-        tables = [b.table[: b.rows] for b in sources]
-        self.moments.fit([t[:, : self.features] for t in tables], weights)
-        rewards = torch.cat([t[:, self.obs_dim + self.act_dim] for t in tables])
-        self.bounds.copy_(torch.stack(rewards.aminmax()))
-        self.net.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
-        self.ema.restart()
-        self.count.zero_()
-        for state in self.opt.state.values():
-            for x in state.values():
-                x.zero_()
-
-    def regenerate(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
-        """The k-th training from scratch on `sources`, then new rows in place of the old; resumes like any phase."""
-        self.learn(k, sources, weights)
-        self.refill(k)
-
-    def learn(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
-        """The training half of `regenerate`."""
-        r, args, self.sources = self.r, self.args, sources
-        step_fn, average_fn = r.capture(self.train_step), r.capture(lambda: self.ema.update(self.net))
-        for step in r.phase("generator", (k + 1) * args.diffusion_steps):
-            if step == k * args.diffusion_steps:
-                self.restart(sources, weights)
-            r.log(step, step_fn())
-            if (step - k * args.diffusion_steps) % edm.EMA.EVERY == 0:
-                average_fn()
-
-    def terminal_tree(self) -> tuple | float:
-        """p(terminal | s') of all real rows, whatever the model learned from; both classes weigh the same: D21."""
-        rows = torch.cat([b.table[: b.rows] for b in self.real])
-        next_obs, ends = rows[:, -1 - self.obs_dim : -1], rows[:, -1] > 0.5
-        weight = torch.where(ends, 1 / ends.sum(), 1 / (~ends).sum()).double()
-        return grow_tree(next_obs, ends, weight, self.TREE_DEPTH)
-
-    def refill(self, k: int, gradient: edm.Denoiser | None = None) -> None:
-        """The sampling half of `regenerate`; `gradient` of an energy guides it."""
-        r, args = self.r, self.args
-        if args.terminal_flag == "classifier":
-            self.tree = self.terminal_tree()
-        chunks, sample_fn = (
-            -(-args.synthetic_rows // args.sample_batch),
-            r.capture(lambda: self.sample_step(gradient)),
-        )
-        for chunk in r.phase("sampling", (k + 1) * chunks):
-            if chunk == k * chunks:
-                self.synthetic.clear()
-                self.totals.zero_()
-            self.keep(sample_fn()["rows"])
-        rows, _, _, dropped = self.totals.tolist()
-        if dropped > 0.01 * rows:
-            raise FloatingPointError(f"{dropped:.0f} of {rows:.0f} generated rows are not finite")
-
-
-# --- end shared: synther.generator ---
-
-
-OFFLINE, ONLINE, NULL = 0, 1, 2  # labels; ∅ stands for either
-
-
-class LabelledNet(nn.Module):
-    """F(x, ln σ / 4, c): TransitionNet whose condition is a learned row of the label, labels (B,): U41."""
-
-    def __init__(self, features: int, width: int, depth: int, time_dim: int):
-        super().__init__()
-        self.net = TransitionNet(features, width, depth, time_dim)
-        self.rows = nn.Embedding(3, time_dim)
-
-    def forward(self, x: torch.Tensor, c_noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self.net(x, c_noise, self.rows(labels))
-
-
-class LabelledGenerator(Generator):
-    """A Generator of both labels. Of the rows it keeps, the first `boundary` have the online label, the rest the other.
-
-    `boundary` is a 0-d device tensor, so that a captured step draws each label alone, however many rows were dropped.
-    """
-
-    def __init__(self, r: run.Run, args: Args, offline: ReplayBuffer, online: ReplayBuffer):
-        sizes = args.diffusion_width, args.diffusion_depth, args.diffusion_time_dim
-        super().__init__(r, args, LabelledNet(Generator.features(args, offline), *sizes), [offline, online])
-        self.online_rows = round(online_label_share(args) * args.synthetic_rows)  # to generate: U43
-        self.boundary = torch.zeros((), dtype=torch.int64, device=r.device)
-        n = args.diffusion_batch
-        self.labels = torch.tensor([OFFLINE] * (n // 2) + [ONLINE] * (n - n // 2), device=r.device)
-
-    def state(self) -> dict:
-        return super().state() | {"generator_boundary": self.boundary}
-
-    def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows (B, D), half of each source (U42), and labels (B,), dropped to ∅ with p_uncond.  [§3.2]"""
-        half = self.args.diffusion_batch // 2
-        sizes = half, self.args.diffusion_batch - half
-        rows = [b.table.index_select(0, b.draw(n)) for b, n in zip(self.real, sizes, strict=True)]
-        p_uncond = self.args.label_dropout if self.args.labels else 1.0  # U46
-        dropped = torch.rand(len(self.labels), device=self.labels.device) < p_uncond
-        return torch.cat(rows)[:, : self.features], torch.where(dropped, NULL, self.labels)
-
-    def next_labels(self, n: int) -> torch.Tensor:
-        """Labels (n,) of the next rows to be generated: ONLINE until there are `online_rows`, then OFFLINE."""
-        place = self.totals[0] + torch.arange(n, device=self.totals.device)
-        return torch.where(place < self.online_rows, ONLINE, OFFLINE)
-
-    def begin(self, n: int) -> tuple[edm.Denoiser, torch.Tensor, int]:
-        """(1 + w) D(x; σ, c) - w D(x; σ, ∅), noise, and the first step.  [Eq. 7], D43"""
-        labels = self.next_labels(n)
-        denoiser = self.denoiser(n, torch.full_like(labels, NULL))
-        if self.args.labels:
-            denoiser = edm.with_guidance(self.denoiser(n, labels), denoiser, self.args.guidance_w)
-        return denoiser, self.noise(n), 0
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """As every Generator; counts the online-label rows that stay."""
-        stay = rows.isfinite().all(1) & (self.next_labels(len(rows)) == ONLINE)
-        self.boundary.mul_(self.totals[0] > 0).add_(stay.sum())
-        super().keep(rows)
-
-    def refill(self, k: int, gradient: edm.Denoiser | None = None) -> None:
-        super().refill(k, gradient)
-        end, rows = int(self.boundary), self.synthetic.rows
-        if not end or (rows == end and batch_counts(self.args)[3]):
-            raise FloatingPointError("no generated row of one label is finite")
-
-    def sample(self, n_online: int, n_offline: int) -> Batch:
-        """Kept rows: n_online of the online label, then n_offline of the other, uniform with replacement."""
-        index = self.synthetic.draw(n_online, self.boundary)
-        if n_offline:
-            others = self.synthetic.draw(n_offline, self.synthetic.size - self.boundary)
-            index = torch.cat([index, self.boundary + others])
-        return self.synthetic.take(index)
-
-
-def online_label_share(args: Args) -> float:
-    """Of generated rows; all of them if there are no labels."""
-    return args.online_label_frac if args.labels else 1.0
-
-
-def batch_counts(args: Args) -> tuple[int, int, int, int]:
-    """Rows of a batch once there are generated ones: own, dataset, online label, offline label.  [§4.1], U44"""
-    n_synthetic = round(args.synthetic_frac * args.batch_size)
-    n_real = args.batch_size - n_synthetic
-    n_offline = math.ceil(args.offline_frac * n_real - 0.5)  # own experience has the odd row
-    n_first = round(online_label_share(args) * n_synthetic)
-    return n_real - n_offline, n_offline, n_first, n_synthetic - n_first
-
-
 def train(args: Args) -> dict[str, float]:
     task = data.get_task(args.env)
     r = run.Run(args, __file__, data.filed_name(args.env, args.dataset), ENV_PRESETS, NEEDS)
@@ -639,7 +636,7 @@ def train(args: Args) -> dict[str, float]:
     units = data.Units(reward_scale, args.reward_bias, moments)
     offline = dataset.buffer(units, r.device)
     online = offline.like(args.online_steps)
-    known = offline.subset(dataset.known)  # NEW: D24
+    known = offline.subset(dataset.known)  # NEW: rows whose s' is known: D24
     interaction = data.Interaction(data.make_env(task, units), online, args.seed, units)
     evaluate = data.Evaluator(task, args.eval_episodes, args.seed, units)
 
@@ -661,9 +658,8 @@ def train(args: Args) -> dict[str, float]:
     generator = LabelledGenerator(r, args, known, online)
     if counts[3] and not 0 < generator.online_rows < args.synthetic_rows:
         raise run.UsageError("--synthetic-rows", args.synthetic_rows, "enough for rows of both labels")
-    r.register(
-        nets=nets, opt=opt, updates=updates, online=online, interaction=interaction, **generator.state()
-    )
+    added = generator.state()
+    r.register(nets=nets, opt=opt, updates=updates, online=online, interaction=interaction, **added)
     compiled_losses = r.compiled(losses)
     offline_settings = r.settings(OFFLINE_SETTINGS)
 
@@ -714,10 +710,9 @@ def train(args: Args) -> dict[str, float]:
             if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
                 r.record(step + 1, evaluate(act, r.device))
         if until < args.online_steps:
-            generator.regenerate(k, [known, online], weights=[1, 1])  # U42
+            generator.regenerate(k, [known, online], weights=[1, 1])  # alike in the moments: U42
             if r.once(f"report {k}"):
-                of_all = judge.generated_rows(generator, k, task, units, offline, online)
-                r.record(until, of_all | judge.labelled_rows(generator, offline, online))
+                r.record(until, judge.labelled_rows(generator, k, task, units, offline, online))
     return r.finish()
 
 

@@ -1,60 +1,48 @@
 """EDIS on IQL: a diffusion model of all data, guided by three energies to rows that are like own ones.
 
-Paper    Liu, Liu, Jiang, Chen, Zhang, Chen, Yu, "Energy-Guided Diffusion Sampling for Offline-to-Online
-         Reinforcement Learning" (EDIS), ICML 2024, arXiv 2407.12448, code liuxhym/EDIS; the EDM: Karras et al.,
-         NeurIPS 2022, arXiv 2206.00364. Backbone: iql.py, line for line outside the NEW parts.
+Paper    Liu, Liu, Jiang, Chen, Zhang, Chen, Yu, "Energy-Guided Diffusion Sampling for Offline-to-Online Reinforcement
+         Learning" (EDIS), ICML 2024, arXiv 2407.12448, code liuxhym/EDIS; the EDM: Karras et al., NeurIPS 2022, arXiv
+         2206.00364. Backbone: iql.py, line for line outside the NEW parts.
+Idea     A diffusion model learns dataset and own transitions. Energies, each learned as a contrast, pull what it makes
+         to the states now visited (E_s), the policy's actions (E_π) and the dynamics (E_T): low E is wanted; the
+         sampler follows D - σ² Σ λ ∇E in place of D. Batches are own rows and generated ones.
 Symbols  F TransitionNet | D denoiser | σ noise level | N sample_steps | S_churn sample_churn | E TransitionEnergy |
          λ state_energy, policy_energy, dynamics_energy | K negatives per positive
-Read     what iql.py has; then NEW: TransitionNet, Generator, TransitionEnergy, info_nce, Energies; train
-Idea     A diffusion model learns dataset and own transitions. E_s pulls what it makes to the states now visited,
-         E_π to the actions of the policy, E_T to the dynamics; each is a contrast of rows that are so with rows of
-         the model. Batches are own rows and generated ones.
-Notes    D1, D2, D3, D4, D5, U1 as in iql.py.
-         Of generated rows, in every file that has them:
-         D20 every feature but the terminal flag is normalised; SynthER (DMC) and EDIS leave rewards raw, against
-            the EDM's unit variance.
-         D21 a generated row ends an episode with the probability that a tree of real rows gives its s'. Papers: a
-            feature of the rows (--terminal-flag joint, cut at 0.5: 1-10 % of the falls) or no terminals (EDIS).
-         D22 actions are clipped to the box, rewards to the range learned from, rows that are not finite dropped
-            (an error above 1 %); no repository does.
+Read     Args; NEW: TransitionEnergy, info_nce, Energies; TransitionNet, Generator; train.
+         From iql.py: make_nets (actor, qf, q_target, vf), losses (their sum, of a batch), update (gradient step and
+         target), decay_actor_lr. r.phase(name, n): the steps up to n not done yet; r.once(name): true once.
+Notes    D1, D2, D3, D4, D5, U1 as in iql.py. Of generated rows, in every file that has them:
+         D20 papers: raw rewards (SynthER on DMC, EDIS); here: all but the flag normalised; the EDM is for variance 1.
+         D21 papers: the flag of the end is a feature, cut at 0.5 (--terminal-flag joint: on 1-10 % of the falls), or 0
+            [EDIS]; here: drawn with the probability that a tree of real rows gives s'.
+         D22 papers: rows as they come; here: actions clipped to the box, rewards to the range learned from, rows not
+            finite dropped (an error above 1 %).
          D24 rows without a known s' (terminal ones of files without next_observations) are not learned from.
-         U31 each regeneration starts from scratch and replaces all rows [code of SynthER, EDIS].
-         U35 the model trains and samples in bfloat16 on a GPU, in float32 on a CPU.
-         Of EDIS. Its code trains other energies than it describes; we train those described, and have no mode
-         that reproduces the code's:
-         D40 noise levels: code trains E_s on σ = 80 alone and the others on two levels of a 32-step grid, and asks
-            at all of a 128-step grid; we train on levels of the sampler's own grid, drawn uniformly.
-         D41 guidance: paper gives each energy own features and a block of the gradient, which is exact only if blocks
-            are independent: states moved by 1, s' correlated 0.95, come out at (0.76, 0.46) for (1, 0.95); this is
-            --energy-form paper. Ours are exact one by one and summed (λ = 1): E_T = -log real / model of noised rows;
-            E_s, E_π as weights w of clean real rows, then -log E[w | x_σ] (contrastive energy prediction, Lu et al.,
-            arXiv 2304.12824), with gradients in all features. In hopper-mini-v0 both forms have the same simulator
-            error; actions come nearer to the policy's. Code omits σ of slope + σ ∇E; its λ (2, 0.1, 0.1) go with that.
-         D42 inputs: code gives the whole raw transition and the step's number, with noise added to raw features;
-            we normalised features and σ times c_in, ln σ / 4; E is c_in times the output, so that σ² ∇E is O(1).
-         D43 negatives: code's for E_π and E_T overwrite all features, so they are no samples (replacing (s, a) after
-            every step is not p(s'|s, a) either). Paper form: the model's rows for all three (optima need no
-            conditional samples: the gradient of a joint ratio in the last block is the conditional one's). Row form:
-            for E_s, E_π real rows, which a weight can tell apart without telling what is generated.
-         D44 groups: code's are of another state for half of each, and for E_s one softmax over 256 + 2,560 rows,
-            least at the ratio to their mixture; ours are one positive and 10 negatives each.
-         D45 learner: iql.py's with its presets, so that a difference to it is the method's. EDIS's own: β 10, τ per
-            dataset, states normalised, no dropout, 100 episodes. Its guidance scales are one set, 2 / 0.1 / 0.1.
-         D46 generated rows are in every online batch; the code uses them in the 20 updates it makes at each
-            regeneration, 400 of 200,000, and its guidance is off by default.
-         D47 first regeneration after the warm-up, no update before; batches: generated and own rows, none of the
-            dataset, as EDIS on Cal-QL; the code's ordinary batches are of both buffers.
-         U40 1,000 updates of each energy per regeneration; the code's 20 cannot fit. Energies and their Adam
-            persist [code].
-         U41 E_π: the policy's actions at the states of the negatives.
+         U31 each training is from scratch and replaces all rows [SynthER, EDIS]. U35 on a GPU the model is in bfloat16.
+         Of EDIS. Its code trains other energies than it describes; here are those described, none of the code's:
+         D40 noise levels, code: trains E_s at σ = 80, the others at two, asks at 128; here: all of the sampler's grid.
+         D41 guidance, paper: each energy has own features, and a block of the gradient, exact if blocks are independent
+            (s moved by 1, s' correlated 0.95: (0.76, 0.46), not (1, 0.95)): --energy-form paper. Here: each exact, then
+            summed, all features: E_T = -log real / model of noised rows; E_s, E_π as weights w of clean real rows, then
+            -log E[w | x_σ] (Lu et al., arXiv 2304.12824). Code omits σ of σ ∇E: its λ (2, 0.1, 0.1) go with that.
+         D42 inputs, code: raw rows, step index; here: normalised, times c_in, ln σ / 4; E times c_in, so σ² ∇E is O(1).
+         D43 negatives, code: for E_π, E_T all features overwritten, no samples. Here, paper form: the model's rows (a
+            joint ratio has the conditional's gradient in its last block); row form, E_s, E_π: real rows, as a weight
+            can tell these apart without telling what is generated.
+         D44 groups, code: half of another state, of E_s one softmax over 256 + 2,560; here: 1 positive, 10 negatives.
+         D45 learner: iql.py's with its presets, so that a difference to it is the method's. Code: β 10, τ per dataset,
+            states normalised, no dropout, 100 episodes.
+         D46 code: generated rows in 20 updates per regeneration, 400 of 200,000, unguided by default; here: all.
+         D47 code: first regeneration with one own transition, batches of both buffers; here: after the warm-up, without
+            updates before; batches of generated and own rows, none of the dataset, as EDIS on Cal-QL.
+         U40 1,000 updates of each energy per regeneration (code: 20 cannot fit); nets and Adam persist [code].
+         U41 positives: of E_π the policy's actions at the negatives' states; real rows are of both buffers.
          U42 the clip at 10 √D [code] is on the term added to the slope, σ Σ λ ∇E, all energies together.
-         U43 real rows are of both buffers, as the model's are.
          U45 tasks that the code has no file for (Adroit-cloned): share 0.2, 30,000 model steps.
-Metrics  those of iql.py; loss/diffusion (< 1); loss/{state,policy,dynamics,tilt}_energy (chance 2.40); and per
-         regeneration energy/effective, (Σ w)² / Σ w² as a share of real rows (small: few rows stand for all);
-         of unguided and guided rows energy/*_js_states from own states, *_policy_gap between the action and one of
-         the policy's, *_sim_error; energy/clipped share of guidance clipped (about 0);
-         syn/*: common/judge.py; synthetic-<k>.npz has 2,000 rows of each kind.
+Metrics  those of iql.py; loss/diffusion (< 1); loss/{state,policy,dynamics,tilt}_energy (chance 2.40); of each
+         regeneration energy/effective, (Σ w)² / Σ w² as a share of real rows (small: few stand for all), energy/clipped
+         (about 0) and, unguided and guided, *_js_states, *_policy_gap, *_sim_error, syn/*: common/judge.py.
+         synthetic-<k>.npz has 2,000 rows of each kind.
 Run      python algorithms/iql_edis.py --env hopper-medium-v2 --seed 0
          without an energy --state-energy 0 | --policy-energy 0 | --dynamics-energy 0 | as described --energy-form paper
          EDIS as DARE ran it --diffusion-steps 50000 | four times cheaper sampling --sample-steps 32 --sample-churn 0
@@ -136,28 +124,22 @@ class Args:
 ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
     "antmaze-": dict(  # [IQL App. B; episodes: CORL]
         expectile=0.9, inv_temp=10.0, reward_bias=-1.0, eval_every=10_000, eval_episodes=100,
-        synthetic_frac=0.2, diffusion_steps=50_000,  # this and the other two from here on: [code of EDIS]
+        diffusion_steps=50_000,  # [code of EDIS]
     ),
     **{k: dict(expectile=0.8, dropout=0.1, normalize_obs=True)
        for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL]
     "maze2d-": dict(normalize_obs=True, eval_episodes=100),  # [CORL, offline IQL]
+    # shares and model steps of the code of EDIS; 0.2 and 30,000 in its other files
     "antmaze-umaze-diverse": dict(synthetic_frac=0.9),
     "antmaze-large-": dict(synthetic_frac=0.1, diffusion_steps=30_000),
-    "halfcheetah-random-v2": dict(synthetic_frac=0.2, diffusion_steps=30_000),
     "halfcheetah-medium-replay-v2": dict(synthetic_frac=0.8, diffusion_steps=50_000),
     "halfcheetah-medium-v2": dict(synthetic_frac=0.5, diffusion_steps=50_000),
-    "halfcheetah-medium-expert-v2": dict(synthetic_frac=0.7, diffusion_steps=30_000),
-    "hopper-random-v2": dict(synthetic_frac=0.8, diffusion_steps=30_000),
-    "hopper-medium-replay-v2": dict(synthetic_frac=0.2, diffusion_steps=30_000),
-    "hopper-medium-v2": dict(synthetic_frac=0.2, diffusion_steps=30_000),
-    "hopper-medium-expert-v2": dict(synthetic_frac=0.1, diffusion_steps=30_000),
-    "walker2d-random-v2": dict(synthetic_frac=0.5, diffusion_steps=30_000),
+    "halfcheetah-medium-expert-v2": dict(synthetic_frac=0.7),
+    "hopper-random-v2": dict(synthetic_frac=0.8),
+    "hopper-medium-expert-v2": dict(synthetic_frac=0.1),
+    "walker2d-random-v2": dict(synthetic_frac=0.5),
     "walker2d-medium-replay-v2": dict(synthetic_frac=0.8, diffusion_steps=50_000),
-    "walker2d-medium-v2": dict(synthetic_frac=0.2, diffusion_steps=30_000),
-    "walker2d-medium-expert-v2": dict(synthetic_frac=0.5, diffusion_steps=30_000),
-    "door-human": dict(synthetic_frac=0.2, diffusion_steps=30_000),
-    "pen-human": dict(synthetic_frac=0.2, diffusion_steps=30_000),
-    "relocate-human": dict(synthetic_frac=0.2, diffusion_steps=30_000),
+    "walker2d-medium-expert-v2": dict(synthetic_frac=0.5),
     "hopper-mini": dict(  # U1
         offline_steps=15_000, online_steps=8_000, warmup_steps=2_000, lr=5e-4, polyak=0.01, hidden=64,
         normalize_obs=True, normalize_reward=True,
@@ -177,6 +159,441 @@ NEEDS = {  # condition -> settings that have no effect without it: a flag for on
 }  # fmt: skip
 
 
+# NEW: the energies. From here to iql.py's blocks, the method.
+# --- shared: edis.energies ---
+class TransitionEnergy(nn.Module):
+    """E(x; σ), low where x is wanted: x (..., W) at noise level sigma (..., 1) -> (...).  [EDIS; inputs, scale: D42]"""
+
+    def __init__(self, features: int, width: int):
+        super().__init__()
+        sizes = (features + 1, width, width, width, 1)
+        layers = [x for i, o in pairwise(sizes) for x in (nn.Linear(i, o), nn.ReLU())]
+        self.net = nn.Sequential(*layers[:-1])
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        scale, c_noise = (1 + sigma.square()).rsqrt(), (sigma.log() / 4).expand(*x.shape[:-1], 1)
+        return (scale * self.net(torch.cat([scale * x, c_noise], -1))).squeeze(-1)
+
+
+def info_nce(energy: torch.Tensor) -> torch.Tensor:
+    """E+ + log Σ_group e^{-E}, mean over groups: energy (B, 1 + K), the positive first -> ().  [EDIS, InfoNCE]
+
+    Least at E = -log p_positive / p_negative + c, with one c for each noise level, as a group has one: D44.
+    """
+    return (energy[:, 0] + torch.logsumexp(-energy, 1)).mean()
+
+
+class Energies:
+    """The energies, each -log of a ratio of densities that a contrast learns, and guidance by their gradients: D41.
+
+    name      positives over                negatives, row | paper form   sees            gradient in, row | paper form
+    state     own rows                      real | the model's            s               - | s
+    policy    the policy's actions there    real | the model's            s, a            - | a
+    dynamics  real rows                     the model's                   all | s, a, s'  all | s'
+    tilt      real rows drawn by weight     real (row form alone)         all             all
+
+    Row form: clean E_s and E_π are `weighers` of real rows, w = e^{-λ_s E_s - λ_π E_π}; E_T and the tilt, which is
+    -log E[w | x_σ], are `guides`, of noised rows. Paper's form: all three are guides. Real rows are of both buffers.
+    """
+
+    NEGATIVES = 10  # per positive [code of EDIS]
+    CANDIDATES = 20  # real rows for each that is drawn by weight
+
+    def __init__(self, generator: "Generator", act: Callable):
+        """`act`: obs (B, O) in training units -> actions (B, A) of the current policy."""
+        self.r, self.args, self.generator, self.act = generator.r, generator.args, generator, act
+        self.sources, self.online = generator.real, generator.real[1]  # both buffers: U41
+        args, device, o, a = self.args, self.r.device, generator.obs_dim, generator.act_dim
+        index = torch.arange(generator.features, device=device)
+        s, action, next_s = index[:o], index[o : o + a], index[o + a + 1 : 2 * o + a + 1]
+        row = args.energy_form == "row"
+        of_dynamics = index if row else torch.cat([s, action, next_s])
+        self.seen = {"state": s, "policy": index[: o + a], "dynamics": of_dynamics, "tilt": index}
+        # features that the gradient acts on
+        self.moved = self.seen if row else {"state": s, "policy": action, "dynamics": next_s}
+        scales = dict(state=args.state_energy, policy=args.policy_energy, dynamics=args.dynamics_energy)
+        scales = {k: v for k, v in scales.items() if v > 0}
+        self.weighers = {k: v for k, v in scales.items() if row and k != "dynamics"}  # λ
+        self.guides = {k: v for k, v in scales.items() if k not in self.weighers}
+        if self.weighers:
+            self.guides["tilt"] = 1.0  # exact as it is: w has the scales
+        nets = {k: TransitionEnergy(len(x), args.energy_width) for k, x in self.seen.items()}
+        self.nets = nn.ModuleDict(nets).to(device)
+        adam = dict(fused=True, capturable=device.type == "cuda")
+        self.opt = torch.optim.Adam(self.nets.parameters(), lr=args.energy_lr, **adam)
+        self.grid = torch.tensor(edm.sigma_grid(args.sample_steps)[:-1], device=device)
+        self.pool = torch.zeros(args.energy_pool, len(index), device=device)  # normalised, unguided
+        self.wanted = torch.zeros_like(self.pool)  # normalised real rows, as often as w says
+        self.effective = torch.zeros((), device=device)  # (Σ w)² / Σ w², as a share of rows
+        self.guided = torch.zeros(2, device=device)  # evaluations of the guidance, how many of them clipped
+        self.losses = self.r.compiled(self.group_losses)
+
+    def state(self) -> dict:
+        """What a checkpoint holds, by name."""
+        names = ("nets", "opt", "pool", "wanted", "effective", "guided")
+        return {f"energy_{k}": getattr(self, k) for k in names}
+
+    def regenerate(self, k: int) -> None:
+        """The k-th time: the model from scratch, its pool, the energies on from where they were, guided rows."""
+        self.generator.learn(k, self.sources)
+        self.fill_pool(k)
+        self.learn("ratios", k, [*self.weighers])
+        self.learn("energies", k, [*self.guides])
+        self.generator.refill(k, self.gradient)
+
+    # -- what the energies learn from: normalised rows (n, D) --
+
+    def real(self, n: int, sources: list[ReplayBuffer]) -> torch.Tensor:
+        """Rows of buffers."""
+        return self.generator.moments.normalize(union_rows(sources, n)[0][:, : self.generator.features])
+
+    def made(self, n: int) -> torch.Tensor:
+        """Samples of the model alone."""
+        return self.pool[torch.randint(len(self.pool), (n,), device=self.pool.device)]
+
+    def with_policy(self, x: torch.Tensor) -> torch.Tensor:
+        """The same rows with actions of the policy."""
+        moments, o = self.generator.moments, self.generator.obs_dim
+        end = o + self.generator.act_dim
+        actions = self.act(moments.denormalize(x)[:, :o])
+        return torch.cat([x[:, :o], (actions - moments.mean[o:end]) / moments.std[o:end], x[:, end:]], 1)
+
+    @torch.no_grad()
+    def groups(self, name: str) -> torch.Tensor:
+        """Groups (B, 1 + K, W) of what an energy sees, the positive first; all rows drawn apart: D43, D44."""
+        b, k = self.args.energy_groups, self.NEGATIVES
+        from_model = name in self.guides and name != "tilt"
+
+        def negatives(n: int) -> torch.Tensor:
+            return self.made(n) if from_model else self.real(n, self.sources)
+
+        if name == "state":
+            positives = self.real(b, [self.online])
+        elif name == "policy":
+            positives = self.with_policy(negatives(b))  # at the negatives' states: U41
+        elif name == "dynamics":
+            positives = self.real(b, self.sources)
+        else:
+            positives = self.wanted[torch.randint(len(self.wanted), (b,), device=self.wanted.device)]
+        x = torch.cat([positives[:, None], negatives(b * k).unflatten(0, (b, k))], 1)
+        return x[..., self.seen[name]]
+
+    @torch.no_grad()
+    def pool_step(self) -> dict[str, torch.Tensor]:
+        """A chunk of samples of the model alone, normalised, (chunk, D)."""
+        args, g = self.args, self.generator
+        rows = min(args.sample_batch, args.energy_pool)
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.pool.is_cuda, cache_enabled=False):
+            x = edm.sample(g.denoiser(rows), g.noise(rows), args.sample_steps, args.sample_churn)
+        return {"rows": x}
+
+    def fill_pool(self, k: int) -> None:
+        """The k-th samples of the model alone, which the real rows are contrasted with."""
+        size = min(self.args.sample_batch, self.args.energy_pool)
+        sample_fn, chunks = self.r.capture(self.pool_step), -(-self.args.energy_pool // size)
+        for chunk in self.r.phase("pool", (k + 1) * chunks):
+            first = (chunk - k * chunks) * size
+            self.pool[first : first + size] = sample_fn()["rows"][: self.args.energy_pool - first]
+
+    @torch.no_grad()
+    def weigh(self) -> None:
+        """Fill `wanted` with real rows drawn with chances ∝ w = e^{-Σ λ E}, from many drawn uniformly."""
+        rows, clean = self.real(self.CANDIDATES * len(self.wanted), self.sources), self.grid[-1:]
+        total = sum(v * self.nets[k](rows[:, self.seen[k]], clean) for k, v in self.weighers.items())
+        chances = torch.softmax(-total.double(), 0)
+        self.effective.copy_(1 / (chances.square().sum() * len(rows)))
+        drawn = torch.rand(len(self.wanted), device=rows.device, dtype=torch.float64)
+        index = torch.searchsorted(chances.cumsum(0), drawn).clamp(max=len(rows) - 1)
+        self.wanted.copy_(rows[index])
+
+    # -- learning and guiding --
+
+    def group_losses(self, groups: dict, sigmas: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Sum of InfoNCE over the energies, and logs: groups (B, 1 + K, W), sigmas (B, 1, 1).  [EDIS]"""
+        total, logs = 0.0, {}
+        for name, x in groups.items():
+            loss = info_nce(self.nets[name](x + sigmas[name] * torch.randn_like(x), sigmas[name]))
+            total, logs[f"loss/{name}_energy"] = total + loss, loss.detach()
+        return total, logs
+
+    def energy_step(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """One gradient step of each; guides at noise levels of the sampler's own, the others at the least: D40."""
+        groups, sigmas = {k: self.groups(k) for k in names}, {}
+        for name, x in groups.items():
+            grid = self.grid if name in self.guides else self.grid[-1:]
+            sigmas[name] = grid[torch.randint(len(grid), (len(x), 1, 1), device=x.device)]
+        loss, logs = self.losses(groups, sigmas)
+        self.opt.zero_grad(set_to_none=True)
+        loss.backward()  # disjoint parameters
+        self.opt.step()
+        return logs
+
+    def learn(self, phase: str, k: int, names: list[str]) -> None:
+        """The k-th updates of these energies; those that weigh come before what learns from rows drawn by weight."""
+        updates = self.args.energy_updates if names else 0
+        step_fn = self.r.capture(lambda: self.energy_step(names))
+        for step in self.r.phase(phase, (k + 1) * updates):
+            if step == k * updates and phase == "energies":
+                self.guided.zero_()
+                if self.weighers:
+                    self.weigh()
+            self.r.log(step, step_fn())
+
+    def gradient(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        """Σ λ ∇E at x (B, D), each in its features: D41. edm.with_energy makes D - σ² Σ λ ∇E of it and the denoiser D.
+
+        That is the denoiser of p e^{-Σ λ E}: the sampler's slope (x - D) / σ gets σ Σ λ ∇E more, so that x, as σ falls,
+        goes down the energies. This term is at most 10 √D long in a row: U42.
+        """
+        total, limit = torch.zeros_like(x), 10 * math.sqrt(x.shape[1])
+        level = torch.full((1, 1), sigma, device=x.device)
+        for name, scale in self.guides.items():
+            with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+                at = x.detach().requires_grad_()
+                (slope,) = torch.autograd.grad(self.nets[name](at[:, self.seen[name]], level).sum(), at)
+            total[:, self.moved[name]] += scale * slope[:, self.moved[name]]
+        length = sigma * total.norm(dim=1, keepdim=True)
+        self.guided.add_(torch.stack([torch.ones_like(length).sum(), (length > limit).sum()]))
+        return total * (limit / length.clamp(min=limit))
+
+
+# --- end shared: edis.energies ---
+
+
+# NEW: the diffusion model and what it generates. Outside the NEW parts this file is iql.py.
+# --- shared: synther.generator ---
+class TransitionNet(nn.Module):
+    """F of the EDM, a residual MLP: x (B, D), ln σ / 4 (B,), condition (B, T) added to the time embedding -> (B, D).
+
+    The denoiser is D(x; σ) = x / (1 + σ²) + σ / √(1 + σ²) · F(x / √(1 + σ²), ln σ / 4): edm.denoise. Pre-activation
+    blocks of one layer each, no norm; time by 8 fixed random frequencies.  [SynthER]
+    """
+
+    def __init__(self, features: int, width: int, depth: int, time_dim: int):
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(8))
+        self.inlet, self.expand = nn.Linear(features, time_dim), nn.Linear(time_dim, width)
+        self.time = nn.Sequential(nn.Linear(17, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.out = nn.Linear(width, features)
+
+    def reset_parameters(self) -> None:
+        self.frequencies.normal_()
+
+    def forward(
+        self, x: torch.Tensor, c_noise: torch.Tensor, condition: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        angles = 2 * math.pi * c_noise[:, None] * self.frequencies
+        e = self.inlet(x) + self.time(torch.cat([c_noise[:, None], angles.sin(), angles.cos()], -1))
+        h = self.expand(e if condition is None else e + condition)
+        for layer in self.blocks:
+            h = h + layer(F.relu(h))
+        return self.out(F.relu(h))
+
+
+def union_rows(buffers: list[ReplayBuffer], n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (n, width) uniform over the union of buffers, and their indices in it (n,); nothing is read back."""
+    device = buffers[0].table.device
+    index = torch.randint(1 << 62, (n,), device=device).remainder_(sum(b.size for b in buffers))
+    rows, left = 0.0, index
+    for b in buffers:
+        mine = (left >= 0) & (left < b.size)
+        rows = rows + mine[:, None] * b.table.index_select(0, torch.where(mine, left, 0))
+        left = left - b.size
+    return rows, index
+
+
+class Generator:
+    """An EDM of transitions [s, a, r, s'], in units of their moments, and the buffer of what it generates.
+
+    Its sampler follows the slope (x - D(x; σ)) / σ from noise at σ = 80 down to a row at σ = 0. `real` are the buffers
+    of dataset and own rows. A method with conditions has a `draw` and a `begin` of its own.
+    """
+
+    TREE_DEPTH = 12  # at most; the robots' rules need 2 or 3 cuts, a goal's disc more
+
+    def __init__(self, r: run.Run, args: Args, net: nn.Module, real: list[ReplayBuffer]):
+        self.r, self.args, self.net, self.real = r, args, net.to(r.device), real
+        self.sources = real  # of the last training
+        self.obs_dim, self.act_dim = real[0].widths[:2]
+        self.features = Generator.features(args, real[0])
+        self.synthetic = real[0].like(args.synthetic_rows)
+        flag = int(args.terminal_flag == "joint")
+        self.moments = edm.Moments(self.features, flag, r.device)  # of all features but the flag: D20
+        self.ema = edm.EMA(self.net)
+        params, lr = [*self.net.parameters()], torch.tensor(args.diffusion_lr, device=r.device)
+        adam = dict(betas=(0.9, 0.99), fused=True, capturable=r.device.type == "cuda")
+        self.opt = torch.optim.Adam(params, lr=lr, **adam)  # [SynthER]
+        self.count = torch.zeros((), device=r.device)  # gradient steps since the restart
+        self.bounds = torch.zeros(2, device=r.device)  # of rewards learned from
+        self.totals = torch.zeros(4, device=r.device)  # rows, clipped actions, clipped rewards, rows dropped
+        self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)  # with --compile
+        self.tree: tuple | float = 0.0  # p(terminal | s')
+
+    @staticmethod
+    def features(args: Args, buffer: ReplayBuffer) -> int:
+        """Length D of a modelled row: s, a, r, s', and the flag of termination if it is a feature: D21."""
+        return buffer.table.shape[1] - int(args.terminal_flag == "classifier")
+
+    def state(self) -> dict:
+        """What a checkpoint holds, by name."""
+        names = ("net", "ema", "opt", "count", "moments", "bounds", "totals", "synthetic")
+        return {f"generator_{k}": getattr(self, k) for k in names}
+
+    def regenerate(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
+        """The k-th time, from 0: the model learns `sources` from scratch, then new rows replace the old.
+
+        Steps of a phase count on from one time to the next, so that a resumed run finds its place.
+        """
+        self.learn(k, sources, weights)
+        self.refill(k)
+
+    # -- training --
+
+    def learn(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
+        """The training half of `regenerate`: the moments weigh the sources by rows, or by `weights`."""
+        r, args, self.sources = self.r, self.args, sources
+        # with --compile, on a GPU, as CUDA graphs; else as they are
+        step_fn, average_fn = r.capture(self.train_step), r.capture(lambda: self.ema.update(self.net))
+        for step in r.phase("generator", (k + 1) * args.diffusion_steps):
+            if step == k * args.diffusion_steps:
+                self.restart(sources, weights)
+            r.log(step, step_fn())
+            if (step - k * args.diffusion_steps) % edm.EMA.EVERY == 0:
+                average_fn()
+
+    def restart(self, sources: list[ReplayBuffer], weights: list[float] | None) -> None:
+        """Before a training: fresh network and optimizer, in place (U31), moments of the sources."""
+        tables = [b.table[: b.rows] for b in sources]
+        self.moments.fit([t[:, : self.features] for t in tables], weights)
+        rewards = torch.cat([t[:, self.obs_dim + self.act_dim] for t in tables])
+        self.bounds.copy_(torch.stack(rewards.aminmax()))
+        self.net.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+        self.ema.restart()
+        self.count.zero_()
+        for state in self.opt.state.values():
+            for x in state.values():
+                x.zero_()
+
+    def draw(self) -> tuple[torch.Tensor, ...]:
+        """For a gradient step: rows (B, D) in training units, and conditions for the network (none here)."""
+        return (union_rows(self.sources, self.args.diffusion_batch)[0][:, : self.features],)
+
+    def train_step(self) -> dict[str, torch.Tensor]:
+        """One gradient step of the EDM: cosine learning rate, gradient norm at most 1.  [SynthER]"""
+        decay = 1 + torch.cos(self.count * (math.pi / self.args.diffusion_steps))
+        self.opt.param_groups[0]["lr"].copy_(0.5 * self.args.diffusion_lr * decay)
+        self.count.add_(1)
+        rows, *condition = self.draw()
+        x, sigma = self.moments.normalize(rows), edm.draw_sigma(len(rows), rows.device)
+        # on a GPU in bfloat16, here and in sample_step; the learner's losses stay in float32: U35
+        with torch.autocast("cuda", torch.bfloat16, enabled=rows.is_cuda, cache_enabled=False):
+            loss = self.loss(self.net, x, sigma, *condition)
+        self.opt.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.opt.step()
+        return {"loss/diffusion": loss.detach()}
+
+    # -- sampling --
+
+    def denoiser(self, rows: int, *condition: torch.Tensor) -> edm.Denoiser:
+        """D of the averaged network for a chunk of rows."""
+        ones = torch.ones(rows, device=self.r.device)
+        return lambda x, sigma: self.denoise(self.ema.module, x, sigma * ones, *condition)
+
+    def noise(self, rows: int) -> torch.Tensor:
+        """x at the first noise level of the grid, (rows, D)."""
+        return edm.SIGMA_MAX * torch.randn(rows, self.features, device=self.r.device)
+
+    def begin(self, n: int) -> tuple[edm.Denoiser, torch.Tensor, int]:
+        """For n samples: the denoiser, x (n, D) at a noise level of the grid, and that level's index."""
+        return self.denoiser(n), self.noise(n), 0
+
+    @torch.no_grad()
+    def sample_step(self, gradient: edm.Denoiser | None = None) -> dict[str, torch.Tensor]:
+        """A chunk of generated rows (sample_batch, D), as they come; guided by an energy, D - σ² `gradient` for D."""
+        args = self.args
+        denoiser, x, first = self.begin(min(args.sample_batch, args.synthetic_rows))
+        denoiser = edm.with_energy(denoiser, gradient) if gradient else denoiser
+        with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda, cache_enabled=False):
+            x = edm.sample(denoiser, x, args.sample_steps, args.sample_churn, first)
+        return {"rows": self.moments.denormalize(x)}
+
+    def refill(self, k: int, gradient: edm.Denoiser | None = None) -> None:
+        """The sampling half of `regenerate`; the `gradient` of an energy guides it."""
+        r, args = self.r, self.args
+        if args.terminal_flag == "classifier":
+            self.tree = self.terminal_tree()
+        chunks = -(-args.synthetic_rows // args.sample_batch)
+        sample_fn = r.capture(lambda: self.sample_step(gradient))
+        for chunk in r.phase("sampling", (k + 1) * chunks):
+            if chunk == k * chunks:
+                self.synthetic.clear()
+                self.totals.zero_()
+            self.keep(sample_fn()["rows"])
+        rows, _, _, dropped = self.totals.tolist()
+        if dropped > 0.01 * rows:
+            raise FloatingPointError(f"{dropped:.0f} of {rows:.0f} generated rows are not finite")
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Put generated rows into the buffer: finite ones, actions in the box, rewards in their range (D22), a flag."""
+        joint = self.args.terminal_flag == "joint"
+        rows = rows[: self.args.synthetic_rows - int(self.totals[0])]
+        self.totals[0] += len(rows)
+        finite, widths = rows.isfinite().all(1), self.synthetic.widths
+        obs, actions, rewards, next_obs, *flag = rows[finite].split(widths if joint else widths[:-1], 1)
+        if joint:
+            terminated = flag[0] > 0.5
+        else:  # drawn with the tree's probability: D21
+            share = leaf_shares(self.tree, next_obs)[:, None]
+            terminated = torch.rand_like(share) < share
+        clipped, outside = actions.abs() > 1, (rewards < self.bounds[0]) | (rewards > self.bounds[1])
+        self.totals[1:] += torch.stack([clipped.float().mean(1).sum(), outside.sum(), (~finite).sum()])
+        parts = obs, actions.clamp(-1, 1), rewards.clamp(*self.bounds), next_obs, terminated.float()
+        self.synthetic.append(torch.cat(parts, 1))
+
+    def terminal_tree(self) -> tuple | float:
+        """p(terminal | s') of all real rows, whatever the model learned from; both classes weigh the same: D21."""
+        rows = torch.cat([b.table[: b.rows] for b in self.real])
+        next_obs, ends = rows[:, -1 - self.obs_dim : -1], rows[:, -1] > 0.5
+        weight = torch.where(ends, 1 / ends.sum(), 1 / (~ends).sum()).double()
+        return grow_tree(next_obs, ends, weight, self.TREE_DEPTH)
+
+
+def grow_tree(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, depth: int) -> tuple | float:
+    """A classification tree: x (N, W), y (N,) bool -> share of y (a leaf), or (feature, cut, below, above): D21.
+
+    Each split has the least Gini impurity under `weight` (N,); its cut lies halfway between two rows.
+    """
+    best = (math.inf, 0, 0.0)  # impurity, feature, cut
+    mixed = depth > 0 and y.any() and not y.all()
+    for k in range(x.shape[1]) if mixed else ():
+        values, order = x[:, k].sort()
+        yes, no = ((weight * side)[order].cumsum(0) for side in (y, ~y))
+        yes_above, no_above = yes[-1] - yes, no[-1] - no
+        impurity = yes * no / (yes + no) + yes_above * no_above / (yes_above + no_above).clamp(min=1e-30)
+        i = int(torch.where(values[1:] > values[:-1], impurity[:-1], math.inf).argmin())
+        if values[i + 1] > values[i] and impurity[i] < best[0]:
+            best = (impurity[i].item(), k, 0.5 * (values[i] + values[i + 1]).item())
+    below = x[:, best[1]] <= best[2]
+    if best[0] == math.inf or below.all():  # no cut, or none between neighbouring floats
+        return y.float().mean().item()
+    return *best[1:], *(grow_tree(x[side], y[side], weight[side], depth - 1) for side in (below, ~below))
+
+
+def leaf_shares(tree: tuple | float, x: torch.Tensor) -> torch.Tensor:
+    """Share of y in the leaf of each row: x (N, W) -> (N,)."""
+    if isinstance(tree, float):
+        return torch.full_like(x[:, 0], tree)
+    feature, cut, below, above = tree
+    return torch.where(x[:, feature] <= cut, leaf_shares(below, x), leaf_shares(above, x))
+
+
+# --- end shared: synther.generator ---
+
+
+# From here to `train`: networks, losses, optimizer of iql.py, as they are there.
 # --- shared: iql.actor ---
 class GaussianActor(nn.Module):
     """π(a|s) = N(mean(s), diag σ²): obs (B, O) -> mean (B, A) in (-1, 1), log_std (A,) in [-5, 2].  [PEX]
@@ -337,426 +754,6 @@ def restart_optimizer(opt: torch.optim.Adam, lr: float) -> None:
 # --- end shared: iql.training ---
 
 
-# NEW: the diffusion model and what it generates. Outside the NEW parts this file is iql.py.
-# --- shared: synther.generator ---
-class TransitionNet(nn.Module):
-    """F of the EDM, a residual MLP: x (B, D), ln σ / 4 (B,), condition (B, T) added to the time embedding -> (B, D).
-
-    Pre-activation blocks of one layer each, no norm; time by 8 fixed random frequencies.  [SynthER]
-    """
-
-    def __init__(self, features: int, width: int, depth: int, time_dim: int):
-        super().__init__()
-        self.register_buffer("frequencies", torch.randn(8))
-        self.inlet, self.expand = nn.Linear(features, time_dim), nn.Linear(time_dim, width)
-        self.time = nn.Sequential(nn.Linear(17, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
-        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
-        self.out = nn.Linear(width, features)
-
-    def reset_parameters(self) -> None:
-        self.frequencies.normal_()
-
-    def forward(
-        self, x: torch.Tensor, c_noise: torch.Tensor, condition: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        angles = 2 * math.pi * c_noise[:, None] * self.frequencies
-        e = self.inlet(x) + self.time(torch.cat([c_noise[:, None], angles.sin(), angles.cos()], -1))
-        h = self.expand(e if condition is None else e + condition)
-        for layer in self.blocks:
-            h = h + layer(F.relu(h))
-        return self.out(F.relu(h))
-
-
-def union_rows(buffers: list[ReplayBuffer], n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (n, width) uniform over the union of buffers, and their indices in it (n,); nothing is read back."""
-    device = buffers[0].table.device
-    index = torch.randint(1 << 62, (n,), device=device).remainder_(sum(b.size for b in buffers))
-    rows, left = 0.0, index
-    for b in buffers:
-        mine = (left >= 0) & (left < b.size)
-        rows = rows + mine[:, None] * b.table.index_select(0, torch.where(mine, left, 0))
-        left = left - b.size
-    return rows, index
-
-
-def grow_tree(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, depth: int) -> tuple | float:
-    """A classification tree: x (N, W), y (N,) bool -> share of y (a leaf), or (feature, cut, below, above).  D21
-
-    Each split has the least Gini impurity under `weight` (N,); its cut lies halfway between two rows.
-    """
-    best = (math.inf, 0, 0.0)  # impurity, feature, cut
-    for k in range(x.shape[1] if depth > 0 and y.any() and not y.all() else 0):
-        values, order = x[:, k].sort()
-        yes, no = ((weight * side)[order].cumsum(0) for side in (y, ~y))
-        yes_above, no_above = yes[-1] - yes, no[-1] - no
-        impurity = yes * no / (yes + no) + yes_above * no_above / (yes_above + no_above).clamp(min=1e-30)
-        i = int(torch.where(values[1:] > values[:-1], impurity[:-1], math.inf).argmin())
-        if values[i + 1] > values[i] and impurity[i] < best[0]:
-            best = (impurity[i].item(), k, 0.5 * (values[i] + values[i + 1]).item())
-    below = x[:, best[1]] <= best[2]
-    if best[0] == math.inf or below.all():  # no cut, or none between neighbouring floats
-        return y.float().mean().item()
-    return *best[1:], *(grow_tree(x[side], y[side], weight[side], depth - 1) for side in (below, ~below))
-
-
-def leaf_shares(tree: tuple | float, x: torch.Tensor) -> torch.Tensor:
-    """Share of y in the leaf of each row: x (N, W) -> (N,)."""
-    if isinstance(tree, float):
-        return torch.full_like(x[:, 0], tree)
-    feature, cut, below, above = tree
-    return torch.where(x[:, feature] <= cut, leaf_shares(below, x), leaf_shares(above, x))
-
-
-class Generator:
-    """An EDM of transitions [s, a, r, s'], and the buffer of what it generates.
-
-    `real` are the buffers of dataset and own rows. A method with conditions has a `draw` and a `begin` of its own.
-    """
-
-    TREE_DEPTH = 12  # at most; the robots' rules need 2 or 3 cuts, a goal's disc more: D21
-
-    def __init__(self, r: run.Run, args: Args, net: nn.Module, real: list[ReplayBuffer]):
-        self.r, self.args, self.net, self.real = r, args, net.to(r.device), real
-        self.sources = real  # of the last training
-        self.obs_dim, self.act_dim = real[0].widths[:2]
-        self.synthetic = ReplayBuffer(args.synthetic_rows, self.obs_dim, self.act_dim, r.device)
-        self.features = Generator.features(args, real[0])
-        self.moments = edm.Moments(self.features, int(args.terminal_flag == "joint"), r.device)  # D20
-        self.ema = edm.EMA(self.net)
-        params, lr = [*self.net.parameters()], torch.tensor(args.diffusion_lr, device=r.device)
-        adam = dict(betas=(0.9, 0.99), fused=True, capturable=r.device.type == "cuda")
-        self.opt = torch.optim.Adam(params, lr=lr, **adam)  # [SynthER]
-        self.count = torch.zeros((), device=r.device)  # gradient steps since the restart
-        self.bounds = torch.zeros(2, device=r.device)  # of rewards learned from
-        self.totals = torch.zeros(4, device=r.device)  # rows, clipped actions, clipped rewards, rows dropped
-        self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)
-        self.tree: tuple | float = 0.0  # p(terminal | s')
-
-    @staticmethod
-    def features(args: Args, buffer: ReplayBuffer) -> int:
-        """Length of a modelled row: s, a, r, s', and the flag of termination if it is a feature: D21."""
-        return buffer.table.shape[1] - int(args.terminal_flag == "classifier")
-
-    def state(self) -> dict:
-        """What a checkpoint holds, by name."""
-        names = ("net", "ema", "opt", "count", "moments", "bounds", "totals", "synthetic")
-        return {f"generator_{k}": getattr(self, k) for k in names}
-
-    def draw(self) -> tuple[torch.Tensor, ...]:
-        """For a gradient step: rows (B, D) in training units, and conditions for the network (none here)."""
-        return (union_rows(self.sources, self.args.diffusion_batch)[0][:, : self.features],)
-
-    def begin(self, n: int) -> tuple[edm.Denoiser, torch.Tensor, int]:
-        """For n samples: the denoiser, x (n, D) at a noise level of the grid, and that step."""
-        return self.denoiser(n), self.noise(n), 0
-
-    def train_step(self) -> dict[str, torch.Tensor]:
-        """One gradient step of the EDM: cosine learning rate, gradient norm at most 1.  [SynthER]"""
-        args = self.args
-        self.opt.param_groups[0]["lr"].copy_(
-            0.5 * args.diffusion_lr * (1 + torch.cos(self.count * (math.pi / args.diffusion_steps)))
-        )
-        self.count.add_(1)
-        rows, *condition = self.draw()
-        x, sigma = self.moments.normalize(rows), edm.draw_sigma(len(rows), rows.device)
-        # on a GPU in bfloat16, here and in sample_step; the learner's losses stay in float32: U35
-        with torch.autocast("cuda", torch.bfloat16, enabled=rows.is_cuda, cache_enabled=False):
-            loss = self.loss(self.net, x, sigma, *condition)
-        self.opt.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        self.opt.step()
-        return {"loss/diffusion": loss.detach()}
-
-    def denoiser(self, rows: int, *condition: torch.Tensor) -> edm.Denoiser:
-        """D of the averaged network for a chunk of rows."""
-        ones = torch.ones(rows, device=self.r.device)
-        return lambda x, sigma: self.denoise(self.ema.module, x, sigma * ones, *condition)
-
-    def noise(self, rows: int) -> torch.Tensor:
-        """x at the first noise level of the grid, (rows, D)."""
-        return edm.SIGMA_MAX * torch.randn(rows, self.features, device=self.r.device)
-
-    @torch.no_grad()
-    def sample_step(self, gradient: edm.Denoiser | None = None) -> dict[str, torch.Tensor]:
-        """A chunk of generated rows (sample_batch, D), as they come; `gradient` of an energy guides them."""
-        args = self.args
-        denoiser, x, first = self.begin(min(args.sample_batch, args.synthetic_rows))
-        denoiser = edm.with_energy(denoiser, gradient) if gradient else denoiser
-        with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda, cache_enabled=False):
-            x = edm.sample(denoiser, x, args.sample_steps, args.sample_churn, first)
-        return {"rows": self.moments.denormalize(x)}
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Put generated rows into the buffer: actions in the box, rewards in their range, flags 0 or 1: D21, D22."""
-        rows = rows[: self.args.synthetic_rows - int(self.totals[0])]
-        self.totals[0] += len(rows)
-        finite = rows.isfinite().all(1)
-        rows = rows[finite]
-        actions, rewards = slice(self.obs_dim, self.obs_dim + self.act_dim), self.obs_dim + self.act_dim
-        next_obs = slice(rewards + 1, rewards + 1 + self.obs_dim)
-        terminated = rows[:, -1] > 0.5
-        if self.args.terminal_flag == "classifier":
-            share = leaf_shares(self.tree, rows[:, next_obs])
-            terminated = torch.rand_like(share) < share
-        clipped = rows[:, actions].abs() > 1
-        outside = (rows[:, rewards] < self.bounds[0]) | (rows[:, rewards] > self.bounds[1])
-        self.totals[1:] += torch.stack([clipped.float().mean(1).sum(), outside.sum(), (~finite).sum()])
-        rows[:, actions] = rows[:, actions].clamp(-1, 1)
-        rows[:, rewards] = rows[:, rewards].clamp(*self.bounds)
-        self.synthetic.append(torch.cat([rows[:, : next_obs.stop], terminated[:, None].float()], 1))
-
-    def restart(self, sources: list[ReplayBuffer], weights: list[float] | None) -> None:
-        """Before a training: fresh networks and optimizer in place, moments of the sources: U31."""
-        tables = [b.table[: b.rows] for b in sources]
-        self.moments.fit([t[:, : self.features] for t in tables], weights)
-        rewards = torch.cat([t[:, self.obs_dim + self.act_dim] for t in tables])
-        self.bounds.copy_(torch.stack(rewards.aminmax()))
-        self.net.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
-        self.ema.restart()
-        self.count.zero_()
-        for state in self.opt.state.values():
-            for x in state.values():
-                x.zero_()
-
-    def regenerate(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
-        """The k-th training from scratch on `sources`, then new rows in place of the old; resumes like any phase."""
-        self.learn(k, sources, weights)
-        self.refill(k)
-
-    def learn(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
-        """The training half of `regenerate`."""
-        r, args, self.sources = self.r, self.args, sources
-        step_fn, average_fn = r.capture(self.train_step), r.capture(lambda: self.ema.update(self.net))
-        for step in r.phase("generator", (k + 1) * args.diffusion_steps):
-            if step == k * args.diffusion_steps:
-                self.restart(sources, weights)
-            r.log(step, step_fn())
-            if (step - k * args.diffusion_steps) % edm.EMA.EVERY == 0:
-                average_fn()
-
-    def terminal_tree(self) -> tuple | float:
-        """p(terminal | s') of all real rows, whatever the model learned from; both classes weigh the same: D21."""
-        rows = torch.cat([b.table[: b.rows] for b in self.real])
-        next_obs, ends = rows[:, -1 - self.obs_dim : -1], rows[:, -1] > 0.5
-        weight = torch.where(ends, 1 / ends.sum(), 1 / (~ends).sum()).double()
-        return grow_tree(next_obs, ends, weight, self.TREE_DEPTH)
-
-    def refill(self, k: int, gradient: edm.Denoiser | None = None) -> None:
-        """The sampling half of `regenerate`; `gradient` of an energy guides it."""
-        r, args = self.r, self.args
-        if args.terminal_flag == "classifier":
-            self.tree = self.terminal_tree()
-        chunks, sample_fn = (
-            -(-args.synthetic_rows // args.sample_batch),
-            r.capture(lambda: self.sample_step(gradient)),
-        )
-        for chunk in r.phase("sampling", (k + 1) * chunks):
-            if chunk == k * chunks:
-                self.synthetic.clear()
-                self.totals.zero_()
-            self.keep(sample_fn()["rows"])
-        rows, _, _, dropped = self.totals.tolist()
-        if dropped > 0.01 * rows:
-            raise FloatingPointError(f"{dropped:.0f} of {rows:.0f} generated rows are not finite")
-
-
-# --- end shared: synther.generator ---
-
-
-# NEW: the energies
-# --- shared: edis.energies ---
-class TransitionEnergy(nn.Module):
-    """E(x; σ), low where x is wanted: x (..., W) at noise level sigma (..., 1) -> (...).  [EDIS; inputs, scale: D42]"""
-
-    def __init__(self, features: int, width: int):
-        super().__init__()
-        layers = [nn.Linear(i, o) for i, o in pairwise((features + 1, width, width, width, 1))]
-        self.net = nn.Sequential(*[x for layer in layers for x in (layer, nn.ReLU())][:-1])
-
-    def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        scale, c_noise = (1 + sigma.square()).rsqrt(), (sigma.log() / 4).expand(*x.shape[:-1], 1)
-        return (scale * self.net(torch.cat([scale * x, c_noise], -1))).squeeze(-1)
-
-
-def info_nce(energy: torch.Tensor) -> torch.Tensor:
-    """E+ + log Σ_group e^{-E}, mean over groups: energy (B, 1 + K), the positive first -> ().  [EDIS, InfoNCE]
-
-    Least at E = -log p_positive / p_negative + c, with one c for each noise level: D44.
-    """
-    return (energy[:, 0] + torch.logsumexp(-energy, 1)).mean()
-
-
-class Energies:
-    """Energies, each -log of a ratio of densities learned by contrast, and guidance by their gradients: D41.
-
-    Form "row": E_s(s) and E_π(s, a), of clean rows, weigh real rows by w = e^{-λ_s E_s - λ_π E_π}; guides are E_T and
-    the tilt, -log E[w | x_σ], of whole noised rows. Form "paper": guides are E_s(s), E_π(s, a), E_T(s, a, s') of those
-    features, noised, with gradients in s, a and s'.
-    """
-
-    NEGATIVES = 10  # per positive [code of EDIS]
-    CANDIDATES = 20  # real rows for each that is drawn by weight
-
-    def __init__(
-        self,
-        r: run.Run,
-        args: Args,
-        generator: Generator,
-        act: Callable,
-        offline: ReplayBuffer,
-        online: ReplayBuffer,
-    ):
-        """`act`: obs (B, O) in training units -> actions (B, A) of the current policy."""
-        self.r, self.args, self.generator, self.act = r, args, generator, act
-        self.online, self.sources = online, [offline, online]
-        o, a, d = generator.obs_dim, generator.act_dim, generator.features
-        s, action, next_s = slice(0, o), slice(o, o + a), slice(o + a + 1, 2 * o + a + 1)
-        index = torch.arange(d, device=r.device)
-        self.seen = {"state": index[s], "policy": index[: o + a], "dynamics": index, "tilt": index}
-        self.moved = self.seen  # features that the gradient acts on
-        row = args.energy_form == "row"
-        if not row:
-            self.seen["dynamics"] = torch.cat([index[: o + a], index[next_s]])
-            self.moved = {"state": index[s], "policy": index[action], "dynamics": index[next_s]}
-        scales = dict(state=args.state_energy, policy=args.policy_energy, dynamics=args.dynamics_energy)
-        scales = {k: v for k, v in scales.items() if v > 0}
-        self.weighers = {k: v for k, v in scales.items() if row and k != "dynamics"}  # λ
-        self.guides = {k: v for k, v in scales.items() if k not in self.weighers}
-        if self.weighers:
-            self.guides["tilt"] = 1.0  # exact as it is: w has the scales
-        widths = {k: len(x) for k, x in self.seen.items()}
-        self.nets = nn.ModuleDict({k: TransitionEnergy(w, args.energy_width) for k, w in widths.items()})
-        self.nets.to(r.device)
-        adam = dict(fused=True, capturable=r.device.type == "cuda")
-        self.opt = torch.optim.Adam(self.nets.parameters(), lr=args.energy_lr, **adam)
-        self.grid = torch.tensor(edm.sigma_grid(args.sample_steps)[:-1], device=r.device)
-        self.pool = torch.zeros(args.energy_pool, d, device=r.device)  # normalised, unguided
-        self.wanted = torch.zeros_like(self.pool)  # normalised real rows, as often as w says
-        self.effective = torch.zeros((), device=r.device)  # (Σ w)² / Σ w², as a share of rows
-        self.guided = torch.zeros(2, device=r.device)  # evaluations of the guidance, how many of them clipped
-        self.losses = r.compiled(self.group_losses)
-
-    def state(self) -> dict:
-        """What a checkpoint holds, by name."""
-        names = ("nets", "opt", "pool", "wanted", "effective", "guided")
-        return {f"energy_{k}": getattr(self, k) for k in names}
-
-    # -- what the energies learn from: normalised rows (n, D) --
-
-    def real(self, n: int, sources: list[ReplayBuffer]) -> torch.Tensor:
-        """Rows of buffers."""
-        return self.generator.moments.normalize(union_rows(sources, n)[0][:, : self.generator.features])
-
-    def made(self, n: int) -> torch.Tensor:
-        """Samples of the model alone."""
-        return self.pool[torch.randint(len(self.pool), (n,), device=self.pool.device)]
-
-    def with_policy(self, x: torch.Tensor) -> torch.Tensor:
-        """The same rows with actions of the policy."""
-        g = self.generator
-        first, last = g.obs_dim, g.obs_dim + g.act_dim
-        taken = (self.act(g.moments.denormalize(x)[:, :first]) - g.moments.mean[first:last]) / g.moments.std[
-            first:last
-        ]
-        return torch.cat([x[:, :first], taken, x[:, last:]], 1)
-
-    @torch.no_grad()
-    def groups(self, name: str) -> torch.Tensor:
-        """Groups (B, 1 + K, W) of what an energy sees, the positive first; all rows drawn apart: D43, D44."""
-        b, k = self.args.energy_groups, self.NEGATIVES
-        of_model = name in self.guides and name != "tilt"
-        negatives = self.made if of_model else lambda n: self.real(n, self.sources)
-        if name == "state":
-            positives = self.real(b, [self.online])
-        elif name == "policy":
-            positives = self.with_policy(negatives(b))  # at their states: U41
-        elif name == "dynamics":
-            positives = self.real(b, self.sources)  # of both buffers: U43
-        else:
-            positives = self.wanted[torch.randint(len(self.wanted), (b,), device=self.wanted.device)]
-        x = torch.cat([positives[:, None], negatives(b * k).unflatten(0, (b, k))], 1)
-        return x[..., self.seen[name]]
-
-    @torch.no_grad()
-    def pool_step(self) -> dict[str, torch.Tensor]:
-        """A chunk of samples of the model alone, normalised, (chunk, D)."""
-        args, g = self.args, self.generator
-        rows = min(args.sample_batch, args.energy_pool)
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.pool.is_cuda, cache_enabled=False):
-            x = edm.sample(g.denoiser(rows), g.noise(rows), args.sample_steps, args.sample_churn)
-        return {"rows": x}
-
-    @torch.no_grad()
-    def weigh(self) -> None:
-        """Fill `wanted` with real rows drawn with chances ∝ w = e^{-Σ λ E}, from many drawn uniformly."""
-        rows, clean = self.real(self.CANDIDATES * len(self.wanted), self.sources), self.grid[-1:]
-        total = sum(v * self.nets[k](rows[:, self.seen[k]], clean) for k, v in self.weighers.items())
-        chances = torch.softmax(-total.double(), 0)
-        self.effective.copy_(1 / (chances.square().sum() * len(rows)))
-        drawn = torch.rand(len(self.wanted), device=rows.device, dtype=torch.float64)
-        index = torch.searchsorted(chances.cumsum(0), drawn).clamp(max=len(rows) - 1)
-        self.wanted.copy_(rows[index])
-
-    # -- learning and guiding --
-
-    def group_losses(self, groups: dict, sigmas: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Sum of InfoNCE over the energies, and logs: groups (B, 1 + K, W), sigmas (B, 1, 1).  [EDIS]"""
-        total, logs = 0.0, {}
-        for name, x in groups.items():
-            loss = info_nce(self.nets[name](x + sigmas[name] * torch.randn_like(x), sigmas[name]))
-            total, logs[f"loss/{name}_energy"] = total + loss, loss.detach()
-        return total, logs
-
-    def energy_step(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """One gradient step of each; guides at noise levels of the sampler's own, the others at the least: D40."""
-        groups, sigmas = {k: self.groups(k) for k in names}, {}
-        for name, x in groups.items():
-            grid = self.grid if name in self.guides else self.grid[-1:]
-            sigmas[name] = grid[torch.randint(len(grid), (len(x), 1, 1), device=x.device)]
-        loss, logs = self.losses(groups, sigmas)
-        self.opt.zero_grad(set_to_none=True)
-        loss.backward()  # disjoint parameters
-        self.opt.step()
-        return logs
-
-    def gradient(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
-        """Σ λ ∇E at x (B, D), each on its features; σ times it is at most 10 √D long in a row: D41, U42."""
-        total, limit = torch.zeros_like(x), 10 * math.sqrt(x.shape[1])
-        level = torch.full((1, 1), sigma, device=x.device)
-        for name, scale in self.guides.items():
-            with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-                at = x.detach().requires_grad_()
-                (slope,) = torch.autograd.grad(self.nets[name](at[:, self.seen[name]], level).sum(), at)
-            total[:, self.moved[name]] += scale * slope[:, self.moved[name]]
-        length = sigma * total.norm(dim=1, keepdim=True)
-        self.guided.add_(torch.stack([torch.ones_like(length).sum(), (length > limit).sum()]))
-        return total * (limit / length.clamp(min=limit))
-
-    def regenerate(self, k: int) -> None:
-        """The k-th time: the model from scratch, its pool, the energies on from where they were, guided rows."""
-        r, args, g = self.r, self.args, self.generator
-        g.learn(k, self.sources)
-        sample_fn, size = r.capture(self.pool_step), min(args.sample_batch, args.energy_pool)
-        chunks = -(-args.energy_pool // size)
-        for chunk in r.phase("pool", (k + 1) * chunks):
-            first = (chunk - k * chunks) * size
-            self.pool[first : first + size] = sample_fn()["rows"][: args.energy_pool - first]
-        for phase, names in (("ratios", [*self.weighers]), ("energies", [*self.guides])):
-            updates = args.energy_updates if names else 0
-            step_fn = r.capture(lambda names=names: self.energy_step(names))
-            for step in r.phase(phase, (k + 1) * updates):
-                if step == k * updates and phase == "energies":
-                    self.guided.zero_()
-                    if self.weighers:
-                        self.weigh()
-                r.log(step, step_fn())
-        g.refill(k, self.gradient)
-
-
-# --- end shared: edis.energies ---
-
-
 def train(args: Args) -> dict[str, float]:
     task = data.get_task(args.env)
     r = run.Run(args, __file__, data.filed_name(args.env, args.dataset), ENV_PRESETS, NEEDS)
@@ -773,7 +770,7 @@ def train(args: Args) -> dict[str, float]:
     units = data.Units(reward_scale, args.reward_bias, moments)
     offline = dataset.buffer(units, r.device)
     online = offline.like(args.online_steps)
-    known = offline.subset(dataset.known)  # NEW: D24
+    known = offline.subset(dataset.known)  # NEW: rows whose s' is known: D24
     interaction = data.Interaction(data.make_env(task, units), online, args.seed, units)
     evaluate = data.Evaluator(task, args.eval_episodes, args.seed, units)
 
@@ -796,7 +793,7 @@ def train(args: Args) -> dict[str, float]:
     net = TransitionNet(features, args.diffusion_width, args.diffusion_depth, args.diffusion_time_dim)
     generator = Generator(r, args, net, [known, online])
     synthetic = generator.synthetic
-    energies = Energies(r, args, generator, explore, known, online)
+    energies = Energies(generator, explore)
     added = generator.state() | energies.state()
     r.register(nets=nets, opt=opt, updates=updates, online=online, interaction=interaction, **added)
     compiled_losses = r.compiled(losses)
@@ -846,8 +843,7 @@ def train(args: Args) -> dict[str, float]:
         if until < args.online_steps:
             energies.regenerate(k)
             if r.once(f"report {k}"):
-                logs = judge.generated_rows(generator, k, task, units, offline, online)
-                r.record(until, logs | judge.guided_rows(energies, task, units))
+                r.record(until, judge.guided_rows(energies, k, task, units, offline, online))
     return r.finish()
 
 

@@ -1,36 +1,34 @@
 """SynthER on IQL: a diffusion model of the online buffer, half of each batch drawn from it.
 
-Paper    Lu, Ball, Teh, Parker-Holder, "Synthetic Experience Replay" (SynthER), NeurIPS 2023, arXiv 2303.06614,
-         code conglu1997/SynthER; the EDM: Karras et al., NeurIPS 2022, arXiv 2206.00364. Backbone: iql.py,
-         line for line outside the NEW parts.
-Symbols  F TransitionNet | D denoiser | σ noise level | N sample_steps | S_churn sample_churn
-Read     what iql.py has; then NEW: TransitionNet, Generator; train
-Idea     Every regenerate_every environment steps a diffusion model learns the transitions in the online buffer
-         from scratch and fills a buffer with new ones; batches then are part generated.
-Notes    D1, D2, D3, D4, D5, U1 as in iql.py.
-         Of generated rows, in every file that has them:
-         D20 every feature but the terminal flag is normalised; SynthER (DMC) and EDIS leave rewards raw, against
-            the EDM's unit variance.
-         D21 a generated row ends an episode with the probability that a tree of real rows gives its s'. Papers: a
-            feature of the rows (--terminal-flag joint, cut at 0.5: 1-10 % of the falls) or no terminals (EDIS).
-         D22 actions are clipped to the box, rewards to the range learned from, rows that are not finite dropped
-            (an error above 1 %); no repository does.
+Paper    Lu, Ball, Teh, Parker-Holder, "Synthetic Experience Replay" (SynthER), NeurIPS 2023, arXiv 2303.06614, code
+         conglu1997/SynthER; the EDM: Karras et al., NeurIPS 2022, arXiv 2206.00364. Backbone: iql.py, line for line
+         outside the NEW parts.
+Idea     Every regenerate_every environment steps a diffusion model learns the transitions in the online buffer from
+         scratch and fills a buffer with new ones; from then on, half of a batch is generated.
+Symbols  F TransitionNet | D denoiser: the clean row, estimated from a noised one | σ noise level | N sample_steps |
+         S_churn sample_churn
+Read     Args; NEW: TransitionNet, Generator; train.
+         From iql.py: make_nets (actor, qf, q_target, vf), losses (their sum, of a batch), update (gradient step and
+         target), decay_actor_lr. r.phase(name, n): the steps up to n not done yet; r.once(name): true once.
+Notes    D1, D2, D3, D4, D5, U1 as in iql.py. Of generated rows, in every file that has them:
+         D20 papers: raw rewards (SynthER on DMC, EDIS); here: all but the flag normalised; the EDM is for variance 1.
+         D21 papers: the flag of the end is a feature, cut at 0.5 (--terminal-flag joint: on 1-10 % of the falls), or 0
+            [EDIS]; here: drawn with the probability that a tree of real rows gives s'.
+         D22 papers: rows as they come; here: actions clipped to the box, rewards to the range learned from, rows not
+            finite dropped (an error above 1 %).
          D24 rows without a known s' (terminal ones of files without next_observations) are not learned from.
          U30 steps and rows per regeneration: 50,000 [AD2S], 100,000 [EDIS]; SynthER's are 100,000 and 200,000.
-         U31 each regeneration starts from scratch and replaces all rows [code of SynthER, EDIS].
-         U35 the model trains and samples in bfloat16 on a GPU, in float32 on a CPU.
+         U31 each training is from scratch and replaces all rows [SynthER, EDIS]. U35 on a GPU the model is in bfloat16.
          Of SynthER:
-         D23 SynthER online is SAC with 20 updates a step; here it is the backbone with its own, as in the
-            comparisons of CFDG and AD2S.
+         D23 paper: online SAC with 20 updates a step; here: the backbone with its own, as CFDG and AD2S compare.
          U32 learned from online: own rows only [CFDG]; AD2S also names both: --synther-data both.
          U33 the share is of the batch; the rest is the backbone's mix of dataset and own rows.
-Metrics  those of iql.py; loss/diffusion (< 1); syn/* of each regeneration: common/judge.py;
-         synthetic-<k>.npz has 2,000 rows of each kind.
+Metrics  those of iql.py; loss/diffusion (< 1); syn/* of each regeneration: common/judge.py; synthetic-<k>.npz:
+         2,000 rows of each kind.
 Run      python algorithms/iql_synther.py --env hopper-medium-v2 --seed 0
-         learn from both buffers --synther-data both | four times cheaper sampling --sample-steps 32
-         --sample-churn 0 | SynthER's offline mode: --offline-upsample --online-steps 0 --diffusion-steps 100000
-         --synthetic-rows 5000000 --diffusion-width 2048 --diffusion-time-dim 128 --diffusion-batch 1024
-         (256 below 800,000 rows)
+         learn from both buffers --synther-data both | four times cheaper sampling --sample-steps 32 --sample-churn 0
+         SynthER's offline mode: --offline-upsample --online-steps 0 --diffusion-steps 100000 --synthetic-rows 5000000
+         --diffusion-width 2048 --diffusion-time-dim 128 --diffusion-batch 1024 (256 below 800,000 rows)
          the common start: --from-offline runs/iql/hopper-medium-v2/seed0
 Cost     hopper-mini-v0: 155 CPU seconds beside other jobs; published sizes want a GPU (not measured there).
 """
@@ -124,6 +122,240 @@ UPSAMPLE_SETTINGS = (  # NEW: and on with --offline-upsample
 )  # fmt: skip
 
 
+# NEW: the diffusion model and what it generates. Outside the NEW parts this file is iql.py.
+# --- shared: synther.generator ---
+class TransitionNet(nn.Module):
+    """F of the EDM, a residual MLP: x (B, D), ln σ / 4 (B,), condition (B, T) added to the time embedding -> (B, D).
+
+    The denoiser is D(x; σ) = x / (1 + σ²) + σ / √(1 + σ²) · F(x / √(1 + σ²), ln σ / 4): edm.denoise. Pre-activation
+    blocks of one layer each, no norm; time by 8 fixed random frequencies.  [SynthER]
+    """
+
+    def __init__(self, features: int, width: int, depth: int, time_dim: int):
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(8))
+        self.inlet, self.expand = nn.Linear(features, time_dim), nn.Linear(time_dim, width)
+        self.time = nn.Sequential(nn.Linear(17, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.out = nn.Linear(width, features)
+
+    def reset_parameters(self) -> None:
+        self.frequencies.normal_()
+
+    def forward(
+        self, x: torch.Tensor, c_noise: torch.Tensor, condition: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        angles = 2 * math.pi * c_noise[:, None] * self.frequencies
+        e = self.inlet(x) + self.time(torch.cat([c_noise[:, None], angles.sin(), angles.cos()], -1))
+        h = self.expand(e if condition is None else e + condition)
+        for layer in self.blocks:
+            h = h + layer(F.relu(h))
+        return self.out(F.relu(h))
+
+
+def union_rows(buffers: list[ReplayBuffer], n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (n, width) uniform over the union of buffers, and their indices in it (n,); nothing is read back."""
+    device = buffers[0].table.device
+    index = torch.randint(1 << 62, (n,), device=device).remainder_(sum(b.size for b in buffers))
+    rows, left = 0.0, index
+    for b in buffers:
+        mine = (left >= 0) & (left < b.size)
+        rows = rows + mine[:, None] * b.table.index_select(0, torch.where(mine, left, 0))
+        left = left - b.size
+    return rows, index
+
+
+class Generator:
+    """An EDM of transitions [s, a, r, s'], in units of their moments, and the buffer of what it generates.
+
+    Its sampler follows the slope (x - D(x; σ)) / σ from noise at σ = 80 down to a row at σ = 0. `real` are the buffers
+    of dataset and own rows. A method with conditions has a `draw` and a `begin` of its own.
+    """
+
+    TREE_DEPTH = 12  # at most; the robots' rules need 2 or 3 cuts, a goal's disc more
+
+    def __init__(self, r: run.Run, args: Args, net: nn.Module, real: list[ReplayBuffer]):
+        self.r, self.args, self.net, self.real = r, args, net.to(r.device), real
+        self.sources = real  # of the last training
+        self.obs_dim, self.act_dim = real[0].widths[:2]
+        self.features = Generator.features(args, real[0])
+        self.synthetic = real[0].like(args.synthetic_rows)
+        flag = int(args.terminal_flag == "joint")
+        self.moments = edm.Moments(self.features, flag, r.device)  # of all features but the flag: D20
+        self.ema = edm.EMA(self.net)
+        params, lr = [*self.net.parameters()], torch.tensor(args.diffusion_lr, device=r.device)
+        adam = dict(betas=(0.9, 0.99), fused=True, capturable=r.device.type == "cuda")
+        self.opt = torch.optim.Adam(params, lr=lr, **adam)  # [SynthER]
+        self.count = torch.zeros((), device=r.device)  # gradient steps since the restart
+        self.bounds = torch.zeros(2, device=r.device)  # of rewards learned from
+        self.totals = torch.zeros(4, device=r.device)  # rows, clipped actions, clipped rewards, rows dropped
+        self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)  # with --compile
+        self.tree: tuple | float = 0.0  # p(terminal | s')
+
+    @staticmethod
+    def features(args: Args, buffer: ReplayBuffer) -> int:
+        """Length D of a modelled row: s, a, r, s', and the flag of termination if it is a feature: D21."""
+        return buffer.table.shape[1] - int(args.terminal_flag == "classifier")
+
+    def state(self) -> dict:
+        """What a checkpoint holds, by name."""
+        names = ("net", "ema", "opt", "count", "moments", "bounds", "totals", "synthetic")
+        return {f"generator_{k}": getattr(self, k) for k in names}
+
+    def regenerate(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
+        """The k-th time, from 0: the model learns `sources` from scratch, then new rows replace the old.
+
+        Steps of a phase count on from one time to the next, so that a resumed run finds its place.
+        """
+        self.learn(k, sources, weights)
+        self.refill(k)
+
+    # -- training --
+
+    def learn(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
+        """The training half of `regenerate`: the moments weigh the sources by rows, or by `weights`."""
+        r, args, self.sources = self.r, self.args, sources
+        # with --compile, on a GPU, as CUDA graphs; else as they are
+        step_fn, average_fn = r.capture(self.train_step), r.capture(lambda: self.ema.update(self.net))
+        for step in r.phase("generator", (k + 1) * args.diffusion_steps):
+            if step == k * args.diffusion_steps:
+                self.restart(sources, weights)
+            r.log(step, step_fn())
+            if (step - k * args.diffusion_steps) % edm.EMA.EVERY == 0:
+                average_fn()
+
+    def restart(self, sources: list[ReplayBuffer], weights: list[float] | None) -> None:
+        """Before a training: fresh network and optimizer, in place (U31), moments of the sources."""
+        tables = [b.table[: b.rows] for b in sources]
+        self.moments.fit([t[:, : self.features] for t in tables], weights)
+        rewards = torch.cat([t[:, self.obs_dim + self.act_dim] for t in tables])
+        self.bounds.copy_(torch.stack(rewards.aminmax()))
+        self.net.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+        self.ema.restart()
+        self.count.zero_()
+        for state in self.opt.state.values():
+            for x in state.values():
+                x.zero_()
+
+    def draw(self) -> tuple[torch.Tensor, ...]:
+        """For a gradient step: rows (B, D) in training units, and conditions for the network (none here)."""
+        return (union_rows(self.sources, self.args.diffusion_batch)[0][:, : self.features],)
+
+    def train_step(self) -> dict[str, torch.Tensor]:
+        """One gradient step of the EDM: cosine learning rate, gradient norm at most 1.  [SynthER]"""
+        decay = 1 + torch.cos(self.count * (math.pi / self.args.diffusion_steps))
+        self.opt.param_groups[0]["lr"].copy_(0.5 * self.args.diffusion_lr * decay)
+        self.count.add_(1)
+        rows, *condition = self.draw()
+        x, sigma = self.moments.normalize(rows), edm.draw_sigma(len(rows), rows.device)
+        # on a GPU in bfloat16, here and in sample_step; the learner's losses stay in float32: U35
+        with torch.autocast("cuda", torch.bfloat16, enabled=rows.is_cuda, cache_enabled=False):
+            loss = self.loss(self.net, x, sigma, *condition)
+        self.opt.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.opt.step()
+        return {"loss/diffusion": loss.detach()}
+
+    # -- sampling --
+
+    def denoiser(self, rows: int, *condition: torch.Tensor) -> edm.Denoiser:
+        """D of the averaged network for a chunk of rows."""
+        ones = torch.ones(rows, device=self.r.device)
+        return lambda x, sigma: self.denoise(self.ema.module, x, sigma * ones, *condition)
+
+    def noise(self, rows: int) -> torch.Tensor:
+        """x at the first noise level of the grid, (rows, D)."""
+        return edm.SIGMA_MAX * torch.randn(rows, self.features, device=self.r.device)
+
+    def begin(self, n: int) -> tuple[edm.Denoiser, torch.Tensor, int]:
+        """For n samples: the denoiser, x (n, D) at a noise level of the grid, and that level's index."""
+        return self.denoiser(n), self.noise(n), 0
+
+    @torch.no_grad()
+    def sample_step(self, gradient: edm.Denoiser | None = None) -> dict[str, torch.Tensor]:
+        """A chunk of generated rows (sample_batch, D), as they come; guided by an energy, D - σ² `gradient` for D."""
+        args = self.args
+        denoiser, x, first = self.begin(min(args.sample_batch, args.synthetic_rows))
+        denoiser = edm.with_energy(denoiser, gradient) if gradient else denoiser
+        with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda, cache_enabled=False):
+            x = edm.sample(denoiser, x, args.sample_steps, args.sample_churn, first)
+        return {"rows": self.moments.denormalize(x)}
+
+    def refill(self, k: int, gradient: edm.Denoiser | None = None) -> None:
+        """The sampling half of `regenerate`; the `gradient` of an energy guides it."""
+        r, args = self.r, self.args
+        if args.terminal_flag == "classifier":
+            self.tree = self.terminal_tree()
+        chunks = -(-args.synthetic_rows // args.sample_batch)
+        sample_fn = r.capture(lambda: self.sample_step(gradient))
+        for chunk in r.phase("sampling", (k + 1) * chunks):
+            if chunk == k * chunks:
+                self.synthetic.clear()
+                self.totals.zero_()
+            self.keep(sample_fn()["rows"])
+        rows, _, _, dropped = self.totals.tolist()
+        if dropped > 0.01 * rows:
+            raise FloatingPointError(f"{dropped:.0f} of {rows:.0f} generated rows are not finite")
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Put generated rows into the buffer: finite ones, actions in the box, rewards in their range (D22), a flag."""
+        joint = self.args.terminal_flag == "joint"
+        rows = rows[: self.args.synthetic_rows - int(self.totals[0])]
+        self.totals[0] += len(rows)
+        finite, widths = rows.isfinite().all(1), self.synthetic.widths
+        obs, actions, rewards, next_obs, *flag = rows[finite].split(widths if joint else widths[:-1], 1)
+        if joint:
+            terminated = flag[0] > 0.5
+        else:  # drawn with the tree's probability: D21
+            share = leaf_shares(self.tree, next_obs)[:, None]
+            terminated = torch.rand_like(share) < share
+        clipped, outside = actions.abs() > 1, (rewards < self.bounds[0]) | (rewards > self.bounds[1])
+        self.totals[1:] += torch.stack([clipped.float().mean(1).sum(), outside.sum(), (~finite).sum()])
+        parts = obs, actions.clamp(-1, 1), rewards.clamp(*self.bounds), next_obs, terminated.float()
+        self.synthetic.append(torch.cat(parts, 1))
+
+    def terminal_tree(self) -> tuple | float:
+        """p(terminal | s') of all real rows, whatever the model learned from; both classes weigh the same: D21."""
+        rows = torch.cat([b.table[: b.rows] for b in self.real])
+        next_obs, ends = rows[:, -1 - self.obs_dim : -1], rows[:, -1] > 0.5
+        weight = torch.where(ends, 1 / ends.sum(), 1 / (~ends).sum()).double()
+        return grow_tree(next_obs, ends, weight, self.TREE_DEPTH)
+
+
+def grow_tree(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, depth: int) -> tuple | float:
+    """A classification tree: x (N, W), y (N,) bool -> share of y (a leaf), or (feature, cut, below, above): D21.
+
+    Each split has the least Gini impurity under `weight` (N,); its cut lies halfway between two rows.
+    """
+    best = (math.inf, 0, 0.0)  # impurity, feature, cut
+    mixed = depth > 0 and y.any() and not y.all()
+    for k in range(x.shape[1]) if mixed else ():
+        values, order = x[:, k].sort()
+        yes, no = ((weight * side)[order].cumsum(0) for side in (y, ~y))
+        yes_above, no_above = yes[-1] - yes, no[-1] - no
+        impurity = yes * no / (yes + no) + yes_above * no_above / (yes_above + no_above).clamp(min=1e-30)
+        i = int(torch.where(values[1:] > values[:-1], impurity[:-1], math.inf).argmin())
+        if values[i + 1] > values[i] and impurity[i] < best[0]:
+            best = (impurity[i].item(), k, 0.5 * (values[i] + values[i + 1]).item())
+    below = x[:, best[1]] <= best[2]
+    if best[0] == math.inf or below.all():  # no cut, or none between neighbouring floats
+        return y.float().mean().item()
+    return *best[1:], *(grow_tree(x[side], y[side], weight[side], depth - 1) for side in (below, ~below))
+
+
+def leaf_shares(tree: tuple | float, x: torch.Tensor) -> torch.Tensor:
+    """Share of y in the leaf of each row: x (N, W) -> (N,)."""
+    if isinstance(tree, float):
+        return torch.full_like(x[:, 0], tree)
+    feature, cut, below, above = tree
+    return torch.where(x[:, feature] <= cut, leaf_shares(below, x), leaf_shares(above, x))
+
+
+# --- end shared: synther.generator ---
+
+
+# From here to `train`: networks, losses, optimizer of iql.py, as they are there.
 # --- shared: iql.actor ---
 class GaussianActor(nn.Module):
     """π(a|s) = N(mean(s), diag σ²): obs (B, O) -> mean (B, A) in (-1, 1), log_std (A,) in [-5, 2].  [PEX]
@@ -284,233 +516,6 @@ def restart_optimizer(opt: torch.optim.Adam, lr: float) -> None:
 # --- end shared: iql.training ---
 
 
-# NEW: the diffusion model and what it generates. Outside the NEW parts this file is iql.py.
-# --- shared: synther.generator ---
-class TransitionNet(nn.Module):
-    """F of the EDM, a residual MLP: x (B, D), ln σ / 4 (B,), condition (B, T) added to the time embedding -> (B, D).
-
-    Pre-activation blocks of one layer each, no norm; time by 8 fixed random frequencies.  [SynthER]
-    """
-
-    def __init__(self, features: int, width: int, depth: int, time_dim: int):
-        super().__init__()
-        self.register_buffer("frequencies", torch.randn(8))
-        self.inlet, self.expand = nn.Linear(features, time_dim), nn.Linear(time_dim, width)
-        self.time = nn.Sequential(nn.Linear(17, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
-        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
-        self.out = nn.Linear(width, features)
-
-    def reset_parameters(self) -> None:
-        self.frequencies.normal_()
-
-    def forward(
-        self, x: torch.Tensor, c_noise: torch.Tensor, condition: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        angles = 2 * math.pi * c_noise[:, None] * self.frequencies
-        e = self.inlet(x) + self.time(torch.cat([c_noise[:, None], angles.sin(), angles.cos()], -1))
-        h = self.expand(e if condition is None else e + condition)
-        for layer in self.blocks:
-            h = h + layer(F.relu(h))
-        return self.out(F.relu(h))
-
-
-def union_rows(buffers: list[ReplayBuffer], n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (n, width) uniform over the union of buffers, and their indices in it (n,); nothing is read back."""
-    device = buffers[0].table.device
-    index = torch.randint(1 << 62, (n,), device=device).remainder_(sum(b.size for b in buffers))
-    rows, left = 0.0, index
-    for b in buffers:
-        mine = (left >= 0) & (left < b.size)
-        rows = rows + mine[:, None] * b.table.index_select(0, torch.where(mine, left, 0))
-        left = left - b.size
-    return rows, index
-
-
-def grow_tree(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, depth: int) -> tuple | float:
-    """A classification tree: x (N, W), y (N,) bool -> share of y (a leaf), or (feature, cut, below, above).  D21
-
-    Each split has the least Gini impurity under `weight` (N,); its cut lies halfway between two rows.
-    """
-    best = (math.inf, 0, 0.0)  # impurity, feature, cut
-    for k in range(x.shape[1] if depth > 0 and y.any() and not y.all() else 0):
-        values, order = x[:, k].sort()
-        yes, no = ((weight * side)[order].cumsum(0) for side in (y, ~y))
-        yes_above, no_above = yes[-1] - yes, no[-1] - no
-        impurity = yes * no / (yes + no) + yes_above * no_above / (yes_above + no_above).clamp(min=1e-30)
-        i = int(torch.where(values[1:] > values[:-1], impurity[:-1], math.inf).argmin())
-        if values[i + 1] > values[i] and impurity[i] < best[0]:
-            best = (impurity[i].item(), k, 0.5 * (values[i] + values[i + 1]).item())
-    below = x[:, best[1]] <= best[2]
-    if best[0] == math.inf or below.all():  # no cut, or none between neighbouring floats
-        return y.float().mean().item()
-    return *best[1:], *(grow_tree(x[side], y[side], weight[side], depth - 1) for side in (below, ~below))
-
-
-def leaf_shares(tree: tuple | float, x: torch.Tensor) -> torch.Tensor:
-    """Share of y in the leaf of each row: x (N, W) -> (N,)."""
-    if isinstance(tree, float):
-        return torch.full_like(x[:, 0], tree)
-    feature, cut, below, above = tree
-    return torch.where(x[:, feature] <= cut, leaf_shares(below, x), leaf_shares(above, x))
-
-
-class Generator:
-    """An EDM of transitions [s, a, r, s'], and the buffer of what it generates.
-
-    `real` are the buffers of dataset and own rows. A method with conditions has a `draw` and a `begin` of its own.
-    """
-
-    TREE_DEPTH = 12  # at most; the robots' rules need 2 or 3 cuts, a goal's disc more: D21
-
-    def __init__(self, r: run.Run, args: Args, net: nn.Module, real: list[ReplayBuffer]):
-        self.r, self.args, self.net, self.real = r, args, net.to(r.device), real
-        self.sources = real  # of the last training
-        self.obs_dim, self.act_dim = real[0].widths[:2]
-        self.synthetic = ReplayBuffer(args.synthetic_rows, self.obs_dim, self.act_dim, r.device)
-        self.features = Generator.features(args, real[0])
-        self.moments = edm.Moments(self.features, int(args.terminal_flag == "joint"), r.device)  # D20
-        self.ema = edm.EMA(self.net)
-        params, lr = [*self.net.parameters()], torch.tensor(args.diffusion_lr, device=r.device)
-        adam = dict(betas=(0.9, 0.99), fused=True, capturable=r.device.type == "cuda")
-        self.opt = torch.optim.Adam(params, lr=lr, **adam)  # [SynthER]
-        self.count = torch.zeros((), device=r.device)  # gradient steps since the restart
-        self.bounds = torch.zeros(2, device=r.device)  # of rewards learned from
-        self.totals = torch.zeros(4, device=r.device)  # rows, clipped actions, clipped rewards, rows dropped
-        self.loss, self.denoise = r.compiled(edm.loss), r.compiled(edm.denoise)
-        self.tree: tuple | float = 0.0  # p(terminal | s')
-
-    @staticmethod
-    def features(args: Args, buffer: ReplayBuffer) -> int:
-        """Length of a modelled row: s, a, r, s', and the flag of termination if it is a feature: D21."""
-        return buffer.table.shape[1] - int(args.terminal_flag == "classifier")
-
-    def state(self) -> dict:
-        """What a checkpoint holds, by name."""
-        names = ("net", "ema", "opt", "count", "moments", "bounds", "totals", "synthetic")
-        return {f"generator_{k}": getattr(self, k) for k in names}
-
-    def draw(self) -> tuple[torch.Tensor, ...]:
-        """For a gradient step: rows (B, D) in training units, and conditions for the network (none here)."""
-        return (union_rows(self.sources, self.args.diffusion_batch)[0][:, : self.features],)
-
-    def begin(self, n: int) -> tuple[edm.Denoiser, torch.Tensor, int]:
-        """For n samples: the denoiser, x (n, D) at a noise level of the grid, and that step."""
-        return self.denoiser(n), self.noise(n), 0
-
-    def train_step(self) -> dict[str, torch.Tensor]:
-        """One gradient step of the EDM: cosine learning rate, gradient norm at most 1.  [SynthER]"""
-        args = self.args
-        self.opt.param_groups[0]["lr"].copy_(
-            0.5 * args.diffusion_lr * (1 + torch.cos(self.count * (math.pi / args.diffusion_steps)))
-        )
-        self.count.add_(1)
-        rows, *condition = self.draw()
-        x, sigma = self.moments.normalize(rows), edm.draw_sigma(len(rows), rows.device)
-        # on a GPU in bfloat16, here and in sample_step; the learner's losses stay in float32: U35
-        with torch.autocast("cuda", torch.bfloat16, enabled=rows.is_cuda, cache_enabled=False):
-            loss = self.loss(self.net, x, sigma, *condition)
-        self.opt.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        self.opt.step()
-        return {"loss/diffusion": loss.detach()}
-
-    def denoiser(self, rows: int, *condition: torch.Tensor) -> edm.Denoiser:
-        """D of the averaged network for a chunk of rows."""
-        ones = torch.ones(rows, device=self.r.device)
-        return lambda x, sigma: self.denoise(self.ema.module, x, sigma * ones, *condition)
-
-    def noise(self, rows: int) -> torch.Tensor:
-        """x at the first noise level of the grid, (rows, D)."""
-        return edm.SIGMA_MAX * torch.randn(rows, self.features, device=self.r.device)
-
-    @torch.no_grad()
-    def sample_step(self, gradient: edm.Denoiser | None = None) -> dict[str, torch.Tensor]:
-        """A chunk of generated rows (sample_batch, D), as they come; `gradient` of an energy guides them."""
-        args = self.args
-        denoiser, x, first = self.begin(min(args.sample_batch, args.synthetic_rows))
-        denoiser = edm.with_energy(denoiser, gradient) if gradient else denoiser
-        with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda, cache_enabled=False):
-            x = edm.sample(denoiser, x, args.sample_steps, args.sample_churn, first)
-        return {"rows": self.moments.denormalize(x)}
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Put generated rows into the buffer: actions in the box, rewards in their range, flags 0 or 1: D21, D22."""
-        rows = rows[: self.args.synthetic_rows - int(self.totals[0])]
-        self.totals[0] += len(rows)
-        finite = rows.isfinite().all(1)
-        rows = rows[finite]
-        actions, rewards = slice(self.obs_dim, self.obs_dim + self.act_dim), self.obs_dim + self.act_dim
-        next_obs = slice(rewards + 1, rewards + 1 + self.obs_dim)
-        terminated = rows[:, -1] > 0.5
-        if self.args.terminal_flag == "classifier":
-            share = leaf_shares(self.tree, rows[:, next_obs])
-            terminated = torch.rand_like(share) < share
-        clipped = rows[:, actions].abs() > 1
-        outside = (rows[:, rewards] < self.bounds[0]) | (rows[:, rewards] > self.bounds[1])
-        self.totals[1:] += torch.stack([clipped.float().mean(1).sum(), outside.sum(), (~finite).sum()])
-        rows[:, actions] = rows[:, actions].clamp(-1, 1)
-        rows[:, rewards] = rows[:, rewards].clamp(*self.bounds)
-        self.synthetic.append(torch.cat([rows[:, : next_obs.stop], terminated[:, None].float()], 1))
-
-    def restart(self, sources: list[ReplayBuffer], weights: list[float] | None) -> None:
-        """Before a training: fresh networks and optimizer in place, moments of the sources: U31."""
-        tables = [b.table[: b.rows] for b in sources]
-        self.moments.fit([t[:, : self.features] for t in tables], weights)
-        rewards = torch.cat([t[:, self.obs_dim + self.act_dim] for t in tables])
-        self.bounds.copy_(torch.stack(rewards.aminmax()))
-        self.net.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
-        self.ema.restart()
-        self.count.zero_()
-        for state in self.opt.state.values():
-            for x in state.values():
-                x.zero_()
-
-    def regenerate(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
-        """The k-th training from scratch on `sources`, then new rows in place of the old; resumes like any phase."""
-        self.learn(k, sources, weights)
-        self.refill(k)
-
-    def learn(self, k: int, sources: list[ReplayBuffer], weights: list[float] | None = None) -> None:
-        """The training half of `regenerate`."""
-        r, args, self.sources = self.r, self.args, sources
-        step_fn, average_fn = r.capture(self.train_step), r.capture(lambda: self.ema.update(self.net))
-        for step in r.phase("generator", (k + 1) * args.diffusion_steps):
-            if step == k * args.diffusion_steps:
-                self.restart(sources, weights)
-            r.log(step, step_fn())
-            if (step - k * args.diffusion_steps) % edm.EMA.EVERY == 0:
-                average_fn()
-
-    def terminal_tree(self) -> tuple | float:
-        """p(terminal | s') of all real rows, whatever the model learned from; both classes weigh the same: D21."""
-        rows = torch.cat([b.table[: b.rows] for b in self.real])
-        next_obs, ends = rows[:, -1 - self.obs_dim : -1], rows[:, -1] > 0.5
-        weight = torch.where(ends, 1 / ends.sum(), 1 / (~ends).sum()).double()
-        return grow_tree(next_obs, ends, weight, self.TREE_DEPTH)
-
-    def refill(self, k: int, gradient: edm.Denoiser | None = None) -> None:
-        """The sampling half of `regenerate`; `gradient` of an energy guides it."""
-        r, args = self.r, self.args
-        if args.terminal_flag == "classifier":
-            self.tree = self.terminal_tree()
-        chunks, sample_fn = (
-            -(-args.synthetic_rows // args.sample_batch),
-            r.capture(lambda: self.sample_step(gradient)),
-        )
-        for chunk in r.phase("sampling", (k + 1) * chunks):
-            if chunk == k * chunks:
-                self.synthetic.clear()
-                self.totals.zero_()
-            self.keep(sample_fn()["rows"])
-        rows, _, _, dropped = self.totals.tolist()
-        if dropped > 0.01 * rows:
-            raise FloatingPointError(f"{dropped:.0f} of {rows:.0f} generated rows are not finite")
-
-
-# --- end shared: synther.generator ---
-
-
 def train(args: Args) -> dict[str, float]:
     task = data.get_task(args.env)
     r = run.Run(args, __file__, data.filed_name(args.env, args.dataset), ENV_PRESETS)
@@ -529,7 +534,7 @@ def train(args: Args) -> dict[str, float]:
     units = data.Units(reward_scale, args.reward_bias, moments)
     offline = dataset.buffer(units, r.device)
     online = offline.like(args.online_steps)
-    known = offline.subset(dataset.known)  # NEW: D24
+    known = offline.subset(dataset.known)  # NEW: rows whose s' is known: D24
     interaction = data.Interaction(data.make_env(task, units), online, args.seed, units)
     evaluate = data.Evaluator(task, args.eval_episodes, args.seed, units)
 
@@ -552,9 +557,8 @@ def train(args: Args) -> dict[str, float]:
     net = TransitionNet(features, args.diffusion_width, args.diffusion_depth, args.diffusion_time_dim)
     generator = Generator(r, args, net, [known, online])
     synthetic, sources = generator.synthetic, [online] if args.synther_data == "online" else [known, online]
-    r.register(
-        nets=nets, opt=opt, updates=updates, online=online, interaction=interaction, **generator.state()
-    )
+    added = generator.state()
+    r.register(nets=nets, opt=opt, updates=updates, online=online, interaction=interaction, **added)
     compiled_losses = r.compiled(losses)
     offline_settings = r.settings(OFFLINE_SETTINGS)
     if args.offline_upsample:  # NEW

@@ -213,15 +213,19 @@ def generated_rows(
     return logs | {f"syn/{k}": v for k, v in judged.items()}
 
 
-def labelled_rows(generator: Any, offline: ReplayBuffer, online: ReplayBuffer) -> dict[str, float]:
-    """Of a LabelledGenerator: each label's rows beside their source, the dataset beside own rows.  [CFDG Table 2]
+def labelled_rows(
+    generator: Any, k: int, task: data.Task, units: data.Units, offline: ReplayBuffer, online: ReplayBuffer
+) -> dict[str, float]:
+    """Of a LabelledGenerator: generated_rows, and each label's rows beside their source.  [CFDG Table 2]
 
-    Generated rows of the online label replace `describe`'s of all; those of the other are syn/offline_*, beside the
+    Of the online label beside own rows, in place of `describe`'s of all; of the other, syn/offline_*, beside the
     dataset; syn/dataset_js_* is the dataset's divergence from own rows.
     """
+    logs = generated_rows(generator, k, task, units, offline, online)
     end, moments, widths = int(generator.boundary), generator.moments, offline.widths
     kept, own, dataset = (b.table[: b.rows] for b in (generator.synthetic, online, offline))
-    some_own, logs = spread(own, 2_000), {"syn/online_rows": end, "syn/offline_rows": len(kept) - end}
+    some_own = spread(own, 2_000)
+    logs |= {"syn/online_rows": end, "syn/offline_rows": len(kept) - end}
     logs |= describe(spread(kept[:end], 2_000), some_own, [own], moments, widths)
     of_dataset = describe(spread(dataset, 2_000), some_own, [own], moments, widths)
     logs |= {k.replace("/", "/dataset_"): v for k, v in of_dataset.items() if "/js_" in k}
@@ -231,16 +235,19 @@ def labelled_rows(generator: Any, offline: ReplayBuffer, online: ReplayBuffer) -
     return logs
 
 
-def guided_rows(energies: Any, task: data.Task, units: data.Units) -> dict[str, float]:
-    """What EDIS's guidance changed: 2,000 rows of the model alone ("unguided") and generated ones ("guided").
+def guided_rows(
+    energies: Any, k: int, task: data.Task, units: data.Units, offline: ReplayBuffer, online: ReplayBuffer
+) -> dict[str, float]:
+    """generated_rows, and what EDIS's guidance changed: 2,000 rows of the model alone ("unguided") beside those.
 
     energy/*_js_states from own states; *_policy_gap: rms of the action against one of the policy's at that state, in
     units of the moments; *_sim_error as above; energy/clipped: share of guidance clipped; energy/effective: (Σ w)² /
     Σ w² as a share of the real rows that were weighed.
     """
-    g, online = energies.generator, energies.online
+    g = energies.generator
+    logs = generated_rows(g, k, task, units, offline, online)
     widths, (o, a, *_), env = online.widths, online.widths, data.make_env(task, units)
-    logs = {"energy/clipped": (energies.guided[1] / energies.guided[0].clamp(min=1)).item()}
+    logs["energy/clipped"] = (energies.guided[1] / energies.guided[0].clamp(min=1)).item()
     logs["energy/effective"] = energies.effective.item()
     few = [spread(b.table[: b.rows, : g.features], 2_000) for b in (online, g.synthetic)]
     own, guided = (g.moments.normalize(x) for x in few)
@@ -254,6 +261,59 @@ def guided_rows(energies: Any, task: data.Task, units: data.Units) -> dict[str, 
         if error:
             logs[f"energy/{name}_sim_error"] = error["sim_error"]
     return logs
+
+
+def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Spearman's, of (N,) and (N,), equal values sharing their mean rank; 0 if one is constant."""
+    ranks = []
+    for x in (a, b):
+        _, group, size = x.unique(return_inverse=True, return_counts=True)
+        rank = (size.cumsum(0) - 0.5 * (size - 1))[group].double()
+        ranks.append((rank - rank.mean()) / rank.std(correction=0).clamp(min=1e-8))
+    return (ranks[0] * ranks[1]).mean().item()
+
+
+def ratio_checks(own: torch.Tensor, dataset: torch.Tensor) -> dict[str, float]:
+    """log w of own rows and of dataset rows, (N,) and (M,) -> its logistic loss, and what is 1 if w is their ratio."""
+    loss = torch.nn.functional.softplus(-own).mean() + torch.nn.functional.softplus(dataset).mean()
+    return {
+        "align/ratio_loss": loss.item(),
+        "align/w_off": dataset.exp().mean().item(),
+        "align/inverse_w_on": (-own).exp().mean().item(),
+        "align/w_balance": ((-own).sigmoid().mean() / dataset.sigmoid().mean()).item(),
+    }
+
+
+def selected_rows(aligner: Any) -> dict[str, float]:
+    """Of AD2S's last selection, all align/*; indices count the rows of the dataset first, then own ones.
+
+    ratio_loss, and what is 1 if w is a ratio, of rows that w did not learn from: w_off, E_off[w]; inverse_w_on,
+    E_on[1/w] (of samples only if the buffers overlap: at a loss of 0.12 the exact w, too, has 0.15 to 1.6); w_balance,
+    E_on[1/(1+w)] / E_off[w/(1+w)]. u_reward_rank, y_reward_rank: rank correlations with the reward; near 1, A drowns
+    the rest. offline_share_aligned, offline_share_reused: of the selected rows. model_error: median over all rows of
+    the root mean square error of g, in units of the moments. condition_q10, condition_q50, condition_q90 of the reused
+    rows; amplified_q10, amplified_q50, amplified_q90 of what they are regenerated toward.
+    """
+    s, n = aligner.scored, aligner.buffers[0].rows
+    logs = ratio_checks(*aligner.held_out())
+    logs["align/u_reward_rank"] = rank_correlation(s["log_u"], s["reward"])
+    logs["align/y_reward_rank"] = rank_correlation(s["log_y"], s["reward"])
+    logs["align/offline_share_aligned"] = (aligner.aligned < n).float().mean().item()
+    logs["align/offline_share_reused"] = (aligner.chosen < n).float().mean().item()
+    logs["align/model_error"] = (s["error"] / aligner.obs_dim).sqrt().median().item()
+    for name, c in {"condition": aligner.reused_conditions, "amplified": aligner.targets}.items():
+        ordered = c.sort().values
+        logs |= {f"align/{name}_q{q}": ordered[q * (len(c) - 1) // 100].item() for q in (10, 50, 90)}
+    return logs
+
+
+def aligned_rows(
+    generator: Any, k: int, task: data.Task, units: data.Units, offline: ReplayBuffer, online: ReplayBuffer
+) -> dict[str, float]:
+    """Of an AlignedGenerator: generated_rows, selected_rows, and syn/model_error, of generated rows under g."""
+    logs = generated_rows(generator, k, task, units, offline, online) | selected_rows(generator.aligner)
+    error = generator.aligner.errors(generator.synthetic.table[: generator.synthetic.rows])
+    return logs | {"syn/model_error": (error / generator.obs_dim).sqrt().median().item()}
 
 
 COMPARED = 512  # windows on which a DUAL student and its planner are compared

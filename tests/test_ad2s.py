@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import log_rows, module, tiny_args
 
 from algorithms import calql_ad2s as ad2s
-from common import buffer, edm, run
+from common import buffer, edm, judge, run
 
 CPU = torch.device("cpu")
 OBS, ACT = 2, 1  # of the hand-made rows [s, s, a, r, s', s', terminal]
@@ -178,17 +178,19 @@ def test_every_tenth_block_tests_the_ratio_and_does_not_train_it():
     aligner.nets["ratio"] = Function(lambda x: 4 * (x[:, :1] - 0.5))
     aligner.select()
     log_w = 4 * (np.arange(900, 1_000) / 1_000 - 0.5)  # of the rows set aside, in both buffers
-    assert aligner.logs["align/w_off"] == pytest.approx(np.exp(log_w).mean(), rel=1e-5)
-    assert aligner.logs["align/inverse_w_on"] == pytest.approx(np.exp(-log_w).mean(), rel=1e-5)
+    assert judge.selected_rows(aligner)["align/w_off"] == pytest.approx(np.exp(log_w).mean(), rel=1e-5)
+    assert judge.selected_rows(aligner)["align/inverse_w_on"] == pytest.approx(
+        np.exp(-log_w).mean(), rel=1e-5
+    )
     balance = (1 / (1 + np.exp(log_w))).mean() / (1 / (1 + np.exp(-log_w))).mean()
-    assert aligner.logs["align/w_balance"] == pytest.approx(balance, rel=1e-5)
+    assert judge.selected_rows(aligner)["align/w_balance"] == pytest.approx(balance, rel=1e-5)
     loss = (np.log1p(np.exp(log_w)) + np.log1p(np.exp(-log_w))).mean()
-    assert aligner.logs["align/ratio_loss"] == pytest.approx(loss, rel=1e-5)
+    assert judge.selected_rows(aligner)["align/ratio_loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_checks_are_1_at_the_true_ratio_and_scores_do_not_drop_units():
     p, m = gaussians()
-    logs = ad2s.ratio_checks(log_ratio(p), log_ratio(m))
+    logs = judge.ratio_checks(log_ratio(p), log_ratio(m))
     assert logs["align/w_balance"] == pytest.approx(1, abs=1e-4)
     assert logs["align/w_off"] == pytest.approx(1, abs=1e-4)
     assert logs["align/inverse_w_on"] == pytest.approx(1, abs=2e-2)  # the integrand has a heavy tail
@@ -275,15 +277,17 @@ def test_selections_on_hand_made_rows(settings, aligned, reused):
     rows = torch.cat([b.table[: b.rows] for b in aligner.buffers])
     assert torch.equal(aligner.reused, rows[sorted(reused)])
     assert torch.equal(aligner.reused_conditions, aligner.conditions[sorted(reused)])
-    assert aligner.logs["align/offline_share_aligned"] == pytest.approx(
+    assert judge.selected_rows(aligner)["align/offline_share_aligned"] == pytest.approx(
         len(aligned & set(range(5))) / len(aligned)
     )
-    assert aligner.logs["align/offline_share_reused"] == pytest.approx(
+    assert judge.selected_rows(aligner)["align/offline_share_reused"] == pytest.approx(
         len(reused & set(range(5))) / len(reused)
     )
-    assert aligner.logs["align/w_off"] == pytest.approx(np.exp(LOG_W[:5]).mean(), rel=1e-5)
-    assert aligner.logs["align/inverse_w_on"] == pytest.approx(np.exp(-LOG_W[5:]).mean(), rel=1e-5)
-    assert aligner.logs["align/model_error"] == pytest.approx(
+    assert judge.selected_rows(aligner)["align/w_off"] == pytest.approx(np.exp(LOG_W[:5]).mean(), rel=1e-5)
+    assert judge.selected_rows(aligner)["align/inverse_w_on"] == pytest.approx(
+        np.exp(-LOG_W[5:]).mean(), rel=1e-5
+    )
+    assert judge.selected_rows(aligner)["align/model_error"] == pytest.approx(
         math.sqrt(0.5), rel=1e-5
     )  # e/2: lower median of 1, 1
 
@@ -316,9 +320,9 @@ def test_rank_correlation_with_ties():
     """Ranks 1.5, 1.5, 3, 4 and 1, 2, 4, 3; Pearson's of them."""
     a, b = torch.tensor([5.0, 5.0, 6.0, 9.0]), torch.tensor([-1.0, 0.0, 7.0, 3.0])
     expected = np.corrcoef([1.5, 1.5, 3, 4], [1, 2, 4, 3])[0, 1]
-    assert ad2s.rank_correlation(a, b) == pytest.approx(expected)
-    assert ad2s.rank_correlation(a, a.exp()) == pytest.approx(1)
-    assert ad2s.rank_correlation(a, torch.ones(4)) == 0
+    assert judge.rank_correlation(a, b) == pytest.approx(expected)
+    assert judge.rank_correlation(a, a.exp()) == pytest.approx(1)
+    assert judge.rank_correlation(a, torch.ones(4)) == 0
 
 
 def test_advantage_from_the_critics_by_hand():
@@ -656,11 +660,11 @@ def test_a_kill_inside_a_regeneration_changes_nothing(dataset, tmp_path, monkeyp
     ]:
         calls = [0]
 
-        def deadly(self, name=name, after=after, calls=calls):
+        def deadly(self, *given, name=name, after=after, calls=calls):
             calls[0] += 1
             if calls[0] > after:
                 raise Killed
-            return originals[name](self)
+            return originals[name](self, *given)
 
         with monkeypatch.context() as patch:
             if name:

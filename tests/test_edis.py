@@ -116,7 +116,7 @@ def case(out, rho=0.8, use=("state", "policy", "dynamics"), rows=20_000, **chang
         return rho * s + shift + scale * math.sqrt(1 - rho**2) * torch.randn_like(s)
 
     g = edis.Generator(r, args, net, [offline, online])
-    e = edis.Energies(r, args, g, act, offline, online)
+    e = edis.Energies(g, act)
     e.sources = [offline]
     e.pool.copy_(draw(law(rho), rows))
     return e
