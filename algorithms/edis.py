@@ -64,7 +64,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import data, edm, judge, run
-from common.buffer import Batch, ReplayBuffer, mix
+from common.buffer import Batch, ReplayBuffer, mix, union_rows
 from common.run import Count, Fraction, Natural, Number, Positive, Rate, Several, Share, Weight
 
 
@@ -400,18 +400,6 @@ class TransitionNet(nn.Module):
         for layer in self.blocks:
             h = h + layer(F.relu(h))
         return self.out(F.relu(h))
-
-
-def union_rows(buffers: list[ReplayBuffer], n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (n, width) uniform over the union of buffers, and their indices in it (n,); nothing is read back."""
-    device = buffers[0].table.device
-    index = torch.randint(1 << 62, (n,), device=device).remainder_(sum(b.size for b in buffers))
-    rows, left = 0.0, index
-    for b in buffers:
-        mine = (left >= 0) & (left < b.size)
-        rows = rows + mine[:, None] * b.table.index_select(0, torch.where(mine, left, 0))
-        left = left - b.size
-    return rows, index
 
 
 class Generator:

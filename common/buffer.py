@@ -1,5 +1,6 @@
 """Replay on the device: one packed table, batch indices drawn on the device, nothing that waits for the host."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -128,3 +129,15 @@ class ReplayBuffer:
         n = len(state["rows"])
         self.table[self.fixed : self.fixed + n] = state["rows"]
         self._resize(self.fixed + n)
+
+
+def union_rows(buffers: Sequence[ReplayBuffer], n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (n, width) uniform over the union of buffers, and their indices in it (n,); nothing is read back."""
+    device = buffers[0].table.device
+    index = torch.randint(1 << 62, (n,), device=device).remainder_(sum(b.size for b in buffers))
+    rows, left = 0.0, index
+    for b in buffers:
+        mine = (left >= 0) & (left < b.size)
+        rows = rows + mine[:, None] * b.table.index_select(0, torch.where(mine, left, 0))
+        left = left - b.size
+    return rows, index
