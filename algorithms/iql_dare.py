@@ -359,9 +359,8 @@ def exchange(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Swap the top-M pairs: scores (N,), off (N,) bool by origin, τ () -> off_like (N,) bool, M ().  [DARE Eq. 10]
 
-    Candidates are dataset rows with d >= τ and own rows with d < τ; M = min(both counts, cap), cap < 0 is none; those
-    of the largest d leave, those of the smallest enter: U17. Rows stay where they are, labels change: shapes are fixed
-    and nothing is read back.
+    Candidates are dataset rows with d >= τ and own rows with d < τ; M = min(both counts, cap), cap < 0 being no cap.
+    The largest d leave, the smallest enter: U17. Rows stay and labels change: fixed shapes, nothing is read back.
     """
     high, low = off & (scores >= tau), ~off & (scores < tau)
     m = torch.minimum(high.sum(), low.sum()).clamp(max=len(scores) if cap < 0 else cap)
@@ -623,11 +622,13 @@ def energy_loss(
     alpha, sigma = (x[..., None] for x in noise_levels(t))
     x = alpha * support + sigma * torch.randn_like(support)
     log_f = energy(obs[:, None].expand(-1, bq.shape[1], -1), x, t).log_softmax(1)
-    rows = has_support.sum().clamp(min=1)
-    loss = -((labels * log_f).sum(1) * has_support).sum() / rows
-    entropy = -((labels * labels.clamp(min=1e-30).log()).sum(1) * has_support).sum() / rows
-    std_bq = (bq.std(1, correction=0) * has_support).sum() / rows
-    return loss, {"energy/loss": loss.detach(), "energy/label_entropy": entropy, "energy/std_bq": std_bq}
+
+    def mean(of_rows: torch.Tensor) -> torch.Tensor:
+        return (of_rows * has_support).sum() / has_support.sum().clamp(min=1)
+
+    loss, entropy = -mean((labels * log_f).sum(1)), -mean((labels * labels.clamp(min=1e-30).log()).sum(1))
+    logs = {"energy/loss": loss.detach(), "energy/label_entropy": entropy}
+    return loss, logs | {"energy/std_bq": mean(bq.std(1, correction=0))}
 
 
 def guided_eps(behavior: nn.Module, energy: nn.Module | None, obs: torch.Tensor, scale: float) -> EpsFn:
@@ -684,7 +685,7 @@ class Support:
 
 
 def unit_of_q(args: Args, dataset: data.Dataset, scale: float) -> float:
-    """By what to divide Q of rewards scale · r so that β fits: to get Q of r · 1000 / return range, or of r.  U11"""
+    """What β Q is divided by: Q is of rewards scale · r, β is meant for r · 1000 / return range, or for r.  U11"""
     if args.energy_units == "reward":
         return scale
     if len(set(dataset.episode_returns())) == 1:
@@ -784,10 +785,10 @@ class Guide:
             all_actions.copy_(run.load_state(path, self.r.device)["actions"])
             return
         # a generator of its own: the run goes on alike, whether these are computed or read
-        own = torch.Generator(self.r.device).manual_seed(self.args.seed)
+        generator = torch.Generator(self.r.device).manual_seed(self.args.seed)
         chunks = list(zip(all_actions.split(1_024), self.offline.obs.split(1_024), strict=True))
         for actions, obs in tqdm(chunks, desc="support", unit="chunk", disable=None):
-            noise = torch.randn(actions.shape, device=self.r.device, generator=own)
+            noise = torch.randn(actions.shape, device=self.r.device, generator=generator)
             actions.copy_(support_actions(self.behavior, obs, noise))
         run.save_atomically({"actions": all_actions.clone()}, path)
 
