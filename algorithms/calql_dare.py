@@ -185,293 +185,7 @@ NEEDS = {  # condition -> settings that have no effect without it: a flag for on
 }  # fmt: skip
 
 
-# --- shared: calql.critics ---
-def orthogonal(sizes: tuple, gains: list[float], copies: int) -> tuple[nn.ParameterList, nn.ParameterList]:
-    """Weights (copies, in, out) orthogonal with the layer's gain, biases (copies, 1, out) zero.  [CORL]"""
-    weights = [torch.empty(copies, i, o) for i, o in pairwise(sizes)]
-    for weight, gain in zip(weights, gains, strict=True):
-        for k in range(copies):
-            nn.init.orthogonal_(weight[k], gain)
-    return nn.ParameterList(weights), nn.ParameterList([torch.zeros(copies, 1, o) for o in sizes[1:]])
-
-
-class DeepTwinQ(nn.Module):
-    """Two critics as stacked weights, one batched matmul per layer: obs (B, O), actions (B, A) -> (2, B).  [CORL]"""
-
-    def __init__(self, obs_dim: int, act_dim: int, hidden: int, layers: int):
-        super().__init__()
-        gains = [math.sqrt(2)] * layers + [1e-2]  # D6
-        self.weight, self.bias = orthogonal((obs_dim + act_dim, *[hidden] * layers, 1), gains, 2)
-
-    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([obs, actions], -1).expand(2, -1, -1)
-        *hidden, (weight_out, bias_out) = zip(self.weight, self.bias, strict=True)
-        for weight, bias in hidden:
-            x = torch.baddbmm(bias, x, weight).relu_()
-        return torch.baddbmm(bias_out, x, weight_out).squeeze(-1)
-
-
-# --- end shared: calql.critics ---
-
-
-# --- shared: calql.actor ---
-class TanhGaussianActor(nn.Module):
-    """π(a|s) = tanh N(mean(s), σ(s)²): obs (B, O) -> mean, log_std (B, A), before the squash.  [CORL]
-
-    log σ = scale · output + offset, both trained, from 1 and -1; clamped to [-20, 2].
-    """
-
-    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
-        super().__init__()
-        gains = [math.sqrt(2)] * 3 + [1e-2]  # D6
-        self.weight, self.bias = orthogonal((obs_dim, hidden, hidden, hidden, 2 * act_dim), gains, 1)
-        self.log_std_scale, self.log_std_offset = nn.Parameter(torch.ones(())), nn.Parameter(-torch.ones(()))
-
-    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = obs
-        *hidden, (weight_out, bias_out) = zip(self.weight, self.bias, strict=True)
-        for weight, bias in hidden:
-            x = F.relu(torch.addmm(bias[0], x, weight[0]))
-        mean, log_std = torch.addmm(bias_out[0], x, weight_out[0]).chunk(2, -1)
-        return mean, (self.log_std_scale * log_std + self.log_std_offset).clamp(-20.0, 2.0)
-
-
-def squash(mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Action tanh(u), u = mean + σ · noise, and log π(action): all (..., A) -> (..., A), (...,).
-
-    log π = Σ log N(u) - log(1 - tanh² u), with log(1 - tanh² u) = 2 (ln 2 - u - softplus(-2u)).  [SAC App. C]
-    """
-    u = mean + log_std.exp() * noise
-    log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    return torch.tanh(u), (log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
-
-
-def squashed_log_prob(mean: torch.Tensor, log_std: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """log π(a) of given actions (B, A) -> (B,), clipped to ±0.99999 before atanh: D5."""
-    u = torch.atanh(actions.clamp(-0.99999, 0.99999))
-    return squash(mean, log_std, (u - mean) * (-log_std).exp())[1]
-
-
-# --- end shared: calql.actor ---
-
-
-# --- shared: calql.networks ---
-def make_calql_nets(obs_dim: int, act_dim: int, hidden: int, critic_layers: int) -> nn.ModuleDict:
-    """actor, qf, q_target (a frozen copy of qf), and log_alpha, log_alpha_prime as parameters of `weights`."""
-    nets = nn.ModuleDict(
-        {
-            "actor": TanhGaussianActor(obs_dim, act_dim, hidden),
-            "qf": DeepTwinQ(obs_dim, act_dim, hidden, critic_layers),
-            "q_target": DeepTwinQ(obs_dim, act_dim, hidden, critic_layers),
-            "weights": nn.ParameterDict({"log_alpha": torch.zeros(()), "log_alpha_prime": torch.ones(())}),
-        }
-    )
-    nets["q_target"].load_state_dict(nets["qf"].state_dict())
-    nets["q_target"].requires_grad_(False)
-    return nets
-
-
-# --- end shared: calql.networks ---
-
-
-# --- shared: calql.losses ---
-def q_of_many(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """Q of M actions per state: obs (B, O), actions (B, M, A) -> (2, B, M).
-
-    One evaluation on a GPU; on a CPU some states at a time, so that what lies between the layers stays in its cache.
-    """
-    rows, many, _ = actions.shape
-    states = rows if actions.is_cuda else max(2_048 // many, 1)
-    parts = [
-        qf(o.repeat_interleave(many, 0), a.flatten(0, 1))
-        for o, a in zip(obs.split(states), actions.split(states), strict=True)
-    ]
-    return torch.cat(parts, 1).view(2, rows, many)
-
-
-def conservative_gap(
-    q: torch.Tensor,
-    q_data: torch.Tensor,
-    log_probs: torch.Tensor,
-    bound: torch.Tensor | None,
-    clip_min: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """R per row: logsumexp of importance-weighted Q, minus Q on data.  [CQL Eq. 4; Cal-QL §5; DARE Eq. 1]
-
-    q (2, B, 3n): uniform actions, then those of π(s), then of π(s'), all at s; log_probs (B, 3n) their log-densities;
-    bound (B,) the return G below which policy actions are not pushed, None for CQL -> R (2, B), share below G ().
-    """
-    policy = torch.arange(q.shape[-1], device=q.device) >= q.shape[-1] // 3
-    share = torch.zeros((), device=q.device)
-    if bound is not None:
-        below = policy & (q < bound[:, None])
-        share = below.sum() / (2 * len(bound) * (2 * q.shape[-1] // 3))
-        q = torch.where(below, bound[:, None], q)  # no gradient where G wins
-    return ((q - log_probs).logsumexp(-1) - q_data).clamp(min=clip_min), share
-
-
-def frozen_q(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """qf(obs, actions) (2, B) with gradients to the actions but none to the critic."""
-    weights = {k: p.detach() for k, p in qf.named_parameters()}
-    return torch.func.functional_call(qf, weights, (obs, actions))
-
-
-def draw_noise(rows: int, act_dim: int, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uniform actions (B, n, A) and N(0, I) (B, 3n + 1, A) for π(s), π(s'), the backup, the actor's own."""
-    uniform = torch.rand(rows, n, act_dim, device=device) * 2 - 1
-    return uniform, torch.randn(rows, 3 * n + 1, act_dim, device=device)
-
-
-# --- end shared: calql.losses ---
-
-
-# --- shared: calql.returns ---
-def mc_returns(rewards: np.ndarray, ends: np.ndarray, gamma: float, failure: float | None) -> np.ndarray:
-    """G_t = r_t + γ G_{t+1} within each episode, (N,) float32; rewards (N,) in training units.  [Cal-QL §5]
-
-    Episodes end where the file says (D7), and start from 0 there, terminated or not: U2. With `failure`, the training
-    reward of a failing step, an episode of nothing else has failure / (1 - γ) on every row.
-    """
-    returns, stops = np.zeros(len(rewards)), [*np.flatnonzero(ends), len(rewards) - 1]
-    start = 0
-    for stop in dict.fromkeys(stops):
-        episode = slice(start, stop + 1)
-        if failure is not None and np.all(rewards[episode] == np.float32(failure)):
-            returns[episode] = failure / (1 - gamma)
-        else:
-            g = 0.0
-            for t in range(stop, start - 1, -1):
-                g = returns[t] = float(rewards[t]) + gamma * g
-        start = stop + 1
-    return returns.astype(np.float32)
-
-
-class Returns:
-    """Monte-Carlo returns of the dataset's rows, and of own rows where calibration goes on online: D3.
-
-    Own rows have theirs when their episode is over; only such rows are drawn then.
-    """
-
-    def __init__(self, args: Args, dataset: data.Dataset, units: data.Units, buffer: ReplayBuffer):
-        if args.calibrate_online and not args.calibrate:
-            raise run.UsageError("--calibrate-online", "with --no-calibrate", "calibration offline too")
-        if args.calibrate_online and not dataset.ends.any():
-            got, allowed = "a dataset without episode ends", "one with terminals or timeouts"
-            raise run.UsageError("--calibrate-online", got, allowed)
-        self.args, self.buffer, device = args, buffer, buffer.table.device
-        self.dataset = self.of(units.rewards(dataset.rewards), dataset.ends).to(device)
-        self.own = torch.zeros(len(buffer.table), device=device)
-        self.finished = torch.zeros(
-            (), dtype=torch.int64, device=device
-        )  # own rows of episodes that are over
-
-    def state(self) -> dict:
-        """What a checkpoint holds, by name."""
-        return {"online_mc": self.own, "finished": self.finished}
-
-    def of(self, rewards: np.ndarray, ends: np.ndarray) -> torch.Tensor:
-        failure = self.args.reward_bias if self.args.sparse_reward else None  # training reward of a raw 0
-        return torch.from_numpy(mc_returns(rewards, ends, self.args.gamma, failure))
-
-    @property
-    def drawable(self) -> torch.Tensor | None:
-        """How many own rows may be drawn, on the device; None for all."""
-        return self.finished if self.args.calibrate_online else None
-
-    def add_episode(self, length: int) -> None:
-        """The last `length` own rows are an episode."""
-        if self.args.calibrate_online:
-            rewards, rows = self.buffer.last(length).rewards.cpu().numpy(), self.buffer.rows
-            ends = np.arange(1, length + 1) == length
-            self.own[rows - length : rows] = self.of(rewards, ends).to(self.own.device)
-            self.finished.fill_(rows)
-
-
-# --- end shared: calql.returns ---
-
-
-# --- shared: calql.training ---
-def losses(
-    nets: nn.ModuleDict,
-    batch: Batch,
-    bound: torch.Tensor | None,
-    weight: float | torch.Tensor,
-    noise: tuple,
-    args: Args,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum of the losses of critics, actor, α and α', which share no parameter; from the old parameters: D1.
-
-    bound (B,) Monte-Carlo returns or None; weight = α_cql, one number or one per row (B,); noise as from draw_noise.
-    """
-    n, (uniform, normal) = args.cql_n_actions, noise
-    rows, act_dim = batch.actions.shape
-    of_both = [
-        x[:, None] for x in nets["actor"](torch.cat([batch.obs, batch.next_obs]))
-    ]  # one pass, (2B, 1, A)
-    (mean, next_mean), (log_std, next_log_std) = (x.split(rows) for x in of_both)
-    # the actor's own action (B, 1, A) and its log π (B, 1), with gradient
-    new_actions, log_pi = squash(mean, log_std, normal[:, 3 * n :])
-    backups = n if args.max_target_backup else 1
-    with torch.no_grad():  # n of π(s), n of π(s'), the backup's of π(s')
-        means = torch.cat([mean.expand(-1, n, -1), next_mean.expand(-1, n + backups, -1)], 1)
-        log_stds = torch.cat([log_std.expand(-1, n, -1), next_log_std.expand(-1, n + backups, -1)], 1)
-        sampled, sampled_log_prob = squash(means, log_stds, normal[:, : 2 * n + backups])
-        q_backups = q_of_many(nets["q_target"], batch.next_obs, sampled[:, 2 * n :])  # (2, B, backups)
-        q_next = q_backups.amin(0).amax(-1)  # no entropy term [CORL]
-        target = batch.rewards + args.gamma * (1 - batch.terminations) * q_next
-        log_uniform = torch.full((rows, n), -act_dim * math.log(2), device=target.device)
-        log_probs = torch.cat([log_uniform, sampled_log_prob[:, : 2 * n]], 1)
-    actions = torch.cat([batch.actions[:, None], uniform, sampled[:, : 2 * n]], 1)
-    q = q_of_many(nets["qf"], batch.obs, actions)  # (2, B, 1 + 3n)
-    td_loss = (q[..., 0] - target).square().mean(1).sum()  # [DARE Eq. 1], D2
-    gap, share = conservative_gap(q[..., 1:], q[..., 0], log_probs, bound, args.cql_clip_min)
-    lagrange_loss = torch.zeros((), device=gap.device)
-    if args.lagrange:
-        multiplier = nets["weights"]["log_alpha_prime"].exp().clamp(0.0, 1e6)
-        cql_loss = (multiplier.detach() * weight * (gap - args.target_gap)).mean(1).sum()
-        lagrange_loss = -0.5 * (multiplier * weight * (gap.detach() - args.target_gap)).mean(1).sum()
-    else:
-        cql_loss = (weight * gap).mean(1).sum()  # α R [DARE Eq. 1]
-    log_alpha = nets["weights"]["log_alpha"]
-    missing = log_pi.detach() - act_dim  # of the target entropy, -A
-    alpha_loss = -(log_alpha * missing).mean()  # [SAC, arXiv 1812.05905 §5]
-    q_new = frozen_q(nets["qf"], batch.obs, new_actions[:, 0]).amin(0)
-    actor_loss = (log_alpha.detach().exp() * log_pi[:, 0] - q_new).mean()  # [SAC §4.2]
-    logs = {"loss/q": td_loss, "loss/actor": actor_loss, "loss/alpha": alpha_loss, "cql/gap": gap.mean()}
-    logs |= {"cql/bound_share": share, "q/mean": q[..., 0].mean(), "policy/log_prob": log_pi.mean()}
-    logs["policy/data_log_prob"] = squashed_log_prob(mean[:, 0], log_std[:, 0], batch.actions).mean()
-    logs |= {"alpha/entropy": log_alpha.exp(), "alpha/lagrange": nets["weights"]["log_alpha_prime"].exp()}
-    total = td_loss + cql_loss + lagrange_loss + alpha_loss + actor_loss
-    return total, {k: v.detach() for k, v in logs.items()}
-
-
-# --- end shared: calql.training ---
-
-
-# --- shared: calql.update ---
-def update(nets: nn.ModuleDict, opt: torch.optim.Optimizer, loss: torch.Tensor, polyak: float) -> None:
-    """One gradient step and the target update; nothing in here waits for the GPU."""
-    opt.zero_grad(set_to_none=True)
-    loss.backward()  # disjoint parameters: the same as one backward per loss
-    opt.step()
-    with torch.no_grad():
-        torch._foreach_lerp_([*nets["q_target"].parameters()], [*nets["qf"].parameters()], polyak)
-
-
-def make_calql_optimizer(
-    nets: nn.ModuleDict, policy_lr: float, critic_lr: float, device: torch.device
-) -> torch.optim.Adam:
-    """Adam over actor and α at one rate, critics and α' at the other."""
-    weights = nets["weights"]
-    policy = {"params": [*nets["actor"].parameters(), weights["log_alpha"]], "lr": policy_lr}
-    critic = {"params": [*nets["qf"].parameters(), weights["log_alpha_prime"]], "lr": critic_lr}
-    return torch.optim.Adam([policy, critic], fused=True, capturable=device.type == "cuda")
-
-
-# --- end shared: calql.update ---
-
-
-# NEW: from here to `train`, the method; the rest is calql.py. First the split of a batch: scores, threshold, exchange.
+# NEW: the method, down to the blocks of calql.py. First the split of a batch: scores, threshold, exchange.
 # --- shared: iql_dare.exchange ---
 Logs = dict[str, torch.Tensor]  # metric -> detached 0-d tensor
 
@@ -919,6 +633,293 @@ def behavior_settings(args: Args, dataset: data.Dataset) -> dict:
 
 
 # --- end shared: iql_dare.guidance ---
+
+
+# From here to `train`: calql.py's networks, losses and updates.
+# --- shared: calql.critics ---
+def orthogonal(sizes: tuple, gains: list[float], copies: int) -> tuple[nn.ParameterList, nn.ParameterList]:
+    """Weights (copies, in, out) orthogonal with the layer's gain, biases (copies, 1, out) zero.  [CORL]"""
+    weights = [torch.empty(copies, i, o) for i, o in pairwise(sizes)]
+    for weight, gain in zip(weights, gains, strict=True):
+        for k in range(copies):
+            nn.init.orthogonal_(weight[k], gain)
+    return nn.ParameterList(weights), nn.ParameterList([torch.zeros(copies, 1, o) for o in sizes[1:]])
+
+
+class DeepTwinQ(nn.Module):
+    """Two critics as stacked weights, one batched matmul per layer: obs (B, O), actions (B, A) -> (2, B).  [CORL]"""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int, layers: int):
+        super().__init__()
+        gains = [math.sqrt(2)] * layers + [1e-2]  # D6
+        self.weight, self.bias = orthogonal((obs_dim + act_dim, *[hidden] * layers, 1), gains, 2)
+
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([obs, actions], -1).expand(2, -1, -1)
+        *hidden, (weight_out, bias_out) = zip(self.weight, self.bias, strict=True)
+        for weight, bias in hidden:
+            x = torch.baddbmm(bias, x, weight).relu_()
+        return torch.baddbmm(bias_out, x, weight_out).squeeze(-1)
+
+
+# --- end shared: calql.critics ---
+
+
+# --- shared: calql.actor ---
+class TanhGaussianActor(nn.Module):
+    """π(a|s) = tanh N(mean(s), σ(s)²): obs (B, O) -> mean, log_std (B, A), before the squash.  [CORL]
+
+    log σ = scale · output + offset, both trained, from 1 and -1; clamped to [-20, 2].
+    """
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
+        super().__init__()
+        gains = [math.sqrt(2)] * 3 + [1e-2]  # D6
+        self.weight, self.bias = orthogonal((obs_dim, hidden, hidden, hidden, 2 * act_dim), gains, 1)
+        self.log_std_scale, self.log_std_offset = nn.Parameter(torch.ones(())), nn.Parameter(-torch.ones(()))
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = obs
+        *hidden, (weight_out, bias_out) = zip(self.weight, self.bias, strict=True)
+        for weight, bias in hidden:
+            x = F.relu(torch.addmm(bias[0], x, weight[0]))
+        mean, log_std = torch.addmm(bias_out[0], x, weight_out[0]).chunk(2, -1)
+        return mean, (self.log_std_scale * log_std + self.log_std_offset).clamp(-20.0, 2.0)
+
+
+def squash(mean: torch.Tensor, log_std: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Action tanh(u), u = mean + σ · noise, and log π(action): all (..., A) -> (..., A), (...,).
+
+    log π = Σ log N(u) - log(1 - tanh² u), with log(1 - tanh² u) = 2 (ln 2 - u - softplus(-2u)).  [SAC App. C]
+    """
+    u = mean + log_std.exp() * noise
+    log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    return torch.tanh(u), (log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
+
+
+def squashed_log_prob(mean: torch.Tensor, log_std: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """log π(a) of given actions (B, A) -> (B,), clipped to ±0.99999 before atanh: D5."""
+    u = torch.atanh(actions.clamp(-0.99999, 0.99999))
+    return squash(mean, log_std, (u - mean) * (-log_std).exp())[1]
+
+
+# --- end shared: calql.actor ---
+
+
+# --- shared: calql.networks ---
+def make_calql_nets(obs_dim: int, act_dim: int, hidden: int, critic_layers: int) -> nn.ModuleDict:
+    """actor, qf, q_target (a frozen copy of qf), and log_alpha, log_alpha_prime as parameters of `weights`."""
+    nets = nn.ModuleDict(
+        {
+            "actor": TanhGaussianActor(obs_dim, act_dim, hidden),
+            "qf": DeepTwinQ(obs_dim, act_dim, hidden, critic_layers),
+            "q_target": DeepTwinQ(obs_dim, act_dim, hidden, critic_layers),
+            "weights": nn.ParameterDict({"log_alpha": torch.zeros(()), "log_alpha_prime": torch.ones(())}),
+        }
+    )
+    nets["q_target"].load_state_dict(nets["qf"].state_dict())
+    nets["q_target"].requires_grad_(False)
+    return nets
+
+
+# --- end shared: calql.networks ---
+
+
+# --- shared: calql.losses ---
+def q_of_many(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """Q of M actions per state: obs (B, O), actions (B, M, A) -> (2, B, M).
+
+    One evaluation on a GPU; on a CPU some states at a time, so that what lies between the layers stays in its cache.
+    """
+    rows, many, _ = actions.shape
+    states = rows if actions.is_cuda else max(2_048 // many, 1)
+    parts = [
+        qf(o.repeat_interleave(many, 0), a.flatten(0, 1))
+        for o, a in zip(obs.split(states), actions.split(states), strict=True)
+    ]
+    return torch.cat(parts, 1).view(2, rows, many)
+
+
+def conservative_gap(
+    q: torch.Tensor,
+    q_data: torch.Tensor,
+    log_probs: torch.Tensor,
+    bound: torch.Tensor | None,
+    clip_min: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """R per row: logsumexp of importance-weighted Q, minus Q on data.  [CQL Eq. 4; Cal-QL §5; DARE Eq. 1]
+
+    q (2, B, 3n): uniform actions, then those of π(s), then of π(s'), all at s; log_probs (B, 3n) their log-densities;
+    bound (B,) the return G below which policy actions are not pushed, None for CQL -> R (2, B), share below G ().
+    """
+    policy = torch.arange(q.shape[-1], device=q.device) >= q.shape[-1] // 3
+    share = torch.zeros((), device=q.device)
+    if bound is not None:
+        below = policy & (q < bound[:, None])
+        share = below.sum() / (2 * len(bound) * (2 * q.shape[-1] // 3))
+        q = torch.where(below, bound[:, None], q)  # no gradient where G wins
+    return ((q - log_probs).logsumexp(-1) - q_data).clamp(min=clip_min), share
+
+
+def frozen_q(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """qf(obs, actions) (2, B) with gradients to the actions but none to the critic."""
+    weights = {k: p.detach() for k, p in qf.named_parameters()}
+    return torch.func.functional_call(qf, weights, (obs, actions))
+
+
+def draw_noise(rows: int, act_dim: int, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uniform actions (B, n, A) and N(0, I) (B, 3n + 1, A) for π(s), π(s'), the backup, the actor's own."""
+    uniform = torch.rand(rows, n, act_dim, device=device) * 2 - 1
+    return uniform, torch.randn(rows, 3 * n + 1, act_dim, device=device)
+
+
+# --- end shared: calql.losses ---
+
+
+# --- shared: calql.returns ---
+def mc_returns(rewards: np.ndarray, ends: np.ndarray, gamma: float, failure: float | None) -> np.ndarray:
+    """G_t = r_t + γ G_{t+1} within each episode, (N,) float32; rewards (N,) in training units.  [Cal-QL §5]
+
+    Episodes end where the file says (D7), and start from 0 there, terminated or not: U2. With `failure`, the training
+    reward of a failing step, an episode of nothing else has failure / (1 - γ) on every row.
+    """
+    returns, stops = np.zeros(len(rewards)), [*np.flatnonzero(ends), len(rewards) - 1]
+    start = 0
+    for stop in dict.fromkeys(stops):
+        episode = slice(start, stop + 1)
+        if failure is not None and np.all(rewards[episode] == np.float32(failure)):
+            returns[episode] = failure / (1 - gamma)
+        else:
+            g = 0.0
+            for t in range(stop, start - 1, -1):
+                g = returns[t] = float(rewards[t]) + gamma * g
+        start = stop + 1
+    return returns.astype(np.float32)
+
+
+class Returns:
+    """Monte-Carlo returns of the dataset's rows, and of own rows where calibration goes on online: D3.
+
+    Own rows have theirs when their episode is over; only such rows are drawn then.
+    """
+
+    def __init__(self, args: Args, dataset: data.Dataset, units: data.Units, buffer: ReplayBuffer):
+        if args.calibrate_online and not args.calibrate:
+            raise run.UsageError("--calibrate-online", "with --no-calibrate", "calibration offline too")
+        if args.calibrate_online and not dataset.ends.any():
+            got, allowed = "a dataset without episode ends", "one with terminals or timeouts"
+            raise run.UsageError("--calibrate-online", got, allowed)
+        self.args, self.buffer, device = args, buffer, buffer.table.device
+        self.dataset = self.of(units.rewards(dataset.rewards), dataset.ends).to(device)
+        self.own = torch.zeros(len(buffer.table), device=device)
+        self.finished = torch.zeros(
+            (), dtype=torch.int64, device=device
+        )  # own rows of episodes that are over
+
+    def state(self) -> dict:
+        """What a checkpoint holds, by name."""
+        return {"online_mc": self.own, "finished": self.finished}
+
+    def of(self, rewards: np.ndarray, ends: np.ndarray) -> torch.Tensor:
+        failure = self.args.reward_bias if self.args.sparse_reward else None  # training reward of a raw 0
+        return torch.from_numpy(mc_returns(rewards, ends, self.args.gamma, failure))
+
+    @property
+    def drawable(self) -> torch.Tensor | None:
+        """How many own rows may be drawn, on the device; None for all."""
+        return self.finished if self.args.calibrate_online else None
+
+    def add_episode(self, length: int) -> None:
+        """The last `length` own rows are an episode."""
+        if self.args.calibrate_online:
+            rewards, rows = self.buffer.last(length).rewards.cpu().numpy(), self.buffer.rows
+            ends = np.arange(1, length + 1) == length
+            self.own[rows - length : rows] = self.of(rewards, ends).to(self.own.device)
+            self.finished.fill_(rows)
+
+
+# --- end shared: calql.returns ---
+
+
+# --- shared: calql.training ---
+def losses(
+    nets: nn.ModuleDict,
+    batch: Batch,
+    bound: torch.Tensor | None,
+    weight: float | torch.Tensor,
+    noise: tuple,
+    args: Args,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the losses of critics, actor, α and α', which share no parameter; from the old parameters: D1.
+
+    bound (B,) Monte-Carlo returns or None; weight = α_cql, one number or one per row (B,); noise as from draw_noise.
+    """
+    n, (uniform, normal) = args.cql_n_actions, noise
+    rows, act_dim = batch.actions.shape
+    of_both = [
+        x[:, None] for x in nets["actor"](torch.cat([batch.obs, batch.next_obs]))
+    ]  # one pass, (2B, 1, A)
+    (mean, next_mean), (log_std, next_log_std) = (x.split(rows) for x in of_both)
+    # the actor's own action (B, 1, A) and its log π (B, 1), with gradient
+    new_actions, log_pi = squash(mean, log_std, normal[:, 3 * n :])
+    backups = n if args.max_target_backup else 1
+    with torch.no_grad():  # n of π(s), n of π(s'), the backup's of π(s')
+        means = torch.cat([mean.expand(-1, n, -1), next_mean.expand(-1, n + backups, -1)], 1)
+        log_stds = torch.cat([log_std.expand(-1, n, -1), next_log_std.expand(-1, n + backups, -1)], 1)
+        sampled, sampled_log_prob = squash(means, log_stds, normal[:, : 2 * n + backups])
+        q_backups = q_of_many(nets["q_target"], batch.next_obs, sampled[:, 2 * n :])  # (2, B, backups)
+        q_next = q_backups.amin(0).amax(-1)  # no entropy term [CORL]
+        target = batch.rewards + args.gamma * (1 - batch.terminations) * q_next
+        log_uniform = torch.full((rows, n), -act_dim * math.log(2), device=target.device)
+        log_probs = torch.cat([log_uniform, sampled_log_prob[:, : 2 * n]], 1)
+    actions = torch.cat([batch.actions[:, None], uniform, sampled[:, : 2 * n]], 1)
+    q = q_of_many(nets["qf"], batch.obs, actions)  # (2, B, 1 + 3n)
+    td_loss = (q[..., 0] - target).square().mean(1).sum()  # [DARE Eq. 1], D2
+    gap, share = conservative_gap(q[..., 1:], q[..., 0], log_probs, bound, args.cql_clip_min)
+    lagrange_loss = torch.zeros((), device=gap.device)
+    if args.lagrange:
+        multiplier = nets["weights"]["log_alpha_prime"].exp().clamp(0.0, 1e6)
+        cql_loss = (multiplier.detach() * weight * (gap - args.target_gap)).mean(1).sum()
+        lagrange_loss = -0.5 * (multiplier * weight * (gap.detach() - args.target_gap)).mean(1).sum()
+    else:
+        cql_loss = (weight * gap).mean(1).sum()  # α R [DARE Eq. 1]
+    log_alpha = nets["weights"]["log_alpha"]
+    missing = log_pi.detach() - act_dim  # of the target entropy, -A
+    alpha_loss = -(log_alpha * missing).mean()  # [SAC, arXiv 1812.05905 §5]
+    q_new = frozen_q(nets["qf"], batch.obs, new_actions[:, 0]).amin(0)
+    actor_loss = (log_alpha.detach().exp() * log_pi[:, 0] - q_new).mean()  # [SAC §4.2]
+    logs = {"loss/q": td_loss, "loss/actor": actor_loss, "loss/alpha": alpha_loss, "cql/gap": gap.mean()}
+    logs |= {"cql/bound_share": share, "q/mean": q[..., 0].mean(), "policy/log_prob": log_pi.mean()}
+    logs["policy/data_log_prob"] = squashed_log_prob(mean[:, 0], log_std[:, 0], batch.actions).mean()
+    logs |= {"alpha/entropy": log_alpha.exp(), "alpha/lagrange": nets["weights"]["log_alpha_prime"].exp()}
+    total = td_loss + cql_loss + lagrange_loss + alpha_loss + actor_loss
+    return total, {k: v.detach() for k, v in logs.items()}
+
+
+# --- end shared: calql.training ---
+
+
+# --- shared: calql.update ---
+def update(nets: nn.ModuleDict, opt: torch.optim.Optimizer, loss: torch.Tensor, polyak: float) -> None:
+    """One gradient step and the target update; nothing in here waits for the GPU."""
+    opt.zero_grad(set_to_none=True)
+    loss.backward()  # disjoint parameters: the same as one backward per loss
+    opt.step()
+    with torch.no_grad():
+        torch._foreach_lerp_([*nets["q_target"].parameters()], [*nets["qf"].parameters()], polyak)
+
+
+def make_calql_optimizer(
+    nets: nn.ModuleDict, policy_lr: float, critic_lr: float, device: torch.device
+) -> torch.optim.Adam:
+    """Adam over actor and α at one rate, critics and α' at the other."""
+    weights = nets["weights"]
+    policy = {"params": [*nets["actor"].parameters(), weights["log_alpha"]], "lr": policy_lr}
+    critic = {"params": [*nets["qf"].parameters(), weights["log_alpha_prime"]], "lr": critic_lr}
+    return torch.optim.Adam([policy, critic], fused=True, capturable=device.type == "cuda")
+
+
+# --- end shared: calql.update ---
 
 
 def train(args: Args) -> dict[str, float]:

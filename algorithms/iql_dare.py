@@ -173,171 +173,7 @@ NEEDS = {  # condition -> settings that have no effect without it: a flag for on
 }  # fmt: skip
 
 
-# --- shared: iql.actor ---
-class GaussianActor(nn.Module):
-    """π(a|s) = N(mean(s), diag σ²): obs (B, O) -> mean (B, A) in (-1, 1), log_std (A,) in [-5, 2].  [PEX]
-
-    Only the mean is squashed, so the density has no Jacobian term. Xavier-uniform weights, zero biases. Dropout works
-    where gradients do, in the actor's losses, and never under no_grad.
-    """
-
-    def __init__(self, obs_dim: int, act_dim: int, hidden: int, dropout: float = 0.0):
-        super().__init__()
-        sizes = (obs_dim, hidden, hidden, act_dim)
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))
-        self.log_std, self.dropout = nn.Parameter(torch.zeros(act_dim)), dropout
-        for layer in self.layers:
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x, hidden_layers = obs, self.layers[:-1]
-        for layer in hidden_layers:
-            x = F.dropout(F.relu(layer(x)), self.dropout, training=torch.is_grad_enabled())
-        return torch.tanh(self.layers[-1](x)), self.log_std.clamp(-5.0, 2.0)
-
-
-# --- end shared: iql.actor ---
-
-
-# --- shared: iql.critics ---
-class TwinQ(nn.Module):
-    """Two Q networks as stacked weights, one batched matmul per layer: obs (B, O), actions (B, A) -> (2, B)."""
-
-    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
-        super().__init__()
-        sizes = (obs_dim + act_dim, hidden, hidden, 1)
-        self.weight, self.bias = nn.ParameterList(), nn.ParameterList()
-        for i, o in pairwise(sizes):
-            bound = 1 / math.sqrt(i)  # nn.Linear's own, per network
-            self.weight.append(torch.empty(2, i, o).uniform_(-bound, bound))
-            self.bias.append(torch.empty(2, 1, o).uniform_(-bound, bound))
-
-    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([obs, actions], -1).expand(2, -1, -1)
-        x = F.relu(torch.baddbmm(self.bias[0], x, self.weight[0]))
-        x = F.relu(torch.baddbmm(self.bias[1], x, self.weight[1]))
-        return torch.baddbmm(self.bias[2], x, self.weight[2]).squeeze(-1)
-
-
-class ValueNet(nn.Module):
-    """V(s): obs (B, O) -> (B,)."""
-
-    def __init__(self, obs_dim: int, hidden: int):
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
-        )
-
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return self.net(obs).squeeze(-1)
-
-
-# --- end shared: iql.critics ---
-
-
-# --- shared: iql.networks ---
-def make_nets(obs_dim: int, act_dim: int, hidden: int, dropout: float = 0.0) -> nn.ModuleDict:
-    """actor, qf, q_target (a frozen copy of qf), vf."""
-    nets = nn.ModuleDict(
-        {
-            "actor": GaussianActor(obs_dim, act_dim, hidden, dropout),
-            "qf": TwinQ(obs_dim, act_dim, hidden),
-            "q_target": TwinQ(obs_dim, act_dim, hidden),
-            "vf": ValueNet(obs_dim, hidden),
-        }
-    )
-    nets["q_target"].load_state_dict(nets["qf"].state_dict())
-    nets["q_target"].requires_grad_(False)
-    return nets
-
-
-# --- end shared: iql.networks ---
-
-
-# --- shared: iql.losses ---
-def value_loss(adv: torch.Tensor, expectile: float | torch.Tensor) -> torch.Tensor:
-    """L_V = E[ |τ - 1(A < 0)| A² ], A = Q̂ - V; adv (B,), τ a number or (B,) -> ().  [IQL Eq. 5]"""
-    return (torch.abs(expectile - (adv < 0).to(adv)) * adv.square()).mean()
-
-
-def td_target(
-    rewards: torch.Tensor, terminations: torch.Tensor, v_next: torch.Tensor, gamma: float
-) -> torch.Tensor:
-    """r + γ (1 - terminated) V(s'), all (B,); rewards in training units.  [IQL Eq. 6]
-
-    Truncated transitions keep their bootstrap: next_obs must be the last observation of the episode.
-    """
-    return rewards + gamma * (1 - terminations) * v_next
-
-
-def log_prob(mean: torch.Tensor, log_std: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """log N(a; mean, diag σ²): (B, A), (A,), (B, A) -> (B,)."""
-    z = (actions - mean) * (-log_std).exp()
-    return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-
-
-def awr_weight(adv: torch.Tensor, inv_temp: float) -> torch.Tensor:
-    """min(exp(β A), 100), (B,), no gradient.  [IQL Eq. 7; the bound: official code]"""
-    return (inv_temp * adv.detach()).exp().clamp(max=100.0)
-
-
-# --- end shared: iql.losses ---
-
-
-# --- shared: iql.training ---
-def losses(nets: nn.ModuleDict, batch: Batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum of the three losses, which share no parameter, and what to log; from the old parameters: D1."""
-    with torch.no_grad():
-        q_hat = nets["q_target"](batch.obs, batch.actions).amin(0)  # (2, B) -> (B,)
-        v_next = nets["vf"](batch.next_obs)
-    adv = q_hat - nets["vf"](batch.obs)
-    v_loss = value_loss(adv, args.expectile)  # [IQL Eq. 5]
-    target = td_target(batch.rewards, batch.terminations, v_next, args.gamma)
-    q = nets["qf"](batch.obs, batch.actions)
-    q_loss = (q - target).square().mean()  # [IQL Eq. 6], mean over batch and both critics
-    mean, log_std = nets["actor"](batch.obs)
-    weight = awr_weight(adv, args.inv_temp)
-    actor_loss = -(weight * log_prob(mean, log_std, batch.actions)).mean()  # [IQL Eq. 7]
-    logs = {"loss/v": v_loss, "loss/q": q_loss, "loss/actor": actor_loss}
-    logs |= {"q/mean": q.mean(), "adv/mean": adv.mean(), "log_std/mean": log_std.mean()}
-    return v_loss + q_loss + actor_loss, {k: v.detach() for k, v in logs.items()}
-
-
-def update(nets: nn.ModuleDict, opt: torch.optim.Optimizer, loss: torch.Tensor, polyak: float) -> None:
-    """One gradient step and the target update; nothing in here waits for the GPU."""
-    opt.zero_grad(set_to_none=True)
-    loss.backward()  # disjoint parameters: the same as one backward per loss
-    opt.step()
-    with torch.no_grad():
-        torch._foreach_lerp_([*nets["q_target"].parameters()], [*nets["qf"].parameters()], polyak)
-
-
-def make_optimizer(nets: nn.ModuleDict, lr: float, device: torch.device) -> torch.optim.Adam:
-    """Adam over both critics, V and (second group, learning rate a tensor) the actor."""
-    critics = [*nets["qf"].parameters(), *nets["vf"].parameters()]
-    actor = {"params": [*nets["actor"].parameters()], "lr": torch.tensor(lr, device=device)}
-    return torch.optim.Adam([{"params": critics}, actor], lr=lr, fused=True, capturable=device.type == "cuda")
-
-
-def decay_actor_lr(opt: torch.optim.Adam, updates: torch.Tensor, lr: float, steps: int) -> None:
-    """Set lr/2 (1 + cos(π n / steps)) for the n-th update, n from 0, and count it, on the device.  [IQL App. B]"""
-    opt.param_groups[1]["lr"].copy_(0.5 * lr * (1 + torch.cos(updates * (math.pi / max(steps, 1)))))
-    updates.add_(1)
-
-
-def restart_optimizer(opt: torch.optim.Adam, lr: float) -> None:
-    """The state of a fresh optimizer with constant learning rate, in place: D3."""
-    opt.param_groups[1]["lr"].fill_(lr)
-    for state in opt.state.values():
-        for x in state.values():
-            x.zero_()
-
-
-# --- end shared: iql.training ---
-
-
-# NEW: from here to `train`, the method; the rest is iql.py. First the split of a batch: scores, threshold, exchange.
+# NEW: the method, down to the blocks of iql.py. First the split of a batch: scores, threshold, exchange.
 # --- shared: iql_dare.exchange ---
 Logs = dict[str, torch.Tensor]  # metric -> detached 0-d tensor
 
@@ -817,6 +653,171 @@ def behavior_settings(args: Args, dataset: data.Dataset) -> dict:
 
 
 # --- end shared: iql_dare.guidance ---
+
+
+# From here to `train`: iql.py's networks, losses and updates.
+# --- shared: iql.actor ---
+class GaussianActor(nn.Module):
+    """π(a|s) = N(mean(s), diag σ²): obs (B, O) -> mean (B, A) in (-1, 1), log_std (A,) in [-5, 2].  [PEX]
+
+    Only the mean is squashed, so the density has no Jacobian term. Xavier-uniform weights, zero biases. Dropout works
+    where gradients do, in the actor's losses, and never under no_grad.
+    """
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int, dropout: float = 0.0):
+        super().__init__()
+        sizes = (obs_dim, hidden, hidden, act_dim)
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))
+        self.log_std, self.dropout = nn.Parameter(torch.zeros(act_dim)), dropout
+        for layer in self.layers:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, hidden_layers = obs, self.layers[:-1]
+        for layer in hidden_layers:
+            x = F.dropout(F.relu(layer(x)), self.dropout, training=torch.is_grad_enabled())
+        return torch.tanh(self.layers[-1](x)), self.log_std.clamp(-5.0, 2.0)
+
+
+# --- end shared: iql.actor ---
+
+
+# --- shared: iql.critics ---
+class TwinQ(nn.Module):
+    """Two Q networks as stacked weights, one batched matmul per layer: obs (B, O), actions (B, A) -> (2, B)."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
+        super().__init__()
+        sizes = (obs_dim + act_dim, hidden, hidden, 1)
+        self.weight, self.bias = nn.ParameterList(), nn.ParameterList()
+        for i, o in pairwise(sizes):
+            bound = 1 / math.sqrt(i)  # nn.Linear's own, per network
+            self.weight.append(torch.empty(2, i, o).uniform_(-bound, bound))
+            self.bias.append(torch.empty(2, 1, o).uniform_(-bound, bound))
+
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([obs, actions], -1).expand(2, -1, -1)
+        x = F.relu(torch.baddbmm(self.bias[0], x, self.weight[0]))
+        x = F.relu(torch.baddbmm(self.bias[1], x, self.weight[1]))
+        return torch.baddbmm(self.bias[2], x, self.weight[2]).squeeze(-1)
+
+
+class ValueNet(nn.Module):
+    """V(s): obs (B, O) -> (B,)."""
+
+    def __init__(self, obs_dim: int, hidden: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
+        )
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.net(obs).squeeze(-1)
+
+
+# --- end shared: iql.critics ---
+
+
+# --- shared: iql.networks ---
+def make_nets(obs_dim: int, act_dim: int, hidden: int, dropout: float = 0.0) -> nn.ModuleDict:
+    """actor, qf, q_target (a frozen copy of qf), vf."""
+    nets = nn.ModuleDict(
+        {
+            "actor": GaussianActor(obs_dim, act_dim, hidden, dropout),
+            "qf": TwinQ(obs_dim, act_dim, hidden),
+            "q_target": TwinQ(obs_dim, act_dim, hidden),
+            "vf": ValueNet(obs_dim, hidden),
+        }
+    )
+    nets["q_target"].load_state_dict(nets["qf"].state_dict())
+    nets["q_target"].requires_grad_(False)
+    return nets
+
+
+# --- end shared: iql.networks ---
+
+
+# --- shared: iql.losses ---
+def value_loss(adv: torch.Tensor, expectile: float | torch.Tensor) -> torch.Tensor:
+    """L_V = E[ |τ - 1(A < 0)| A² ], A = Q̂ - V; adv (B,), τ a number or (B,) -> ().  [IQL Eq. 5]"""
+    return (torch.abs(expectile - (adv < 0).to(adv)) * adv.square()).mean()
+
+
+def td_target(
+    rewards: torch.Tensor, terminations: torch.Tensor, v_next: torch.Tensor, gamma: float
+) -> torch.Tensor:
+    """r + γ (1 - terminated) V(s'), all (B,); rewards in training units.  [IQL Eq. 6]
+
+    Truncated transitions keep their bootstrap: next_obs must be the last observation of the episode.
+    """
+    return rewards + gamma * (1 - terminations) * v_next
+
+
+def log_prob(mean: torch.Tensor, log_std: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """log N(a; mean, diag σ²): (B, A), (A,), (B, A) -> (B,)."""
+    z = (actions - mean) * (-log_std).exp()
+    return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def awr_weight(adv: torch.Tensor, inv_temp: float) -> torch.Tensor:
+    """min(exp(β A), 100), (B,), no gradient.  [IQL Eq. 7; the bound: official code]"""
+    return (inv_temp * adv.detach()).exp().clamp(max=100.0)
+
+
+# --- end shared: iql.losses ---
+
+
+# --- shared: iql.training ---
+def losses(nets: nn.ModuleDict, batch: Batch, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the three losses, which share no parameter, and what to log; from the old parameters: D1."""
+    with torch.no_grad():
+        q_hat = nets["q_target"](batch.obs, batch.actions).amin(0)  # (2, B) -> (B,)
+        v_next = nets["vf"](batch.next_obs)
+    adv = q_hat - nets["vf"](batch.obs)
+    v_loss = value_loss(adv, args.expectile)  # [IQL Eq. 5]
+    target = td_target(batch.rewards, batch.terminations, v_next, args.gamma)
+    q = nets["qf"](batch.obs, batch.actions)
+    q_loss = (q - target).square().mean()  # [IQL Eq. 6], mean over batch and both critics
+    mean, log_std = nets["actor"](batch.obs)
+    weight = awr_weight(adv, args.inv_temp)
+    actor_loss = -(weight * log_prob(mean, log_std, batch.actions)).mean()  # [IQL Eq. 7]
+    logs = {"loss/v": v_loss, "loss/q": q_loss, "loss/actor": actor_loss}
+    logs |= {"q/mean": q.mean(), "adv/mean": adv.mean(), "log_std/mean": log_std.mean()}
+    return v_loss + q_loss + actor_loss, {k: v.detach() for k, v in logs.items()}
+
+
+def update(nets: nn.ModuleDict, opt: torch.optim.Optimizer, loss: torch.Tensor, polyak: float) -> None:
+    """One gradient step and the target update; nothing in here waits for the GPU."""
+    opt.zero_grad(set_to_none=True)
+    loss.backward()  # disjoint parameters: the same as one backward per loss
+    opt.step()
+    with torch.no_grad():
+        torch._foreach_lerp_([*nets["q_target"].parameters()], [*nets["qf"].parameters()], polyak)
+
+
+def make_optimizer(nets: nn.ModuleDict, lr: float, device: torch.device) -> torch.optim.Adam:
+    """Adam over both critics, V and (second group, learning rate a tensor) the actor."""
+    critics = [*nets["qf"].parameters(), *nets["vf"].parameters()]
+    actor = {"params": [*nets["actor"].parameters()], "lr": torch.tensor(lr, device=device)}
+    return torch.optim.Adam([{"params": critics}, actor], lr=lr, fused=True, capturable=device.type == "cuda")
+
+
+def decay_actor_lr(opt: torch.optim.Adam, updates: torch.Tensor, lr: float, steps: int) -> None:
+    """Set lr/2 (1 + cos(π n / steps)) for the n-th update, n from 0, and count it, on the device.  [IQL App. B]"""
+    opt.param_groups[1]["lr"].copy_(0.5 * lr * (1 + torch.cos(updates * (math.pi / max(steps, 1)))))
+    updates.add_(1)
+
+
+def restart_optimizer(opt: torch.optim.Adam, lr: float) -> None:
+    """The state of a fresh optimizer with constant learning rate, in place: D3."""
+    opt.param_groups[1]["lr"].fill_(lr)
+    for state in opt.state.values():
+        for x in state.values():
+            x.zero_()
+
+
+# --- end shared: iql.training ---
 
 
 def train(args: Args) -> dict[str, float]:
