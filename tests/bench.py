@@ -618,7 +618,10 @@ def measure_file(stem: str, args: Args) -> dict[str, float]:
                 rates[name] = (until - middle) / (time.perf_counter() - spent["evaluation"] - start)
 
     phase, run.Run.phase = run.Run.phase, timed_phase
-    steps_of = lambda result, evaluator, *_: evaluator.episodes * result["eval/length"]  # noqa: E731
+
+    def steps_of(result: dict, evaluator: data.Evaluator, *_) -> float:
+        return evaluator.episodes * result["eval/length"]
+
     data.Evaluator.__call__ = timed(data.Evaluator.__call__, "evaluation", steps_of)
     if hasattr(module, "Guide"):
         module.Guide.dataset_support = timed(

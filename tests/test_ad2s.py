@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import log_rows, module, tiny_args
+from conftest import CPU, Killed, kill_after, log_rows, module, tiny_args
 
 from algorithms import calql_ad2s as ad2s
 from common import buffer, edm, run
 
-CPU = torch.device("cpu")
 OBS, ACT = 2, 1  # of the hand-made rows [s, s, a, r, s', s', terminal]
 
 
@@ -636,39 +635,17 @@ def test_docstring_names_what_is_logged(dataset, tmp_path):
     assert set(re.findall(r"\b(?:align|loss)/\w+", metrics)) <= there
 
 
-class Killed(Exception):
-    """Stands for kill -9."""
-
-
 def test_a_kill_inside_a_regeneration_changes_nothing(dataset, tmp_path, monkeypatch):
     """In training and in sampling, with checkpoints at every step; the selection is made again, and alike."""
     settings = dict(dataset=dataset, offline_steps=5, online_steps=25, eval_episodes=1)
     ad2s.train(tiny_args("calql_ad2s", out_dir=tmp_path / "straight", **settings))
     monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
-    originals = {name: getattr(ad2s.Generator, name) for name in ("train_step", "sample_step")}
-    deaths = 0
-    for name, after in [
-        ("train_step", 4),
-        ("sample_step", 1),
-        ("train_step", 20),
-        ("sample_step", 0),
-        ("", 0),
-    ]:
-        calls = [0]
-
-        def deadly(self, name=name, after=after, calls=calls):
-            calls[0] += 1
-            if calls[0] > after:
-                raise Killed
-            return originals[name](self)
-
+    args = tiny_args("calql_ad2s", out_dir=tmp_path / "killed", **settings)
+    for name, calls in (("train_step", 4), ("sample_step", 1), ("train_step", 20), ("sample_step", 0)):
         with monkeypatch.context() as patch:
-            if name:
-                patch.setattr(ad2s.Generator, name, deadly)
-            try:
-                ad2s.train(tiny_args("calql_ad2s", out_dir=tmp_path / "killed", **settings))
-            except Killed:
-                deaths += 1
+            kill_after(patch, ad2s.Generator, name, calls)
+            with pytest.raises(Killed):
+                ad2s.train(args)
         gc.collect()
-    assert deaths == 4
+    ad2s.train(args)
     assert log_rows(tmp_path / "killed" / "calql_ad2s") == log_rows(tmp_path / "straight" / "calql_ad2s")

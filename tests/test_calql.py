@@ -5,15 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import module, tiny_args
+from conftest import CPU, final_state, module, tiny_args
 from test_iql import CountDispatches
 from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
 from algorithms import calql
 from common.buffer import Batch
-
-CPU = torch.device("cpu")
 
 
 def case(rows: int = 8, act_dim: int = 2, n: int = 3, dtype=torch.float64, **settings) -> tuple:
@@ -293,8 +291,7 @@ def test_online_returns_are_those_of_finished_episodes(dataset, tmp_path):
         "calql", dataset=dataset, out_dir=tmp_path, calibrate_online=True, online_steps=120, reward_scale=2.0
     )
     calql.train(args)
-    (path,) = tmp_path.rglob("state.pt")
-    state = torch.load(path, weights_only=True)["objects"]
+    state = final_state(tmp_path)
     finished, rows = int(state["finished"]), state["online"]["rows"]
     (log,) = tmp_path.rglob("log.csv")
     lines = [x.split(",") for x in log.read_text().splitlines()]

@@ -6,15 +6,13 @@ from itertools import chain
 
 import pytest
 import torch
-from conftest import log_rows, module, tiny_args
-from test_dual import equal_states, final_state
+from conftest import CPU, Killed, equal_states, final_state, kill_after, log_rows, module, tiny_args
 from torch.distributions import Normal
 
 from algorithms import calql_dual, dual
 from common import data, run
 from common.buffer import Batch
 
-CPU = torch.device("cpu")
 OBS, A, H = 5, 2, 3
 
 
@@ -264,7 +262,10 @@ def test_actions_of_the_regulariser_and_of_the_target(backup, monkeypatch):
     )
     calql_dual.dual_losses(nets, batch, None, 5.0, (uniform, normal), args)
     (mean, log_std), (next_mean, _) = nets["actor"](batch.obs), nets["actor"](batch.next_obs)
-    at = lambda m, z: m[:, None] + log_std.exp() * z  # noqa: E731
+
+    def at(center: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return center[:, None] + log_std.exp() * z
+
     (target_net, s, a), (net, s_now, many) = asked
     assert target_net is nets["q_target"] and torch.equal(s, batch.next_obs)
     assert a.shape == (8, 10 if backup else 1, A)
@@ -338,9 +339,12 @@ def test_weights_of_rows_are_those_of_four_drawn_actions():
     got = calql_dual.posterior_weight(nets, Batch(obs, actions, zeros, obs, zeros))
     torch.manual_seed(3)
     noise = torch.cat([torch.randn(k, 4, A) for k in (4_096, rows - 4_096)])
+
+    def least(a: torch.Tensor) -> torch.Tensor:
+        return torch.minimum(*nets["qf"](obs, a))
+
     with torch.no_grad():
         mean, log_std = nets["actor"](obs)
-        least = lambda a: torch.minimum(*nets["qf"](obs, a))  # noqa: E731
         v = sum(least(into_box(mean + log_std.exp() * noise[:, k])[0]) for k in range(4)) / 4
         adv = least(actions) - v
     assert least(actions).max() < 0 and adv.std() > 0.05
@@ -380,22 +384,15 @@ def test_a_run_killed_online_resumes_exactly(calibrate_online, dataset, tmp_path
     calql_dual.train(tiny_args("calql_dual", out_dir=tmp_path / "straight", **changes))
     monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
     args = tiny_args("calql_dual", out_dir=tmp_path / "killed", **changes)
-    original, deaths, done = data.Interaction.step, 0, False
+    deaths, done = 0, False
     while not done:
-        left = [7]
-
-        def deadly(self, policy, left=left):
-            left[0] -= 1
-            if left[0] < 0:
-                raise InterruptedError
-            return original(self, policy)
-
-        monkeypatch.setattr(data.Interaction, "step", deadly)
-        try:
-            calql_dual.train(args)
-            done = True
-        except InterruptedError:
-            deaths += 1
+        with monkeypatch.context() as patch:
+            kill_after(patch, data.Interaction, "step", 7)
+            try:
+                calql_dual.train(args)
+                done = True
+            except Killed:
+                deaths += 1
         gc.collect()
     assert deaths >= 4
     assert log_rows(tmp_path / "straight") == log_rows(tmp_path / "killed")
@@ -408,20 +405,12 @@ def test_a_run_killed_online_resumes_exactly(calibrate_online, dataset, tmp_path
 def test_a_run_killed_in_another_place_resumes_exactly(name, calls, dataset, tmp_path, monkeypatch):
     calql_dual.train(tiny_args("calql_dual", out_dir=tmp_path / "straight", dataset=dataset))
     monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
-    args, left = tiny_args("calql_dual", out_dir=tmp_path / "killed", dataset=dataset), [calls]
-    original = getattr(calql_dual, name)
-
-    def deadly(*a):
-        left[0] -= 1
-        if left[0] < 0:
-            raise InterruptedError
-        return original(*a)
-
-    with monkeypatch.context() as m:
-        m.setattr(calql_dual, name, deadly)
-        with pytest.raises(InterruptedError):
+    args = tiny_args("calql_dual", out_dir=tmp_path / "killed", dataset=dataset)
+    with monkeypatch.context() as patch:
+        kill_after(patch, calql_dual, name, calls)
+        with pytest.raises(Killed):
             calql_dual.train(args)
-        gc.collect()
+    gc.collect()
     calql_dual.train(args)
     assert log_rows(tmp_path / "straight") == log_rows(tmp_path / "killed")
     assert equal_states(final_state(tmp_path / "straight"), final_state(tmp_path / "killed"))
@@ -563,7 +552,10 @@ def test_actions_and_means_of_a_run_are_in_the_box(dataset, tmp_path, monkeypatc
 def test_offline_phase_serves_shifted_dynamics_of_the_same_data(tmp_path):
     """The shift acts online and in evaluation only: --from-offline and --from-planner accept it, other data do not."""
     few = {k: v for k, v in vars(tiny_args("calql_dual")).items() if k not in ("env", "out_dir")}
-    args = lambda env, out, **k: calql_dual.Args(env=env, out_dir=tmp_path / out, **few | k)  # noqa: E731
+
+    def args(env: str, out: str, **changes) -> calql_dual.Args:
+        return calql_dual.Args(env=env, out_dir=tmp_path / out, **few | changes)
+
     calql_dual.train(args("hopper-mini-v0", "a", online_steps=0))
     (source,) = (tmp_path / "a").glob("**/offline.pt")
     env = "hopper-mini-v0-friction-2.0"

@@ -3,17 +3,17 @@
 import contextlib
 import gc
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import log_rows, module, tiny_args
+from conftest import CPU, final_state, log_rows, module, tiny_args
 
 from algorithms import edis, iql_edis
 from common import data, edm, run
 from common.buffer import ReplayBuffer
 
-CPU = torch.device("cpu")
 BOTH = ["edis", "iql_edis"]
 
 
@@ -89,7 +89,11 @@ def optima(form: str, rho: float, use: tuple[str, ...]) -> dict:
     wanted = law(
         rho, **made, **{k: v for name in use if name != "dynamics" for k, v in CHANGES[name].items()}
     )
-    ratio = lambda p, q, c: lambda x, sigma: log_density(q, c, x, sigma) - log_density(p, c, x, sigma)  # noqa: E731
+
+    def ratio(p: tuple, q: tuple, columns: list[int]) -> Callable:
+        """log q / p of some features, as a function of x and σ."""
+        return lambda x, sigma: log_density(q, columns, x, sigma) - log_density(p, columns, x, sigma)
+
     if form == "paper":
         return {k: ratio(law(rho, **CHANGES[k]), model, COLUMNS[k]) for k in use}
     real, every = law(rho, **made), [0, 1, 2, 3]
@@ -124,9 +128,12 @@ def case(out, rho=0.8, use=("state", "policy", "dynamics"), rows=20_000, **chang
 
 def guided(e: edis.Energies, model: tuple, rows: int = 20_000) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and covariance of guided samples, the denoiser exact."""
-    shrink = lambda sigma: torch.linalg.solve(model[1] + sigma**2 * torch.eye(4), model[1]).float()  # noqa: E731
-    d = lambda x, sigma: model[0].float() + (x - model[0].float()) @ shrink(sigma)  # noqa: E731
-    x = edm.sample(edm.with_energy(d, e.gradient), 80 * torch.randn(rows, 4), 32, 0.0)
+    center, cov = model[0].float(), model[1]
+
+    def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        return center + (x - center) @ torch.linalg.solve(cov + sigma**2 * torch.eye(4), cov).float()
+
+    x = edm.sample(edm.with_energy(denoise, e.gradient), 80 * torch.randn(rows, 4), 32, 0.0)
     return x.mean(0).double(), x.T.cov().double() / 1.012**2  # 32 levels widen: test_edm
 
 
@@ -196,13 +203,13 @@ def test_least_loss_is_at_the_log_ratio_of_noised_densities(form, name, sigma, t
     groups, level = e.groups(name), torch.full((20_000, 1, 1), 0.002 if name in e.weighers else sigma)
     width = {"state": 1, "policy": 2, "dynamics": 3 if form == "paper" else 4, "tilt": 4}[name]
     assert groups.shape == (20_000, 11, width)
-    scaled = lambda x: x / (1 + sigma)  # noqa: E731
+    unit = 1 + sigma  # of x
     changes = [
         lambda _, e: 0.3 * e,
-        lambda x, _: 0.2 * scaled(x)[..., -1],
-        lambda x, _: 0.2 * scaled(x)[..., 0],
-        lambda x, _: 0.2 * scaled(x)[..., -1].square(),
-        lambda x, _: 0.2 * scaled(x)[..., -1] * scaled(x)[..., 0],
+        lambda x, _: 0.2 * (x / unit)[..., -1],
+        lambda x, _: 0.2 * (x / unit)[..., 0],
+        lambda x, _: 0.2 * (x / unit)[..., -1].square(),
+        lambda x, _: 0.2 * (x / unit)[..., -1] * (x / unit)[..., 0],
     ]
 
     def loss(change) -> float:
@@ -334,7 +341,10 @@ def test_groups_hold_what_they_should(form, tmp_path):
     e.sources[0].table[:, 0], e.online.table[:, 0] = 10.0, 20.0  # 2 and 4.5, normalised
     e.pool[:, 0], e.pool[:, 1], e.wanted[:, 0] = 1.0, -7.0, 3.0
     e.act = lambda s: 3 * s
-    states = lambda x: sorted(x[..., 0].unique().tolist())  # noqa: E731
+
+    def states(rows: torch.Tensor) -> list[float]:
+        return sorted(rows[..., 0].unique().tolist())
+
     base = [1.0] if form == "paper" else [2.0, 4.5]
     group = e.groups("state")
     assert states(group[:, 0]) == [4.5] and states(group[:, 1:]) == base
@@ -402,8 +412,7 @@ def test_batches_regenerations_and_columns(stem, dataset, tmp_path, monkeypatch)
         assert all(float(row[f"loss/{name}_energy"]) > 0 for row in learned)
     weighing = [row for row in rows if row["phase"] == "ratios"]
     assert len(weighing) == 4 and all(float(row["loss/state_energy"]) > 0 for row in weighing)
-    (path,) = tmp_path.glob("**/state.pt")
-    state = torch.load(path, weights_only=True)["objects"]
+    state = final_state(tmp_path)
     assert state["energy_opt"]["state"][0]["step"] == 21 and state["generator_opt"]["state"][0]["step"] == 15
     assert len(list(tmp_path.glob("**/synthetic-*.npz"))) == 3
 

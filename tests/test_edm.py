@@ -6,10 +6,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from conftest import CPU
 
 from common import edm
-
-CPU = torch.device("cpu")
 
 
 class Zero(torch.nn.Module):

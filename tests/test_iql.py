@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn as nn
-from conftest import log_rows, tiny_args
+from conftest import final_state, log_rows, tiny_args
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -130,8 +130,7 @@ def test_reward_bias_reaches_stored_rewards_and_no_logged_return(dataset, tmp_pa
     args = tiny_args("iql", dataset=dataset, out_dir=tmp_path, reward_bias=-1.0, offline_steps=1, warmup_steps=60,
                      online_steps=61)  # fmt: skip
     iql.train(args)
-    (checkpoint,) = tmp_path.glob("iql/*/seed0/state.pt")
-    rows = torch.load(checkpoint, weights_only=True)["objects"]["online"]["rows"]
+    rows = final_state(tmp_path)["online"]["rows"]
     first = next(x for x in log_rows(tmp_path) if x["train/episode_return"])
     length = int(float(first["train/episode_length"]))
     stored = rows[:length, 11 + 3].sum().item()

@@ -5,13 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import log_rows, module, tiny_args
+from conftest import CPU, log_rows, module, tiny_args
 
 from algorithms import iql_synther
 from common import data, edm, envs, judge
 from common.tools import collect
-
-CPU = torch.device("cpu")
 
 
 def test_divergence_of_equal_and_of_separate_samples():

@@ -14,13 +14,8 @@ from common.run import UsageError
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """An empty Minari folder, no network, nothing cached."""
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    data._minari.cache_clear()
-    yield tmp_path / "minari"
-    data._minari.cache_clear()
+def folder(minari_home):
+    return minari_home
 
 
 def make_dataset(name: str, env_id: str, lengths: list[int], **known) -> list[EpisodeBuffer]:

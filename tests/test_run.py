@@ -14,16 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FILES, ROOT, TINY, module, tiny_args
+from conftest import FILES, ROOT, TINY, Killed, kill_after, module, tiny_args
 
 from algorithms import iql
 from common import buffer, data, run
 
 UNTIMED = ("offline_score", "final_score", "score_last4")
-
-
-class Killed(Exception):
-    """Stands for kill -9: nothing is written after it."""
 
 
 def results(folder: Path) -> tuple[dict, list[dict]]:
@@ -45,23 +41,15 @@ def test_a_killed_run_resumes_to_the_same_result(stem, dataset, tmp_path, monkey
     module(stem).train(straight)
     monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.05)
     args = tiny_args(stem, dataset=dataset, out_dir=tmp_path / "killed")
-    draw = buffer.ReplayBuffer.draw
     deaths = 0
     for life in range(20):
-        calls = [0]
-
-        def deadly_draw(self, *n, calls=calls, life=life):
-            calls[0] += 1
-            if calls[0] > 13 + 7 * life:
-                raise Killed
-            return draw(self, *n)
-
-        monkeypatch.setattr(buffer.ReplayBuffer, "draw", deadly_draw)
-        try:
-            module(stem).train(args)
-            break
-        except Killed:
-            deaths += 1
+        with monkeypatch.context() as patch:
+            kill_after(patch, buffer.ReplayBuffer, "draw", 13 + 7 * life)
+            try:
+                module(stem).train(args)
+                break
+            except Killed:
+                deaths += 1
         gc.collect()  # the lock goes with the process; here with the object
     assert deaths >= 3
     assert results(run_dir(tmp_path / "killed", stem, dataset)) == results(
@@ -412,10 +400,8 @@ def test_wandb_that_fails_does_not_stop_the_run(dataset, tmp_path, monkeypatch, 
 
 def test_wandb_gets_the_log(dataset, tmp_path, monkeypatch):
     class Fake:
-        rows: list = []  # noqa: RUF012
-
         def init(self, **settings):
-            self.settings = settings
+            self.settings, self.rows = settings, []
             return self
 
         def log(self, row):

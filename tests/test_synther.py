@@ -7,13 +7,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import log_rows, module, tiny_args
+from conftest import CPU, Killed, kill_after, log_rows, module, tiny_args
 
 from algorithms import iql_synther, synther
 from common import edm, run
 from common.buffer import Batch, ReplayBuffer
 
-CPU = torch.device("cpu")
 OBS, ACT = 11, 3
 
 
@@ -122,7 +121,10 @@ def test_a_tree_finds_the_rule_of_a_box_and_costs_nothing_without_terminals():
     """Ends outside two intervals of four features; cuts halfway between the nearest rows; other rows judged right."""
     torch.manual_seed(0)
     x, new = torch.randn(20_000, 4), torch.randn(20_000, 4)
-    rule = lambda t: (t[:, 1] < -2) | (t[:, 3].abs() > 2.2)  # noqa: E731
+
+    def rule(rows: torch.Tensor) -> torch.Tensor:
+        return (rows[:, 1] < -2) | (rows[:, 3].abs() > 2.2)
+
     y = rule(x)
     weight = torch.where(y, 1 / y.sum(), 1 / (~y).sum()).double()
     tree = synther.grow_tree(x, y, weight, 12)
@@ -349,21 +351,13 @@ def test_a_run_killed_inside_a_regeneration_resumes_to_the_same_rows(
     algorithm = module(stem)
     algorithm.train(tiny_args(stem, dataset=dataset, out_dir=tmp_path / "straight"))
     monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
-    original, args = getattr(edm, where), tiny_args(stem, dataset=dataset, out_dir=tmp_path / "killed")
+    args = tiny_args(stem, dataset=dataset, out_dir=tmp_path / "killed")
     for limit in calls:
-        left = [limit]
-
-        def deadly(*a, left=left):
-            left[0] -= 1
-            if left[0] < 0:
-                raise InterruptedError
-            return original(*a)
-
-        monkeypatch.setattr(edm, where, deadly)
-        with pytest.raises(InterruptedError):
-            algorithm.train(args)
+        with monkeypatch.context() as patch:
+            kill_after(patch, edm, where, limit)
+            with pytest.raises(Killed):
+                algorithm.train(args)
         gc.collect()
-    monkeypatch.setattr(edm, where, original)
     algorithm.train(args)
     logs = [log_rows(tmp_path / x) for x in ("straight", "killed")]
     assert logs[0] == logs[1]
