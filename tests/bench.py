@@ -655,9 +655,8 @@ def budget(stem: str, env: str) -> dict[str, float]:
     n = sum(a.warmup_steps <= t < a.online_steps for t in times)
     work = {k: get(f"{k}_steps") for k in ("offline", "online", "behavior", "energy", "planner")}
     work |= {"generator": n * get("diffusion_steps"), "sampling": n * get("synthetic_rows")}
-    work |= {"pool": n * get("energy_pool")} | dict.fromkeys(
-        ("ratios", "energies"), n * get("energy_updates")
-    )
+    work |= {"pool": n * get("energy_pool")}
+    work |= dict.fromkeys(("ratios", "energies"), n * get("energy_updates"))
     work["distill"] = sum(updates for _, updates in module.halvings(a)) if get("halving_steps") else 0
     work["transition"] = 2 * get("planner_steps") if get("fit_transition") and a.horizon > 1 else 0
     work["support"] = rows + a.online_steps if get("support_k") else 0

@@ -11,9 +11,8 @@ from common.buffer import Batch, ReplayBuffer, mix
 def rows(first: int, n: int) -> Batch:
     """Row i: observation (i, -i), action i / 100, reward 10 i, successor (i + 0.5, -i), terminal if i % 3 == 0."""
     i = torch.arange(first, first + n, dtype=torch.float32)
-    return Batch(
-        torch.stack([i, -i], 1), i[:, None] / 100, 10 * i, torch.stack([i + 0.5, -i], 1), (i % 3 == 0).float()
-    )
+    obs, next_obs = torch.stack([i, -i], 1), torch.stack([i + 0.5, -i], 1)
+    return Batch(obs, i[:, None] / 100, 10 * i, next_obs, (i % 3 == 0).float())
 
 
 def add(buffer: ReplayBuffer, first: int, n: int) -> None:

@@ -139,29 +139,18 @@ def test_threshold_moves_with_the_scores():
         off, on = torch.tensor(rng.gamma(2, size=(2, 40)))
         c, b = 10 ** rng.uniform(-3, 3), rng.normal() * 10
         tau = dare.gaussian_threshold(off, on)[0].item()
-        assert dare.gaussian_threshold(c * off + b, c * on + b)[0].item() == pytest.approx(
-            c * tau + b, rel=1e-6
-        )
+        moved = dare.gaussian_threshold(c * off + b, c * on + b)[0].item()
+        assert moved == pytest.approx(c * tau + b, rel=1e-6)
 
 
 def test_threshold_of_degenerate_scores_is_finite_and_between_the_means():
     """No spread on either or both sides, equal means, halves of one row: finite in both precisions."""
     one, two = torch.tensor([1.0]), torch.tensor([2.0])
     same, spread = torch.full((8,), 0.7), torch.linspace(0, 1.4, 8)
-    cases = [
-        (same, same),
-        (same, same + 1),
-        (same + 1, same),
-        (same, spread),
-        (spread, same),
-        (spread, spread),
-    ]
-    cases += [(same, spread + 3), (spread + 3, same), (one, two), (two, one), (one, one), (one, spread)]
-    cases += [
-        (torch.zeros(8), torch.zeros(8)),
-        (torch.zeros(8), torch.full((8,), 1e-12)),
-        (1e4 * same, 1e4 * spread),
-    ]
+    nothing, little = torch.zeros(8), torch.full((8,), 1e-12)
+    cases = [(same, same), (same, same + 1), (same + 1, same), (same, spread), (spread, same)]
+    cases += [(spread, spread), (same, spread + 3), (spread + 3, same), (one, two), (two, one), (one, one)]
+    cases += [(one, spread), (nothing, nothing), (nothing, little), (1e4 * same, 1e4 * spread)]
     for off, on in cases:
         for a, b in ((off, on), (off.double(), on.double())):
             tau, logs = dare.gaussian_threshold(a, b)
@@ -277,9 +266,8 @@ def divergence(off: list[float], on: list[float]) -> float:
     ends = [-math.inf, *sorted({*off, *on})]
     off_, on_ = np.array(off), np.array(on)
     inside = [(a, b) for i, a in enumerate(ends) for b in ends[i + 1 :]]
-    return 2 * max(
-        abs(np.mean((off_ > a) & (off_ <= b)) - np.mean((on_ > a) & (on_ <= b))) for a, b in inside
-    )
+    shares = ([np.mean((x > a) & (x <= b)) for x in (off_, on_)] for a, b in inside)
+    return 2 * max(abs(p - q) for p, q in shares)
 
 
 def test_what_the_exchange_does_to_the_distributions():
@@ -365,13 +353,8 @@ def loss_case(rows: int = 7, samples: int = 3, dtype=torch.float64) -> tuple:
         for p in nets["q_target"].parameters():
             p.add_(0.3 * torch.randn_like(p))
     obs, next_obs = torch.randn(2, rows, 5, dtype=dtype)
-    batch = Batch(
-        obs,
-        torch.rand(rows, 2, dtype=dtype) * 2 - 1,
-        torch.randn(rows, dtype=dtype),
-        next_obs,
-        (torch.arange(rows) % 3 == 0).to(dtype),
-    )
+    actions, rewards = torch.rand(rows, 2, dtype=dtype) * 2 - 1, torch.randn(rows, dtype=dtype)
+    batch = Batch(obs, actions, rewards, next_obs, (torch.arange(rows) % 3 == 0).to(dtype))
     off_like = torch.tensor([True, False, True, False, False, True, False])[:rows]
     return nets, batch, off_like, torch.randn(1 + samples, rows, 2, dtype=dtype)
 
@@ -462,14 +445,12 @@ def test_all_rows_offline_like_is_plain_iql():
 def test_entropy_weight_enters_linearly():
     """Between α = 0, 0.2, 0.4 the SAC term moves by 0.2 · mean of on_like · log π(ã), and only that term."""
     nets, batch, off_like, noise = loss_case()
-    logs = [
-        dare.dare_losses(nets, batch, off_like, noise, dare.Args(sac_alpha=a))[1] for a in (0.0, 0.2, 0.4)
-    ]
+    weights = (dare.Args(sac_alpha=a) for a in (0.0, 0.2, 0.4))
+    logs = [dare.dare_losses(nets, batch, off_like, noise, args)[1] for args in weights]
     terms = [x["dare/sac_term"].item() for x in logs]
     mean, log_std = (x.detach() for x in nets["actor"](batch.obs))
-    log_pi = torch.stack(
-        [log_normal(m, log_std, m + log_std.exp() * e) for m, e in zip(mean, noise[0], strict=True)]
-    )
+    drawn = zip(mean, noise[0], strict=True)
+    log_pi = torch.stack([log_normal(m, log_std, m + log_std.exp() * e) for m, e in drawn])
     slope = 0.2 * (~off_like * log_pi).mean().item()
     assert np.diff(terms) == pytest.approx([slope, slope], rel=1e-6)
     assert len({x["dare/awr_term"].item() for x in logs}) == len({x["loss/q"].item() for x in logs}) == 1
@@ -489,11 +470,11 @@ def test_signs_of_the_actor_losses():
 
         before = quality()
         args = dare.Args(sac_alpha=0.0, inv_temp=0.0)
-        grads = torch.autograd.grad(
-            dare.dare_losses(nets, batch, mask, noise, args)[0], [*nets["actor"].layers.parameters()]
-        )
+        params = [*nets["actor"].layers.parameters()]
+        loss, _ = dare.dare_losses(nets, batch, mask, noise, args)
+        grads = torch.autograd.grad(loss, params)
         with torch.no_grad():
-            for p, g in zip(nets["actor"].layers.parameters(), grads, strict=True):
+            for p, g in zip(params, grads, strict=True):
                 p.sub_(1e-3 * g)
         assert quality() > before
 
@@ -515,10 +496,8 @@ def test_max_target_q_is_the_best_of_the_samples_per_row():
     actions = torch.rand(4, 7, 2, dtype=torch.float64) * 2 - 1
     out = dare.max_target_q(nets["q_target"], batch.next_obs, actions)
     for i in range(7):
-        q = [
-            nets["q_target"](batch.next_obs[i : i + 1], actions[k, i : i + 1])[:, 0].tolist()
-            for k in range(4)
-        ]
+        s = batch.next_obs[i : i + 1]
+        q = [nets["q_target"](s, actions[k, i : i + 1])[:, 0].tolist() for k in range(4)]
         assert out[i].item() == pytest.approx(max(min(pair) for pair in q), rel=1e-9)
 
 
@@ -605,9 +584,8 @@ class Watch:
                 self.guided.append(([p.clone() for p in args[0].parameters()], args[2].clone(), args[3]))
             out = original(*args)
             if name == "support_actions":
-                self.support |= {
-                    row.numpy().tobytes(): x for row, x in zip(args[1], out.clone(), strict=True)
-                }
+                made = zip(args[1], out.clone(), strict=True)
+                self.support |= {row.numpy().tobytes(): x for row, x in made}
             return out
 
         return call

@@ -53,21 +53,15 @@ def refusal(path: Path, name: str = HOPPER) -> str:
 
 
 def test_the_table_is_d4rl_s_tasks_dual_s_and_the_embedded_one():
-    names = {
-        f"{robot}-{quality}-v2"
-        for robot in ("hopper", "halfcheetah", "walker2d")
-        for quality in ("random", "medium", "medium-replay", "medium-expert", "expert")
-    }
-    hands = {
-        f"{x}-{y}-v1" for x in ("pen", "door", "hammer", "relocate") for y in ("human", "cloned", "expert")
-    }
-    lakes = {
-        f"frozenlake-{x}{y}" for x in ("4x4", "8x8") for y in ("", *(f"-slip-0.{k}" for k in range(1, 5)))
-    }
-    mazes = {f"maze2d-{x}-v1" for x in ("umaze", "medium", "large")} | {
-        f"antmaze-{x}-v2"
-        for x in ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
-    }
+    robots, levels = "hopper halfcheetah walker2d", "random medium medium-replay medium-expert expert"
+    names = {f"{x}-{y}-v2" for x in robots.split() for y in levels.split()}
+    robots, levels = "pen door hammer relocate", "human cloned expert"
+    hands = {f"{x}-{y}-v1" for x in robots.split() for y in levels.split()}
+    slips = ("", "-slip-0.1", "-slip-0.2", "-slip-0.3", "-slip-0.4")
+    lakes = {f"frozenlake-{x}{y}" for x in ("4x4", "8x8") for y in slips}
+    ants = "umaze umaze-diverse medium-play medium-diverse large-play large-diverse"
+    mazes = {f"maze2d-{x}-v1" for x in ("umaze", "medium", "large")}
+    mazes |= {f"antmaze-{x}-v2" for x in ants.split()}
     shifts = {"halfcheetah-friction-2.0", "halfcheetah-medium-replay-gravity-2.0", "hopper-friction-2.0"}
     shifts |= {"hopper-kinematic-2.0", "walker2d-morphology-2.0"}
     assert set(data.TASKS) == names | hands | lakes | mazes | shifts | {"hopper-mini-v0"}
@@ -213,15 +207,8 @@ def test_a_terminal_on_the_last_allowed_step_stays_one_and_restarts_the_count(tm
 def test_successors_that_are_not_known_are_marked(tmp_path):
     """Terminal rows of files without successors; all of them are known where the file has them."""
     assert read_tiny(tmp_path, 8, [2], [5], True).known.all()
-    assert read_tiny(tmp_path, 8, [2, 7], [5], False).known.tolist() == [
-        True,
-        True,
-        False,
-        True,
-        True,
-        True,
-        False,
-    ]
+    known = read_tiny(tmp_path, 8, [2, 7], [5], False).known
+    assert known.tolist() == [True, True, False, True, True, True, False]
 
 
 def test_an_ant_walks_on_from_its_goal(tmp_path):

@@ -28,9 +28,8 @@ def test_actor_and_transition_start_as_the_student_and_only_the_actor_moves(data
         assert torch.equal(v, offline[f"transition.net.{k}"])
         assert torch.equal(v, state["nets"][f"transition.net.{k}"])
     assert not torch.equal(student["head.weight"], state["planner_net"]["head.weight"])  # D57
-    moved = [
-        k for k in student if not torch.equal(offline[f"actor.net.{k}"], state["nets"][f"actor.net.{k}"])
-    ]
+    before, after = ({k: nets[f"actor.net.{k}"] for k in student} for nets in (offline, state["nets"]))
+    moved = [k for k in student if not torch.equal(before[k], after[k])]
     assert {"inlet.weight", "head.weight", "norm.weight"} <= set(moved) and "mean" not in moved
 
 
@@ -103,9 +102,8 @@ def test_from_planner_and_from_offline_give_the_run_that_computes_everything(dat
     assert after(rows[0], "online") == after(rows[2], "online")
     states = [final_state(tmp_path / x) for x in "abc"]
     for name in ("nets", "opt", "explorer_offsets", "explorer_n_eff_per_row", "explorer_shift", "online"):
-        assert equal_states(states[0][name], states[1][name]) and equal_states(
-            states[0][name], states[2][name]
-        )
+        first, *others = (x[name] for x in states)
+        assert all(equal_states(first, x) for x in others), name
     other = dict(out_dir=tmp_path / "d", from_offline=source.parent, overwrite=True)
     dual.train(tiny_args("dual", **few | other, uq="none", shift_weight=0.0))
     for flag, changes, words in [
@@ -115,14 +113,9 @@ def test_from_planner_and_from_offline_give_the_run_that_computes_everything(dat
         ("from_planner", dict(horizon=3), "horizon 4 -> 3"),
         ("from_planner", dict(normalize_obs=False), "normalize_obs True -> False"),
     ]:
+        anew = dict(out_dir=tmp_path / "e", overwrite=True) | {flag: source.parent}
         with pytest.raises(run.UsageError, match=words):
-            dual.train(
-                tiny_args(
-                    "dual",
-                    **few | dict(out_dir=tmp_path / "e", overwrite=True) | changes,
-                    **{flag: source.parent},
-                )
-            )
+            dual.train(tiny_args("dual", **few | anew | changes))
         gc.collect()
     with pytest.raises(run.UsageError, match="planner phase is over"):
         dual.train(tiny_args("dual", **few, out_dir=tmp_path / "f", from_planner=tmp_path / "nowhere"))
@@ -163,9 +156,8 @@ def test_own_rows_only(dataset, tmp_path, monkeypatch):
         rewards = f["rewards"][()]
     seen, original = [], dual.losses
     monkeypatch.setattr(dual, "losses", lambda n, b, a: seen.append(b) or original(n, b, a))
-    changes = dict(
-        append_online=False, offline_frac=0.0, normalize_obs=False, reward_scale=10.0, reward_bias=-1.0
-    )
+    changes = dict(append_online=False, offline_frac=0.0, normalize_obs=False)
+    changes |= dict(reward_scale=10.0, reward_bias=-1.0)
     dual.train(tiny_args("dual", dataset=dataset, out_dir=tmp_path, **changes))
     shares = [sum(o.numpy().tobytes() in known for o in b.obs) / 16 for b in seen]
     assert shares[:20] == [1.0] * 20 and shares[20:] == [0.0] * 20
@@ -174,9 +166,8 @@ def test_own_rows_only(dataset, tmp_path, monkeypatch):
     stored = final_state(tmp_path)["online"]["rows"][:, 11 + 3]
     first = next(x for x in log_rows(tmp_path) if x.get("train/episode_length"))
     length = int(first["train/episode_length"])
-    assert stored[:length].sum().item() == pytest.approx(
-        10 * float(first["train/episode_return"]) - length, rel=1e-4
-    )
+    expected = 10 * float(first["train/episode_return"]) - length
+    assert stored[:length].sum().item() == pytest.approx(expected, rel=1e-4)
     assert {x for b in seen[20:] for x in b.rewards.tolist()} <= set(stored.tolist())
 
 
@@ -203,9 +194,8 @@ def test_ablations_train(changes, dataset, tmp_path):
 
 def test_score_online_mean_is_the_mean_of_the_online_evaluations(dataset, tmp_path):
     result = dual.train(tiny_args("dual", dataset=dataset, out_dir=tmp_path, eval_every=7))
-    scores = [
-        float(x["eval/score"]) for x in log_rows(tmp_path) if x["phase"] == "online" and x["eval/score"]
-    ]
+    online = [x for x in log_rows(tmp_path) if x["phase"] == "online"]
+    scores = [float(x["eval/score"]) for x in online if x["eval/score"]]
     assert len(scores) == 5 and result["score_online_mean"] == pytest.approx(sum(scores) / 5)
 
 
@@ -213,29 +203,17 @@ def test_metrics_are_those_of_the_docstring(dataset, tmp_path):
     dual.train(tiny_args("dual", dataset=dataset, out_dir=tmp_path, eval_halvings=True, bc_coef=0.1))
     rows = log_rows(tmp_path)
     where = {k: {x["phase"] for x in rows if x.get(k)} for k in rows[0]}
-    for k in ("loss/planner",):
-        assert where[k] == {"planner"}
-    for k in (
-        "loss/distill",
-        "distill/error_2",
-        "distill/action_error_1",
-        "distill/score_1",
-        "distill/score_2",
-    ):
-        assert where[k] == {"distill"}
+    assert where["loss/planner"] == {"planner"}
+    assert where["loss/distill"] == {"distill"}
+    for k in ("error_2", "action_error_1", "score_1", "score_2"):
+        assert where[f"distill/{k}"] == {"distill"}
     assert where["loss/transition"] == {"transition"}
     for k in ("laplace/n_eff", "laplace/condition", "laplace/data_std", "loss/bc"):
         assert where[k] == {"offline", "online"}
-    for k in (
-        "epistemic_std",
-        "aleatoric_std",
-        "shift",
-        "shift_ratio",
-        "share_epistemic",
-        "share_aleatoric",
-        "share_shift",
-    ):
+    for k in ("epistemic_std", "aleatoric_std", "shift", "shift_ratio"):
         assert where[f"uq/{k}"] == {"online"}
+    for k in ("epistemic", "aleatoric", "shift"):
+        assert where[f"uq/share_{k}"] == {"online"}
     assert where["shift/offline"] == {"offline"}
     fits = [int(x["step"]) for x in rows if x["phase"] == "online" and x["laplace/n_eff"]]
     assert fits == [7, 14, 21, 28]
@@ -293,10 +271,8 @@ def test_compiled_and_plain_losses_agree():
         batch, teacher, net = b.take(torch.arange(16)), a_net(seed=1), nets["actor"].net
         cases = [(dual.distill_loss, (net, teacher, x, mask, steps, True))]
         if steps == 2:
-            cases += [
-                (lambda *a: dual.losses(*a)[0], (nets, batch, args)),
-                (dual.planner_loss, (net, x, mask)),
-            ]
+            cases.append((lambda *a: dual.losses(*a)[0], (nets, batch, args)))
+            cases.append((dual.planner_loss, (net, x, mask)))
         for loss, inputs in cases:
             found = []
             for f in (loss, torch.compile(loss, backend="aot_eager")):

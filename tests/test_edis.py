@@ -4,6 +4,7 @@ import contextlib
 import gc
 import math
 from collections.abc import Callable
+from itertools import combinations
 
 import pytest
 import torch
@@ -86,9 +87,8 @@ def log_density(of: tuple, columns: list[int], x: torch.Tensor, sigma: torch.Ten
 def optima(form: str, rho: float, use: tuple[str, ...]) -> dict:
     """Closed forms of what each energy learns, with those in `use` changed from the model's law."""
     model, made = law(rho), DYNAMICS if "dynamics" in use else {}
-    wanted = law(
-        rho, **made, **{k: v for name in use if name != "dynamics" for k, v in CHANGES[name].items()}
-    )
+    changes = {k: v for name in use if name != "dynamics" for k, v in CHANGES[name].items()}
+    wanted = law(rho, **made, **changes)
 
     def ratio(p: tuple, q: tuple, columns: list[int]) -> Callable:
         """log q / p of some features, as a function of x and σ."""
@@ -137,15 +137,7 @@ def guided(e: edis.Energies, model: tuple, rows: int = 20_000) -> tuple[torch.Te
     return x.mean(0).double(), x.T.cov().double() / 1.012**2  # 32 levels widen: test_edm
 
 
-SETS = [
-    ("state",),
-    ("policy",),
-    ("dynamics",),
-    ("state", "policy"),
-    ("state", "dynamics"),
-    ("policy", "dynamics"),
-]
-SETS.append(("state", "policy", "dynamics"))
+SETS = [tuple(use) for k in (1, 2, 3) for use in combinations(CHANGES, k)]
 
 
 @pytest.mark.parametrize("form", ["row", "paper"])
@@ -161,12 +153,11 @@ def test_exact_energies_of_states_move_what_is_correlated_with_them_in_the_row_f
     e = case(tmp_path, use=("state",), rows=10, energy_form=form)
     e.nets = {name: lambda x, s: log_density(model, columns, x, s) - log_density((mean, cov), columns, x, s)}
     got, got_cov = guided(e, model)
-    expected = (
-        mean if form == "row" else torch.tensor({0.8: [0.855, 0, 0, 0.31], 0.95: [0.765, 0, 0, 0.46]}[rho])
-    )
+    moved = {0.8: [0.855, 0, 0, 0.31], 0.95: [0.765, 0, 0, 0.46]}[rho]  # by the paper's form
+    expected = mean.tolist() if form == "row" else moved
     with capsys.disabled():
         print(f" [({got[0]:.3f}, {got[3]:.3f}), covariance {got_cov[0, 3]:.3f}]", end="")
-    assert got.tolist() == pytest.approx(expected.tolist(), abs=0.03)
+    assert got.tolist() == pytest.approx(expected, abs=0.03)
     assert (got_cov - cov).abs().max() < 0.03
 
 
@@ -230,12 +221,11 @@ def test_gradient_of_a_joint_ratio_in_its_last_block_is_that_of_the_conditional_
     for sigma in (0.05, 1.0, 20.0):
         free = x[:, 2:].clone().requires_grad_()
         full, level = torch.cat([x[:, :2], free], 1), torch.full((1, 1), sigma).double()
-        joint = log_density(law(0.8), columns, full, level) - log_density(
-            law(0.8, **DYNAMICS), columns, full, level
-        )
-        (joint,) = torch.autograd.grad(joint.sum(), free)
+        laws = (law(0.8), law(0.8, **DYNAMICS))
+        ours, theirs = (log_density(of, columns, full, level) for of in laws)
+        (joint,) = torch.autograd.grad((ours - theirs).sum(), free)
         scores = []
-        for mean, cov in (law(0.8), law(0.8, **DYNAMICS)):  # of N(m + b (x - μ), v)
+        for mean, cov in laws:  # of N(m + b (x - μ), v)
             mean, s = mean[columns], cov[columns][:, columns] + sigma**2 * torch.eye(3).double()
             b = torch.linalg.solve(s[:2, :2], s[:2, 2])
             v = s[2, 2] - s[2, :2] @ b
@@ -275,10 +265,8 @@ def test_learned_energies_guide_to_the_wanted_mean_and_covariance(tmp_path, caps
     e.nets = optima("paper", 0.95, use)
     paper, _ = guided(e, law(0.95))
     with capsys.disabled():
-        print(
-            f" [mean {mean.numpy().round(2)}, paper {paper.numpy().round(2)}, {wanted[0].numpy().round(2)}]",
-            end="",
-        )
+        told = [x.numpy().round(2) for x in (mean, paper, wanted[0])]
+        print(f" [mean {told[0]}, paper {told[1]}, {told[2]}]", end="")
     assert (paper - wanted[0]).abs().max() > 0.3
 
 
@@ -461,7 +449,6 @@ def test_a_run_killed_while_energies_learn_resumes_to_the_same_result(dataset, t
             result = iql_edis.train(args)
         gc.collect()  # the lock goes with the run
     assert len(calls) == 30  # two regenerations of 7 + 7 updates, two of them twice
-    assert {k: v for k, v in result.items() if "seconds" not in k} == {
-        k: v for k, v in straight.items() if "seconds" not in k
-    }
+    scores = [{k: v for k, v in x.items() if "seconds" not in k} for x in (result, straight)]
+    assert scores[0] == scores[1]
     assert log_rows(tmp_path / "straight") == log_rows(tmp_path / "killed")

@@ -53,9 +53,8 @@ def test_a_time_limit_keeps_its_bootstrap_and_its_successor():
     assert batch.next_obs[:, 0].tolist() == [1, 2, 3, 4, 5, 1, 2]
     assert batch.terminations.tolist() == [0] * 7
     assert batch.rewards.tolist() == [1, 3, 5, 7, 9, 1, 3]
-    assert torch.equal(batch.obs[1:5], batch.next_obs[:4]) and not torch.equal(
-        batch.obs[5], batch.next_obs[4]
-    )
+    assert torch.equal(batch.obs[1:5], batch.next_obs[:4])
+    assert not torch.equal(batch.obs[5], batch.next_obs[4])
 
 
 @pytest.mark.parametrize("limit", [9, 3])

@@ -18,9 +18,8 @@ from common.buffer import ReplayBuffer
 
 def weighted_rows(n: int = 40, f: int = 8, seed: int = 0):
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, f, generator=g, dtype=torch.float64), torch.rand(
-        n, generator=g, dtype=torch.float64
-    )
+    rows = torch.randn(n, f, generator=g, dtype=torch.float64)
+    return rows, torch.rand(n, generator=g, dtype=torch.float64)
 
 
 def spectrum_of(f, w) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,9 +170,8 @@ def test_offsets_keep_their_size_between_fits(prior):
     for steps in (0, 1, 4):
         trained(explorer.actor, b.obs, steps)
         with torch.no_grad():
-            sizes.append(
-                (explorer.actor.features(b.obs)[0] @ explorer.offsets.mT).square().mean().sqrt().item()
-            )
+            values = explorer.actor.features(b.obs)[0] @ explorer.offsets.mT
+        sizes.append(values.square().mean().sqrt().item())
     assert sizes[0] == pytest.approx(expected, rel=0.05)
     assert max(sizes) < 1.5 * min(sizes), sizes
 
@@ -225,9 +223,8 @@ def test_action_is_equation_8_with_the_layers_drawn(steps):
     assert logs["uq/share_shift"].item() == pytest.approx(0.15 / total, rel=1e-4)
     assert logs["uq/shift"].item() == pytest.approx(0.3)
     assert logs["uq/shift_ratio"].item() == pytest.approx(3.0)
-    assert sum(logs[f"uq/share_{k}"] for k in ("aleatoric", "epistemic", "shift")).item() == pytest.approx(
-        1.0
-    )
+    shares = sum(logs[f"uq/share_{k}"] for k in ("aleatoric", "epistemic", "shift"))
+    assert shares.item() == pytest.approx(1.0)
 
 
 def variance_of(explorer: dual.Explorer, obs: torch.Tensor, monkeypatch) -> torch.Tensor:
@@ -250,9 +247,8 @@ def test_variances_are_capped_and_lambda_zero_is_equation_7(monkeypatch):
     explorer.offsets.copy_(5 * torch.randn_like(explorer.offsets))
     assert torch.allclose(variance_of(explorer, obs, monkeypatch), torch.tensor(sigma2 + 0.25), rtol=1e-4)
     explorer.shift.fill_(0.6)
-    assert torch.allclose(
-        variance_of(explorer, obs, monkeypatch), torch.tensor(sigma2 + 0.25 + 0.3), rtol=1e-4
-    )
+    both = variance_of(explorer, obs, monkeypatch)
+    assert torch.allclose(both, torch.tensor(sigma2 + 0.25 + 0.3), rtol=1e-4)
     explorer.args = replace(explorer.args, shift_weight=0.0)
     assert torch.allclose(variance_of(explorer, obs, monkeypatch), torch.tensor(sigma2 + 0.25), rtol=1e-4)
 

@@ -170,10 +170,9 @@ def test_in_painted_and_padded_entries_have_no_loss():
     assert torch.equal(got.grad == 0, silent)
     assert loss.item() == pytest.approx((got - wanted).square()[~silent].mean().item(), rel=1e-5)
     net = a_net()
-    for some in (
-        dual.planner_loss(net, wanted, mask),
-        dual.distill_loss(net, a_net(seed=1), wanted, mask, 2, True),
-    ):
+    losses = [dual.planner_loss(net, wanted, mask)]
+    losses.append(dual.distill_loss(net, a_net(seed=1), wanted, mask, 2, True))
+    for some in losses:
         net.zero_grad()
         some.backward()
         grad = net.head.bias.grad.view(H, D)
@@ -235,9 +234,12 @@ def test_one_halving_of_a_gaussian_keeps_its_law():
 def test_shrunk_noise_is_a_quarter_of_the_last_halvings_pure_noise(monkeypatch):
     torch.manual_seed(0)
     seen, original = [], dual.noised
-    monkeypatch.setattr(
-        dual, "noised", lambda x, u, eps, *a: seen.append((u, eps)) or original(x, u, eps, *a)
-    )
+
+    def noised(x, u, eps, *rest):
+        seen.append((u, eps))
+        return original(x, u, eps, *rest)
+
+    monkeypatch.setattr(dual, "noised", noised)
     x = torch.randn(8_000, H, D)
     for shrink, steps in ((True, 2), (False, 1)):
         dual.distill_loss(a_net(), a_net(), x, torch.ones_like(x), steps, shrink)
@@ -413,9 +415,8 @@ def test_students_come_from_their_teachers_and_errors_compare_with_the_planner(t
     index = torch.randint(30, (512,), generator=g)
     x, _ = planner.windows.take(index)
     z, known = torch.randn(x.shape, generator=g), (torch.arange(D) >= A).expand(512, -1)
-    gap = dual.unroll(planner.average, z, x[:, 0], known, 4) - dual.unroll(
-        planner.average, z, x[:, 0], known, 1
-    )
+    teacher, student = (dual.unroll(planner.average, z, x[:, 0], known, steps) for steps in (4, 1))
+    gap = teacher - student
     action = gap[..., :A].square().mean().item()
     rest = torch.cat([gap[..., :A].flatten(), gap[:, 1:, A:].flatten()]).square().mean().item()
     assert told[1]["distill/action_error_1"] == pytest.approx(action, rel=1e-4)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Killed
+from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 from common import envs
 from common.tools import collect
@@ -26,9 +27,7 @@ def test_the_policy_s_log_prob_is_the_density_of_its_action():
     obs = torch.randn(200, 11, dtype=torch.float64)
     action, log_prob = policy(obs)
     mean, log_std = policy.net(obs).chunk(2, -1)
-    density = torch.distributions.TransformedDistribution(
-        torch.distributions.Normal(mean, log_std.exp()), torch.distributions.TanhTransform()
-    )
+    density = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform())
     assert action.shape == (200, 3) and log_prob.shape == (200,)
     assert action.abs().max() < 1
     assert torch.allclose(log_prob, density.log_prob(action).sum(-1), atol=1e-9)

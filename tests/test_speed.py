@@ -261,9 +261,8 @@ def trace(
 
     step_fn = run.CapturedStep(step) if captured else step
     with pytest.MonkeyPatch.context() as m, torch._dynamo.config.patch(error_on_recompile=True):
-        m.setattr(
-            torch, "randn_like", lambda _: noise[:, 1:11]
-        )  # edm.loss; inductor would draw other numbers
+        # edm.loss; inductor would draw other numbers
+        m.setattr(torch, "randn_like", lambda _: noise[:, 1:11])
         for _ in range(UPDATES):
             step_fn()
     return seen.cpu()
@@ -398,18 +397,8 @@ def test_shared_offline_phases_are_counted_once(monkeypatch):
     monkeypatch.setenv("METHODS", "iql iql_dare iql_stratdiff dual")
     monkeypatch.setenv("ENVS", "hopper-medium-v2 walker2d-medium-v2")
     monkeypatch.setenv("SEEDS", "0 1")
-    phases = (
-        "offline",
-        "online",
-        "behavior",
-        "energy",
-        "support",
-        "evaluation",
-        "planner",
-        "distill",
-        "transition",
-    )
-    free = dict.fromkeys(phases, float("inf"))
+    phases = "offline online behavior energy support evaluation planner distill transition"
+    free = dict.fromkeys(phases.split(), float("inf"))
     three = {stem: free for stem in ("iql", "iql_dare", "iql_stratdiff")}
     hour = {stem: free | {"offline": 10 / 3600} for stem in three}
     assert bench.whole_list(hour) == f"run_all.sh: 12 of 16 jobs, one after the other: {4 * 100_000} hours"
