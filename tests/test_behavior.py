@@ -458,8 +458,8 @@ def test_trained_energy_points_uphill():
     opt = torch.optim.Adam(energy.parameters(), lr=3e-3)
     for i in range(300):
         opt.param_groups[0]["lr"] = 3e-3 * (1 - i / 300)
-        support = math.sqrt(v) * torch.randn(256, 16, 1)
-        args = torch.zeros(256, 1), support, beta * support[..., 0], torch.ones(256)
+        support = math.sqrt(v) * torch.randn(128, 16, 1)
+        args = torch.zeros(128, 1), support, beta * support[..., 0], torch.ones(128)
         loss, _ = dare.energy_loss(energy, *args)
         opt.zero_grad()
         loss.backward()

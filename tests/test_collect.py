@@ -527,9 +527,9 @@ def test_sac_is_trained_in_the_shifted_environment(tmp_path, monkeypatch):
 
 def test_the_number_of_workers_does_not_change_a_bit(hopper_file, tmp_path):
     settings = dict(env="hopper", quality="medium", policy=hopper_file, rows=400, seed=7)
-    for n in (1, 3):
+    for n in (1, 2):
         made(tmp_path / f"{n}.hdf5", **settings, workers=n)
-    assert (tmp_path / "1.hdf5").read_bytes() == (tmp_path / "3.hdf5").read_bytes()
+    assert (tmp_path / "1.hdf5").read_bytes() == (tmp_path / "2.hdf5").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -123,13 +123,15 @@ def test_threshold_in_float32_with_near_equal_spreads():
     m1, s1 = rng.normal(size=n), rng.uniform(0.3, 1, n)
     m2 = m1 + rng.choice([-1, 1], n) * rng.uniform(0.5, 2, n)
     s2 = s1 * (1 + 10 ** rng.uniform(-8, -3, n) * rng.choice([-1, 0, 1], n))
+    offs, ons = (
+        [rows_with(*x, torch.float32) for x in zip(m, s, strict=True)] for m, s in ((m1, s1), (m2, s2))
+    )
+    stored = [torch.stack(x).double().numpy() for x in (offs, ons)]  # as float32 has them
+    tau, valid = bisect(*(f(x, 1) for x in stored for f in (np.mean, np.std)))
     for i in range(n):
-        off, on = (rows_with(m, s, torch.float32) for m, s in ((m1[i], s1[i]), (m2[i], s2[i])))
-        exact = [f(x) for x in (off.double().numpy(), on.double().numpy()) for f in (np.mean, np.std)]
-        (tau,), (valid,) = bisect(*(np.array([x]) for x in exact))
-        out, logs = dare.gaussian_threshold(off, on)
-        assert valid and bool(logs["split/root_valid"])
-        assert abs(out.item() - tau) <= 1e-5 * abs(m2[i] - m1[i])
+        out, logs = dare.gaussian_threshold(offs[i], ons[i])
+        assert valid[i] and bool(logs["split/root_valid"])
+        assert abs(out.item() - tau[i]) <= 1e-5 * abs(m2[i] - m1[i])
 
 
 def test_threshold_moves_with_the_scores():
@@ -264,10 +266,10 @@ def cdf_gap(off: list[float], on: list[float], points) -> np.ndarray:
 def divergence(off: list[float], on: list[float]) -> float:
     """d_HΔH = 2 sup |P(a, b] - Q(a, b]|, all intervals with ends at scores or infinity (Eq. 20)."""
     ends = [-math.inf, *sorted({*off, *on})]
-    off_, on_ = np.array(off), np.array(on)
-    inside = [(a, b) for i, a in enumerate(ends) for b in ends[i + 1 :]]
-    shares = ([np.mean((x > a) & (x <= b)) for x in (off_, on_)] for a, b in inside)
-    return 2 * max(abs(p - q) for p, q in shares)
+    intervals = np.array([(a, b) for i, a in enumerate(ends) for b in ends[i + 1 :]])
+    low, high = intervals[:, :1], intervals[:, 1:]
+    p, q = (np.mean((low < np.array(x)) & (np.array(x) <= high), 1) for x in (off, on))
+    return 2 * abs(p - q).max()
 
 
 def test_what_the_exchange_does_to_the_distributions():

@@ -6,6 +6,8 @@ The planner: test_planner.py. Posterior and acting: test_laplace.py.
 import gc
 import math
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -42,12 +44,28 @@ KILLS = {  # what dies, after how many calls in each life
 }
 
 
+@pytest.fixture(scope="module")
+def straight_run(random_rows, tmp_path_factory):
+    """The folder of the run that nothing killed, computed once for either way to batch."""
+
+    @cache
+    def folder(append: bool) -> Path:
+        out = tmp_path_factory.mktemp("straight")
+        dual.train(
+            tiny_args("dual", dataset=random_rows, out_dir=out, append_online=append, eval_halvings=True)
+        )
+        return out
+
+    return folder
+
+
 @pytest.mark.parametrize("phase", KILLS)
 @pytest.mark.parametrize("append", [True, False])
-def test_a_run_killed_in_any_phase_resumes_exactly(phase, append, dataset, tmp_path, monkeypatch):
+def test_a_run_killed_in_any_phase_resumes_exactly(
+    phase, append, straight_run, dataset, tmp_path, monkeypatch
+):
     """Checkpoints at every step: same log, same final state of everything, online in the middle of episodes."""
-    changes = dict(dataset=dataset, append_online=append, eval_halvings=True)
-    dual.train(tiny_args("dual", out_dir=tmp_path / "straight", **changes))
+    changes, straight = dict(dataset=dataset, append_online=append, eval_halvings=True), straight_run(append)
     monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
     where, limits = KILLS[phase]
     args = tiny_args("dual", out_dir=tmp_path / "killed", **changes)
@@ -58,8 +76,8 @@ def test_a_run_killed_in_any_phase_resumes_exactly(phase, append, dataset, tmp_p
                 dual.train(args)
         gc.collect()
     dual.train(args)
-    assert log_rows(tmp_path / "straight") == log_rows(tmp_path / "killed")
-    assert equal_states(final_state(tmp_path / "straight"), final_state(tmp_path / "killed"))
+    assert log_rows(straight) == log_rows(tmp_path / "killed")
+    assert equal_states(final_state(straight), final_state(tmp_path / "killed"))
 
 
 def test_a_run_killed_between_its_environment_steps_resumes_exactly(dataset, tmp_path, monkeypatch):

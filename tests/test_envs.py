@@ -254,12 +254,17 @@ def test_the_builder_is_quiet(capfd):
 
 def best_moves(env: envs.FrozenLake, gamma: float = 0.99) -> np.ndarray:
     """The moves (S, 4) that are optimal for `gamma` without a time limit, by value iteration."""
-    table, values = env.env.unwrapped.P, np.zeros(len(env.states))
+    states, values = len(env.states), np.zeros(len(env.states))
+    rewards, going_on = np.zeros((states, 4)), np.zeros((states, 4, states))
+    for s, moves in env.env.unwrapped.P.items():
+        for a, outcomes in moves.items():
+            for p, n, r, over in outcomes:
+                rewards[s, a] += p * r
+                going_on[s, a, n] += p * (not over)
     for _ in range(2_000):
-        q = [[sum(p * (r + gamma * (not over) * values[n]) for p, n, r, over in table[s][a]) for a in range(4)]
-             for s in range(len(values))]  # fmt: skip
-        values = np.max(q, axis=1)
-    return env.moves[np.argmax(q, axis=1)]
+        q = rewards + gamma * going_on @ values
+        values = q.max(1)
+    return env.moves[q.argmax(1)]
 
 
 @pytest.mark.parametrize(("size", "limit", "before", "after", "best"),

@@ -231,7 +231,7 @@ ABLATIONS = [
     ("calql_stratdiff", dict(offline_frac=0.25, score="gauss_std")),
     ("iql_stratdiff", dict(online_value="advantage")),
     ("iql_stratdiff", dict(exchange_cap=0)),
-    ("iql_stratdiff", dict(utd=10)),
+    ("iql_stratdiff", dict(utd=10, online_steps=15)),
     ("iql_stratdiff", dict(guidance_scale=0.0, score="gauss_std")),
 ]
 
@@ -307,11 +307,12 @@ def test_docstring_names_what_is_logged(stem, dataset, tmp_path):
 def test_an_imported_offline_phase_continues_as_ones_own(stem, dataset, tmp_path):
     """--from-offline saves the time and changes nothing: scores and online logs bit for bit; so does the cache."""
     backbone = stem.split("_")[0]
-    own = module(stem).train(tiny_args(stem, dataset=dataset, out_dir=tmp_path / "own"))
-    module(backbone).train(tiny_args(backbone, dataset=dataset, out_dir=tmp_path))
+    few = dict(dataset=dataset, online_steps=20)
+    own = module(stem).train(tiny_args(stem, out_dir=tmp_path / "own", **few))
+    module(backbone).train(tiny_args(backbone, dataset=dataset, out_dir=tmp_path, online_steps=0))
     (source,) = (tmp_path / backbone).glob("**/offline.pt")
     shutil.copytree(tmp_path / "own" / ".behavior", tmp_path / ".behavior")
-    args = tiny_args(stem, dataset=dataset, out_dir=tmp_path, from_offline=source)
+    args = tiny_args(stem, out_dir=tmp_path, from_offline=source, **few)
     imported = module(stem).train(args)
     assert "offline_seconds" not in imported and "behavior_seconds" not in imported
     for k in ("offline_score", "final_score"):
@@ -325,7 +326,7 @@ def test_an_imported_offline_phase_continues_as_ones_own(stem, dataset, tmp_path
 
 def test_one_behavior_model_serves_both_backbones(dataset, tmp_path, capsys):
     """The cache is by content: another method finds it, and goes on as if it had trained the model itself."""
-    settings = dict(dataset=dataset, normalize_obs=True)
+    settings = dict(dataset=dataset, normalize_obs=True, online_steps=15)
     trained = calql_dare.train(tiny_args("calql_dare", out_dir=tmp_path / "a", **settings))
     assert "behavior_seconds" in trained and len(cached(tmp_path / "a")) == 1
     iql_dare.train(tiny_args("iql_dare", out_dir=tmp_path / "b", **settings))
@@ -377,11 +378,12 @@ def test_whatever_shapes_the_behavior_model_gives_another_key(dataset, tmp_path,
 
 def test_from_behavior_takes_another_runs_model_and_refuses_one_of_other_settings(dataset, tmp_path):
     """Another seed's is allowed, and not kept under this seed's key; a difference is named; so is a missing file."""
-    iql_dare.train(tiny_args("iql_dare", dataset=dataset, out_dir=tmp_path, seed=1))
+    few = dict(dataset=dataset, online_steps=12)
+    iql_dare.train(tiny_args("iql_dare", out_dir=tmp_path, seed=1, **few))
     (source,) = (tmp_path / "iql_dare").glob("**/seed1")
     for path in (source, source / "behavior.pt"):
         out = tmp_path / path.name
-        args = tiny_args("iql_stratdiff", dataset=dataset, out_dir=out, from_behavior=path)
+        args = tiny_args("iql_stratdiff", out_dir=out, from_behavior=path, **few)
         result = iql_stratdiff.train(args)
         assert "behavior_seconds" not in result and cached(out) == []
         (ours,) = out.glob("**/behavior.pt")
@@ -394,16 +396,17 @@ def test_from_behavior_takes_another_runs_model_and_refuses_one_of_other_setting
     ]):  # fmt: skip
         changes = dict(from_behavior=source, out_dir=tmp_path / str(i)) | changes
         with pytest.raises(run.UsageError, match=words):
-            iql_dare.train(tiny_args("iql_dare", dataset=dataset, **changes))
+            iql_dare.train(tiny_args("iql_dare", **few | changes))
         assert not [*(tmp_path / str(i)).glob("**/log.csv")]  # before the offline phase, not after it
 
 
 def test_a_damaged_cache_is_named(dataset, tmp_path):
-    iql_dare.train(tiny_args("iql_dare", dataset=dataset, out_dir=tmp_path))
+    few = dict(dataset=dataset, out_dir=tmp_path, online_steps=0)
+    iql_dare.train(tiny_args("iql_dare", **few))
     (kept,) = cached(tmp_path)
     kept.write_bytes(kept.read_bytes()[:1000])
     with pytest.raises(run.UsageError, match=kept.name):
-        iql_stratdiff.train(tiny_args("iql_stratdiff", dataset=dataset, out_dir=tmp_path))
+        iql_stratdiff.train(tiny_args("iql_stratdiff", **few))
 
 
 def test_the_installed_tree_stays_as_it_is(tmp_path):
