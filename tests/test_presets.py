@@ -27,6 +27,7 @@ FIXED = {  # what a file does that has no setting for it
     "backup_entropy": False, "append_online": False, "normalize_reward": False,
     "dropout": 0.0,  # dual.py
     "offline_frac": 0.0,  # EDIS, AD2S
+    "mc_tail": "zero",  # returns of what the dataset cuts off, Cal-QL
 }  # fmt: skip
 NOT_OF_A_PAPER = {  # which run it is, where it runs, what else it logs
     "env", "dataset", "seed", "from_offline", "from_behavior", "from_planner", "device", "compile", "out_dir",
