@@ -618,7 +618,10 @@ def measure_file(stem: str, args: Args) -> dict[str, float]:
                 rates[name] = (until - middle) / (time.perf_counter() - spent["evaluation"] - start)
 
     phase, run.Run.phase = run.Run.phase, timed_phase
-    steps_of = lambda result, evaluator, *_: evaluator.episodes * result["eval/length"]  # noqa: E731
+
+    def steps_of(result: dict, evaluator: data.Evaluator, *_) -> float:
+        return evaluator.episodes * result["eval/length"]
+
     data.Evaluator.__call__ = timed(data.Evaluator.__call__, "evaluation", steps_of)
     if hasattr(module, "Guide"):
         module.Guide.dataset_support = timed(
@@ -652,9 +655,8 @@ def budget(stem: str, env: str) -> dict[str, float]:
     n = sum(a.warmup_steps <= t < a.online_steps for t in times)
     work = {k: get(f"{k}_steps") for k in ("offline", "online", "behavior", "energy", "planner")}
     work |= {"generator": n * get("diffusion_steps"), "sampling": n * get("synthetic_rows")}
-    work |= {"pool": n * get("energy_pool")} | dict.fromkeys(
-        ("ratios", "energies"), n * get("energy_updates")
-    )
+    work |= {"pool": n * get("energy_pool")}
+    work |= dict.fromkeys(("ratios", "energies"), n * get("energy_updates"))
     work["distill"] = sum(updates for _, updates in module.halvings(a)) if get("halving_steps") else 0
     work["transition"] = 2 * get("planner_steps") if get("fit_transition") and a.horizon > 1 else 0
     work["support"] = rows + a.online_steps if get("support_k") else 0

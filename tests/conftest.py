@@ -5,15 +5,18 @@ import importlib
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
-from common import envs, files, run
+from common import data, envs, files, run
 from common.tools import collect
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(p.stem for p in (ROOT / "algorithms").glob("*.py"))
+CPU = torch.device("cpu")
+HOPPER = "hopper-medium-v2"
 TINY = dict(  # by setting; a file takes those it has
     device="cpu", offline_steps=20, online_steps=30, warmup_steps=10, eval_every=15, eval_episodes=2,
     batch_size=16, hidden=16, behavior_steps=20, behavior_batch=32, behavior_width=16, energy_steps=10,
@@ -45,6 +48,27 @@ def tiny_args(stem: str, **changes):
     return args_type(env="hopper-medium-v2", **{k: v for k, v in small.items() if k not in idle} | changes)
 
 
+def write(path: Path, arrays: dict, **options) -> Path:
+    """`arrays` as an HDF5 file."""
+    with h5py.File(path, "w") as f:
+        for k, v in arrays.items():
+            f.create_dataset(k, data=v, **options)
+    return path
+
+
+def good(rows: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
+    """Arrays of a flawless Hopper file; the last row is a terminal."""
+    rng = np.random.default_rng(seed)
+    return {
+        "observations": rng.normal(size=(rows, 11)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, (rows, 3)).astype(np.float32),
+        "rewards": rng.normal(size=rows).astype(np.float32),
+        "terminals": np.arange(rows) == rows - 1,
+        "timeouts": np.zeros(rows, bool),
+        "next_observations": rng.normal(size=(rows, 11)).astype(np.float32),
+    }
+
+
 @pytest.fixture(scope="session")
 def random_rows(tmp_path_factory) -> Path:
     """600 rows of random Hopper roll-outs in D4RL layout."""
@@ -61,6 +85,16 @@ def dataset(random_rows, tmp_path_factory) -> Path:
     return Path(shutil.copy(random_rows, tmp_path_factory.mktemp("data")))
 
 
+@pytest.fixture
+def minari_home(tmp_path, monkeypatch):
+    """An empty Minari folder, no network, nothing cached."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data._minari.cache_clear()
+    yield tmp_path / "minari"
+    data._minari.cache_clear()
+
+
 def log_rows(folder: Path, times: bool = False) -> list[dict[str, str]]:
     """The lines of the one log.csv below `folder`, without times unless asked."""
     (path,) = folder.glob("**/log.csv")
@@ -68,9 +102,41 @@ def log_rows(folder: Path, times: bool = False) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if times or k[:5] != "time/"} for row in csv.DictReader(f)]
 
 
+def final_state(folder: Path) -> dict:
+    """The objects in the one state.pt below `folder`."""
+    (path,) = folder.glob("**/state.pt")
+    return torch.load(path, weights_only=True)["objects"]
+
+
+def equal_states(a, b) -> bool:
+    """Whether two state dictionaries agree bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal_states(a[k], b[k]) for k in a)
+    return a == b if not isinstance(a, list) else all(map(equal_states, a, b))
+
+
 def cached(out_dir: Path) -> list[Path]:
     """The behavior models that the runs below `out_dir` share."""
     return sorted(out_dir.glob(".behavior/*.pt"))
+
+
+class Killed(Exception):
+    """Stands for kill -9: nothing is written after it."""
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, owner, name: str, calls: int) -> None:
+    """Let `owner.name` be called so many times, then die of every call."""
+    original, left = getattr(owner, name), [calls]
+
+    def deadly(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, deadly)
 
 
 @pytest.fixture(autouse=True)

@@ -3,18 +3,18 @@
 import gc
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import log_rows, module, tiny_args
+from conftest import CPU, Killed, kill_after, log_rows, module, tiny_args
 
 from algorithms import calql_ad2s as ad2s
 from common import buffer, edm, judge, run
 
-CPU = torch.device("cpu")
 OBS, ACT = 2, 1  # of the hand-made rows [s, s, a, r, s', s', terminal]
 
 
@@ -161,17 +161,19 @@ def test_every_tenth_block_tests_the_ratio_and_does_not_train_it():
     drawn = ad2s.moved_off_aside(index)
     assert torch.equal(drawn[~ad2s.set_aside(index)], index[~ad2s.set_aside(index)])
     counts = drawn.bincount(minlength=2_000)
-    assert (
-        counts[aside].sum() == 0 and counts.sum() == 1_000_000
-    )  # others: 500 + Binomial(500, 1/9), 555.6 ± 7
+    assert counts[aside].sum() == 0 and counts.sum() == 1_000_000
+    # the others: 500 + Binomial(500, 1/9), 555.6 ± 7
     assert counts[~aside].float().mean().item() == pytest.approx(5_000 / 9)
     assert (counts[~aside] - 5_000 / 9).abs().max() < 5 * 7.03
     seen, rows = [], torch.zeros(1_000, 2 * OBS + ACT + 2)
     rows[:, 0] = torch.arange(1_000) / 1_000
     aligner = make_aligner([table(rows.tolist()), table(rows.tolist())])
-    aligner.loss = lambda nets, own, dataset, *rest: (
-        seen.extend([own, dataset]) or ad2s.scorer_losses(nets, own, dataset, *rest)
-    )
+
+    def loss(nets, own, dataset, *rest):
+        seen.extend([own, dataset])
+        return ad2s.scorer_losses(nets, own, dataset, *rest)
+
+    aligner.loss = loss
     for _ in range(20):
         aligner.scorer_step()
     assert torch.cat(seen)[:, 0].max() < 0.8995 and len(torch.cat(seen)) == 20 * 2 * 256
@@ -277,19 +279,14 @@ def test_selections_on_hand_made_rows(settings, aligned, reused):
     rows = torch.cat([b.table[: b.rows] for b in aligner.buffers])
     assert torch.equal(aligner.reused, rows[sorted(reused)])
     assert torch.equal(aligner.reused_conditions, aligner.conditions[sorted(reused)])
-    assert judge.selected_rows(aligner)["align/offline_share_aligned"] == pytest.approx(
-        len(aligned & set(range(5))) / len(aligned)
-    )
-    assert judge.selected_rows(aligner)["align/offline_share_reused"] == pytest.approx(
-        len(reused & set(range(5))) / len(reused)
-    )
-    assert judge.selected_rows(aligner)["align/w_off"] == pytest.approx(np.exp(LOG_W[:5]).mean(), rel=1e-5)
-    assert judge.selected_rows(aligner)["align/inverse_w_on"] == pytest.approx(
-        np.exp(-LOG_W[5:]).mean(), rel=1e-5
-    )
-    assert judge.selected_rows(aligner)["align/model_error"] == pytest.approx(
-        math.sqrt(0.5), rel=1e-5
-    )  # e/2: lower median of 1, 1
+    logs = judge.selected_rows(aligner)
+    for name, selected in (("aligned", aligned), ("reused", reused)):
+        share = len(selected & set(range(5))) / len(selected)
+        assert logs[f"align/offline_share_{name}"] == pytest.approx(share)
+    assert logs["align/w_off"] == pytest.approx(np.exp(LOG_W[:5]).mean(), rel=1e-5)
+    assert logs["align/inverse_w_on"] == pytest.approx(np.exp(-LOG_W[5:]).mean(), rel=1e-5)
+    error = logs["align/model_error"]  # e/2: lower median of 1, 1
+    assert error == pytest.approx(math.sqrt(0.5), rel=1e-5)
 
 
 def test_top_fraction_is_the_highest_and_ties_go_to_earlier_rows():
@@ -299,9 +296,8 @@ def test_top_fraction_is_the_highest_and_ties_go_to_earlier_rows():
 
 def test_condition_is_the_clipped_standard_score_of_log_y():
     log_y = torch.tensor([0.0, 2.0, 4.0, 10.0], dtype=torch.float64)  # mean 4, variance 14
-    assert ad2s.scaled_condition(log_y).tolist() == pytest.approx(
-        [x / math.sqrt(14) for x in (-4, -2, 0, 6)], rel=1e-6
-    )
+    expected = [x / math.sqrt(14) for x in (-4, -2, 0, 6)]
+    assert ad2s.scaled_condition(log_y).tolist() == pytest.approx(expected, rel=1e-6)
     outlier = torch.zeros(1000, dtype=torch.float64)
     outlier[0], outlier[1] = 1e5, -1e5
     c = ad2s.scaled_condition(outlier)
@@ -370,9 +366,8 @@ def test_training_rows_carry_their_own_conditions_and_a_quarter_is_dropped():
     g.args = ad2s.Args(diffusion_batch=20_000)
     rows, c, keep = ad2s.AlignedGenerator.draw(g)
     assert rows.shape == (20_000, 6) and keep.dtype == torch.bool
-    by_first = dict(
-        zip(LOG_W.round(3), aligner.conditions.tolist(), strict=True)
-    )  # log w is the first feature
+    # log w is the first feature
+    by_first = dict(zip(LOG_W.round(3), aligner.conditions.tolist(), strict=True))
     assert c.tolist() == [by_first[round(x, 3)] for x in rows[:, 0].tolist()]
     assert keep.float().mean().item() == pytest.approx(0.75, abs=0.01)
     shares = [(rows[:, 0] == x).float().mean().item() for x in rows[:, 0].unique()]
@@ -431,9 +426,8 @@ def test_guided_mean_through_begin(condition, settings, mean, capsys):
     x = edm.sample(d, x, 64, 0.0, first)
     with capsys.disabled():
         print(f" [c {condition}, {settings}: mean {x.mean().item():.3f}, wanted {mean:.3f}]", end="")
-    assert x.mean().item() == pytest.approx(
-        mean * (1 - 1 / 80), abs=0.012
-    ) and x.std().item() == pytest.approx(1, abs=0.01)
+    assert x.mean().item() == pytest.approx(mean * (1 - 1 / 80), abs=0.012)
+    assert x.std().item() == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize(("mu", "kept"), [(0.5, 0.379), (0.3, 0.954)])
@@ -462,28 +456,15 @@ def test_presets_are_table_4():
     for env in ("walker2d-random-v2", "antmaze-large-play-v2", "pen-cloned-v1", "door-cloned-v1"):
         assert values(env) == (0.5, 0.5, 0.5)
     a = ad2s.Args()
-    assert (a.beta_dr, a.beta_curi, a.amplification, a.guidance_eta, a.condition_dropout) == (
-        10,
-        10,
-        1.2,
-        2,
-        0.25,
-    )
-    assert (a.scorer_hidden, a.scorer_lr, a.diffusion_width, a.diffusion_depth, a.sample_steps) == (
-        256, 3e-4, 1024, 6, 128,
-    )  # fmt: skip
-    assert (a.diffusion_steps, a.regenerate_every, a.warmup_steps, a.sample_churn) == (
-        50_000,
-        10_000,
-        5_000,
-        0,
-    )
+    assert (a.beta_dr, a.beta_curi, a.amplification) == (10, 10, 1.2)
+    assert (a.guidance_eta, a.condition_dropout) == (2, 0.25)
+    assert (a.scorer_hidden, a.scorer_lr, a.diffusion_width, a.diffusion_depth) == (256, 3e-4, 1024, 6)
+    assert (a.sample_steps, a.sample_churn) == (128, 0)
+    assert (a.diffusion_steps, a.regenerate_every, a.warmup_steps) == (50_000, 10_000, 5_000)
     calql = module("calql").ENV_PRESETS  # the learner's are Cal-QL's
     for prefix, row in calql.items():
-        ours = ad2s.ENV_PRESETS[prefix]
-        assert {k: v for k, v in ours.items() if k in row} == {
-            k: v for k, v in row.items() if k != "offline_frac"
-        }
+        ours, theirs = ad2s.ENV_PRESETS[prefix], {k: v for k, v in row.items() if k != "offline_frac"}
+        assert {k: v for k, v in ours.items() if k in row} == theirs
 
 
 def test_offline_settings_are_the_backbones():
@@ -494,9 +475,8 @@ def test_pgr_is_a_choice_of_settings():
     args = ad2s.method_settings(ad2s.Args(pgr=True))
     assert (args.p_dr, args.p_curi, args.beta_curi, args.noising_scale) == (1, 0.25, 0, 1)
     assert (args.guidance_eta, args.amplification, args.synthetic_frac) == (0.5, 1, 0.5)
-    assert ad2s.method_settings(ad2s.Args(pgr=True, p_curi=0.25)) == ad2s.method_settings(
-        ad2s.Args(pgr=True, p_curi=0.25, env="hopper-medium-v2")
-    )
+    given = ad2s.Args(pgr=True, p_curi=0.25)
+    assert ad2s.method_settings(given) == ad2s.method_settings(replace(given, env="hopper-medium-v2"))
     ad2s.method_settings(run.with_presets(ad2s.Args, ad2s.ENV_PRESETS, "maze2d-large-v1", pgr=True))
     plain = ad2s.Args(p_curi=0.1)
     assert ad2s.method_settings(plain) is plain
@@ -586,19 +566,19 @@ def test_who_sees_which_rows_and_when(frac, dataset, tmp_path, monkeypatch):
             batches.append((seen["online"].rows, batch))
         return losses(nets, batch, bound, *rest)
 
+    def spied_step(self):
+        scored.append(seen["online"].rows)
+        return step(self)
+
+    def spied_regenerate(self, k, sources):
+        regenerated.append((k, [b.rows for b in sources]))
+        return regenerate(self, k, sources)
+
     step, regenerate = ad2s.Aligner.scorer_step, ad2s.Generator.regenerate
     monkeypatch.setattr(run.Run, "register", register)
     monkeypatch.setattr(ad2s, "losses", spied_losses)
-    monkeypatch.setattr(
-        ad2s.Aligner, "scorer_step", lambda self: scored.append(seen["online"].rows) or step(self)
-    )
-    monkeypatch.setattr(
-        ad2s.Generator,
-        "regenerate",
-        lambda self, k, sources: (
-            regenerated.append((k, [b.rows for b in sources])) or regenerate(self, k, sources)
-        ),
-    )
+    monkeypatch.setattr(ad2s.Aligner, "scorer_step", spied_step)
+    monkeypatch.setattr(ad2s.Generator, "regenerate", spied_regenerate)
     ad2s.train(tiny_args("calql_ad2s", dataset=dataset, out_dir=tmp_path, synthetic_frac=frac))
     fixed = regenerated[0][1][0]
     assert scored == list(range(1, 31))
@@ -640,39 +620,17 @@ def test_docstring_names_what_is_logged(dataset, tmp_path):
     assert set(re.findall(r"\b(?:align|loss)/\w+", metrics)) <= there
 
 
-class Killed(Exception):
-    """Stands for kill -9."""
-
-
 def test_a_kill_inside_a_regeneration_changes_nothing(dataset, tmp_path, monkeypatch):
     """In training and in sampling, with checkpoints at every step; the selection is made again, and alike."""
     settings = dict(dataset=dataset, offline_steps=5, online_steps=25, eval_episodes=1)
     ad2s.train(tiny_args("calql_ad2s", out_dir=tmp_path / "straight", **settings))
     monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
-    originals = {name: getattr(ad2s.Generator, name) for name in ("train_step", "sample_step")}
-    deaths = 0
-    for name, after in [
-        ("train_step", 4),
-        ("sample_step", 1),
-        ("train_step", 20),
-        ("sample_step", 0),
-        ("", 0),
-    ]:
-        calls = [0]
-
-        def deadly(self, *given, name=name, after=after, calls=calls):
-            calls[0] += 1
-            if calls[0] > after:
-                raise Killed
-            return originals[name](self, *given)
-
+    args = tiny_args("calql_ad2s", out_dir=tmp_path / "killed", **settings)
+    for name, calls in (("train_step", 4), ("sample_step", 1), ("train_step", 20), ("sample_step", 0)):
         with monkeypatch.context() as patch:
-            if name:
-                patch.setattr(ad2s.Generator, name, deadly)
-            try:
-                ad2s.train(tiny_args("calql_ad2s", out_dir=tmp_path / "killed", **settings))
-            except Killed:
-                deaths += 1
+            kill_after(patch, ad2s.Generator, name, calls)
+            with pytest.raises(Killed):
+                ad2s.train(args)
         gc.collect()
-    assert deaths == 4
+    ad2s.train(args)
     assert log_rows(tmp_path / "killed" / "calql_ad2s") == log_rows(tmp_path / "straight" / "calql_ad2s")

@@ -5,15 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import module, tiny_args
+from conftest import CPU, final_state, module, tiny_args
 from test_iql import CountDispatches
 from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
 from algorithms import calql
 from common.buffer import Batch
-
-CPU = torch.device("cpu")
 
 
 def case(rows: int = 8, act_dim: int = 2, n: int = 3, dtype=torch.float64, **settings) -> tuple:
@@ -25,9 +23,8 @@ def case(rows: int = 8, act_dim: int = 2, n: int = 3, dtype=torch.float64, **set
             p.add_(0.1 * torch.randn_like(p))
     obs, next_obs = torch.randn(2, rows, 5, dtype=dtype)
     actions = torch.rand(rows, act_dim, dtype=dtype) * 2 - 1
-    batch = Batch(
-        obs, actions, torch.randn(rows, dtype=dtype), next_obs, (torch.arange(rows) % 3 == 0).to(dtype)
-    )
+    rewards, terminations = torch.randn(rows, dtype=dtype), (torch.arange(rows) % 3 == 0).to(dtype)
+    batch = Batch(obs, actions, rewards, next_obs, terminations)
     noise = tuple(x.to(dtype) for x in calql.draw_noise(rows, act_dim, n, CPU))
     return nets, batch, noise, calql.Args(cql_n_actions=n, **settings), torch.randn(rows, dtype=dtype) * 0.1
 
@@ -78,9 +75,8 @@ def test_log_prob_of_data_is_of_the_data_and_finite_at_the_border():
     u = math.atanh(0.5)
     expected = -0.5 * u * u - 0.5 * math.log(2 * math.pi) - math.log(1 - 0.25)
     assert calql.squashed_log_prob(mean, log_std, a).item() == pytest.approx(expected)
-    assert torch.isfinite(
-        calql.squashed_log_prob(mean, log_std, torch.tensor([[1.0], [-1.0]]).double())
-    ).all()
+    ends = torch.tensor([[1.0], [-1.0]]).double()
+    assert torch.isfinite(calql.squashed_log_prob(mean, log_std, ends)).all()
 
 
 def test_initialisation_is_orthogonal_with_a_small_last_layer():
@@ -101,14 +97,12 @@ def test_initialisation_is_orthogonal_with_a_small_last_layer():
 def test_regulariser_of_constant_critics_and_a_uniform_policy(act_dim, capsys):
     """d ln 2 + ln 30: 7.56 for d = 6, 8.95 for d = 8; clipping and a low bound change nothing."""
     log_probs = torch.full((4, 30), -act_dim * math.log(2))
-    gap, _ = calql.conservative_gap(
-        torch.full((2, 4, 30), 7.0), torch.full((2, 4), 7.0), log_probs, None, -200.0
-    )
+    q, q_data = torch.full((2, 4, 30), 7.0), torch.full((2, 4), 7.0)
+    gap, _ = calql.conservative_gap(q, q_data, log_probs, None, -200.0)
     expected = act_dim * math.log(2) + math.log(30)
     with capsys.disabled():
-        print(
-            f" [regulariser at d={act_dim}: {gap[0, 0].item():.4f}, d ln 2 + ln 30 = {expected:.4f}]", end=""
-        )
+        found = f"regulariser at d={act_dim}: {gap[0, 0].item():.4f}"
+        print(f" [{found}, d ln 2 + ln 30 = {expected:.4f}]", end="")
     assert torch.allclose(gap, torch.full((2, 4), expected))
 
 
@@ -226,10 +220,8 @@ def test_a_weight_per_row_regularises_those_rows_only(lagrange):
     """Rows of weight 0 keep TD alone: the same as the mean over all rows with their gaps (less the target) at 0."""
     nets, batch, noise, args, _ = case(lagrange=lagrange)
     mask = torch.tensor([1.0, 0, 0, 1, 1, 0, 1, 0]).double()
-    parts = [
-        calql.losses(nets, batch, None, w, noise, args)[0].item()
-        for w in (0.0, 5.0 * mask, 5.0 * (1 - mask), 5.0)
-    ]
+    weights = (0.0, 5.0 * mask, 5.0 * (1 - mask), 5.0)
+    parts = [calql.losses(nets, batch, None, w, noise, args)[0].item() for w in weights]
     assert parts[1] + parts[2] - parts[0] == pytest.approx(parts[3])
     assert abs(parts[1] - parts[0]) > 1e-3
     half = Batch(*(x[mask > 0] for x in batch))
@@ -293,8 +285,7 @@ def test_online_returns_are_those_of_finished_episodes(dataset, tmp_path):
         "calql", dataset=dataset, out_dir=tmp_path, calibrate_online=True, online_steps=120, reward_scale=2.0
     )
     calql.train(args)
-    (path,) = tmp_path.rglob("state.pt")
-    state = torch.load(path, weights_only=True)["objects"]
+    state = final_state(tmp_path)
     finished, rows = int(state["finished"]), state["online"]["rows"]
     (log,) = tmp_path.rglob("log.csv")
     lines = [x.split(",") for x in log.read_text().splitlines()]

@@ -6,15 +6,13 @@ from itertools import chain
 
 import pytest
 import torch
-from conftest import log_rows, module, tiny_args
-from test_dual import equal_states, final_state
+from conftest import CPU, Killed, equal_states, final_state, kill_after, log_rows, module, tiny_args
 from torch.distributions import Normal
 
 from algorithms import calql_dual, dual
 from common import data, run
 from common.buffer import Batch
 
-CPU = torch.device("cpu")
 OBS, A, H = 5, 2, 3
 
 
@@ -53,9 +51,8 @@ def test_box_by_hand():
     u = torch.tensor([0.7, -0.9, 1.0, -1.0, 1.1, 14.0]).double().requires_grad_()
     actions, log_slope = calql_dual.box(u)
     one, two = math.tanh(1), math.tanh(2)
-    assert actions.tolist() == pytest.approx(
-        [0.7, -0.9, 0.9 + 0.1 * one, -0.9 - 0.1 * one, 0.9 + 0.1 * two, 1]
-    )
+    expected = [0.7, -0.9, 0.9 + 0.1 * one, -0.9 - 0.1 * one, 0.9 + 0.1 * two, 1]
+    assert actions.tolist() == pytest.approx(expected)
     actions.sum().backward()
     slopes = [1.0, 1.0, 1 - one**2, 1 - one**2, 1 - two**2]
     assert u.grad[:5].tolist() == pytest.approx(slopes) and u.grad[5] < 1e-12
@@ -72,9 +69,8 @@ def test_density_of_actions_integrates_to_one():
     assert a.max() <= 1 and (a.diff() >= 0).all()
     inner = a < 0.9
     assert torch.trapezoid(density, a).item() == pytest.approx(1.0, abs=1e-3)
-    assert torch.trapezoid(density[inner], a[inner]).item() == pytest.approx(
-        Normal(0.8, 0.2).cdf(torch.tensor(0.9)).item(), abs=2e-3
-    )
+    below = Normal(0.8, 0.2).cdf(torch.tensor(0.9)).item()
+    assert torch.trapezoid(density[inner], a[inner]).item() == pytest.approx(below, abs=2e-3)
     outer = calql_dual.boxed(torch.full((1, 1), 1.2).double(), log_std, torch.zeros(1, 1).double())[1]
     centre = calql_dual.boxed(torch.zeros(1, 1).double(), log_std, torch.zeros(1, 1).double())[1]
     assert (outer - centre).item() == pytest.approx(2 * math.log(math.cosh(3)))
@@ -256,15 +252,23 @@ def test_actions_of_the_regulariser_and_of_the_target(backup, monkeypatch):
     """30 actions and the data's at s, all in the box; 1 or 10 at s'; weights of uniform, π(s), π(s') by Normal."""
     nets, batch, (uniform, normal), args, _ = case(n=10, max_target_backup=backup)
     asked, weights, original, gap = [], [], calql_dual.q_of_many, calql_dual.conservative_gap
-    monkeypatch.setattr(
-        calql_dual, "q_of_many", lambda qf, s, a: asked.append((qf, s, a)) or original(qf, s, a)
-    )
-    monkeypatch.setattr(
-        calql_dual, "conservative_gap", lambda q, d, p, *rest: weights.append((q, p)) or gap(q, d, p, *rest)
-    )
+
+    def q_of_many(qf, s, a):
+        asked.append((qf, s, a))
+        return original(qf, s, a)
+
+    def conservative_gap(q, data_q, log_probs, *rest):
+        weights.append((q, log_probs))
+        return gap(q, data_q, log_probs, *rest)
+
+    monkeypatch.setattr(calql_dual, "q_of_many", q_of_many)
+    monkeypatch.setattr(calql_dual, "conservative_gap", conservative_gap)
     calql_dual.dual_losses(nets, batch, None, 5.0, (uniform, normal), args)
     (mean, log_std), (next_mean, _) = nets["actor"](batch.obs), nets["actor"](batch.next_obs)
-    at = lambda m, z: m[:, None] + log_std.exp() * z  # noqa: E731
+
+    def at(center: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return center[:, None] + log_std.exp() * z
+
     (target_net, s, a), (net, s_now, many) = asked
     assert target_net is nets["q_target"] and torch.equal(s, batch.next_obs)
     assert a.shape == (8, 10 if backup else 1, A)
@@ -276,10 +280,9 @@ def test_actions_of_the_regulariser_and_of_the_target(backup, monkeypatch):
     assert torch.allclose(many, expected)
     ((q, log_probs),) = weights
     assert q.shape == (2, 8, 30) and not log_probs.requires_grad
-    densities = [
-        (Normal(m[:, None], log_std.exp()).log_prob(u) - into_box(u)[1]).sum(-1)
-        for m, u in ((mean, now), (next_mean, later))
-    ]
+    densities = []
+    for m, u in ((mean, now), (next_mean, later)):
+        densities.append((Normal(m[:, None], log_std.exp()).log_prob(u) - into_box(u)[1]).sum(-1))
     expected = torch.cat([torch.full((8, 10), -A * math.log(2)).double(), *densities], 1)
     assert torch.allclose(log_probs, expected, atol=1e-6)
 
@@ -291,13 +294,11 @@ def test_compiled_and_plain_losses_agree():
         nets.zero_grad()
         loss, _ = f(nets, batch, returns, 5.0, noise, args)
         loss.backward()
-        found.append(
-            (loss.item(), nets["actor"].net.head.weight.grad.clone(), nets["qf"].weight[0].grad.clone())
-        )
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    assert all(
-        torch.allclose(x, y, rtol=1e-3, atol=1e-4) for x, y in zip(found[0][1:], found[1][1:], strict=True)
-    )
+        weights = (nets["actor"].net.head.weight, nets["qf"].weight[0])
+        found.append((loss.item(), *(w.grad.clone() for w in weights)))
+    (plain, *grads), (compiled, *others) = found
+    assert plain == pytest.approx(compiled, rel=1e-5)
+    assert all(torch.allclose(x, y, rtol=1e-3, atol=1e-4) for x, y in zip(grads, others, strict=True))
 
 
 # ---- the posterior's weights ----
@@ -338,9 +339,12 @@ def test_weights_of_rows_are_those_of_four_drawn_actions():
     got = calql_dual.posterior_weight(nets, Batch(obs, actions, zeros, obs, zeros))
     torch.manual_seed(3)
     noise = torch.cat([torch.randn(k, 4, A) for k in (4_096, rows - 4_096)])
+
+    def least(a: torch.Tensor) -> torch.Tensor:
+        return torch.minimum(*nets["qf"](obs, a))
+
     with torch.no_grad():
         mean, log_std = nets["actor"](obs)
-        least = lambda a: torch.minimum(*nets["qf"](obs, a))  # noqa: E731
         v = sum(least(into_box(mean + log_std.exp() * noise[:, k])[0]) for k in range(4)) / 4
         adv = least(actions) - v
     assert least(actions).max() < 0 and adv.std() > 0.05
@@ -380,22 +384,15 @@ def test_a_run_killed_online_resumes_exactly(calibrate_online, dataset, tmp_path
     calql_dual.train(tiny_args("calql_dual", out_dir=tmp_path / "straight", **changes))
     monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
     args = tiny_args("calql_dual", out_dir=tmp_path / "killed", **changes)
-    original, deaths, done = data.Interaction.step, 0, False
+    deaths, done = 0, False
     while not done:
-        left = [7]
-
-        def deadly(self, policy, left=left):
-            left[0] -= 1
-            if left[0] < 0:
-                raise InterruptedError
-            return original(self, policy)
-
-        monkeypatch.setattr(data.Interaction, "step", deadly)
-        try:
-            calql_dual.train(args)
-            done = True
-        except InterruptedError:
-            deaths += 1
+        with monkeypatch.context() as patch:
+            kill_after(patch, data.Interaction, "step", 7)
+            try:
+                calql_dual.train(args)
+                done = True
+            except Killed:
+                deaths += 1
         gc.collect()
     assert deaths >= 4
     assert log_rows(tmp_path / "straight") == log_rows(tmp_path / "killed")
@@ -408,20 +405,12 @@ def test_a_run_killed_online_resumes_exactly(calibrate_online, dataset, tmp_path
 def test_a_run_killed_in_another_place_resumes_exactly(name, calls, dataset, tmp_path, monkeypatch):
     calql_dual.train(tiny_args("calql_dual", out_dir=tmp_path / "straight", dataset=dataset))
     monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
-    args, left = tiny_args("calql_dual", out_dir=tmp_path / "killed", dataset=dataset), [calls]
-    original = getattr(calql_dual, name)
-
-    def deadly(*a):
-        left[0] -= 1
-        if left[0] < 0:
-            raise InterruptedError
-        return original(*a)
-
-    with monkeypatch.context() as m:
-        m.setattr(calql_dual, name, deadly)
-        with pytest.raises(InterruptedError):
+    args = tiny_args("calql_dual", out_dir=tmp_path / "killed", dataset=dataset)
+    with monkeypatch.context() as patch:
+        kill_after(patch, calql_dual, name, calls)
+        with pytest.raises(Killed):
             calql_dual.train(args)
-        gc.collect()
+    gc.collect()
     calql_dual.train(args)
     assert log_rows(tmp_path / "straight") == log_rows(tmp_path / "killed")
     assert equal_states(final_state(tmp_path / "straight"), final_state(tmp_path / "killed"))
@@ -464,9 +453,8 @@ def test_the_planner_is_dual_pys_and_is_taken_from_there(dataset, tmp_path):
     mine, theirs = (torch.load(p, weights_only=True) for p in paths)
     assert mine["settings"] == theirs["settings"]
     assert equal_states(mine["objects"], theirs["objects"])
-    assert equal_states(
-        final_state(tmp_path / "a")["planner_teacher"], final_state(tmp_path / "iql")["planner_teacher"]
-    )
+    students = [final_state(tmp_path / x)["planner_teacher"] for x in ("a", "iql")]
+    assert equal_states(*students)
     taken = calql_dual.train(
         tiny_args("calql_dual", dataset=dataset, out_dir=tmp_path / "b", from_planner=paths[1].parent)
     )
@@ -523,10 +511,8 @@ def test_metrics_are_those_of_the_docstring(dataset, tmp_path):
     calql_dual.train(tiny_args("calql_dual", dataset=dataset, out_dir=tmp_path, bc_coef=0.1))
     rows = log_rows(tmp_path)
     where = {k: {x["phase"] for x in rows if x.get(k)} for k in rows[0]}
-    both = (
-        "loss/q loss/actor loss/alpha loss/bc cql/gap cql/bound_share q/mean alpha/entropy policy/log_prob "
-    )
-    both += "policy/outside log_std/mean laplace/n_eff laplace/condition laplace/data_std"
+    both = "loss/q loss/actor loss/alpha loss/bc cql/gap cql/bound_share q/mean alpha/entropy policy/log_prob"
+    both += " policy/outside log_std/mean laplace/n_eff laplace/condition laplace/data_std"
     assert all(where[k] == {"offline", "online"} for k in both.split())
     assert where["uq/epistemic_std"] == where["uq/share_shift"] == {"online"}
     assert where["shift/offline"] == {"offline"}
@@ -535,9 +521,8 @@ def test_metrics_are_those_of_the_docstring(dataset, tmp_path):
 @pytest.mark.parametrize("env", ["hopper-medium-v2", "antmaze-umaze-v2", "pen-cloned-v1", "maze2d-umaze-v1"])
 def test_presets_are_cal_qls_and_the_planners(env):
     """Every setting of calql.py as there, but the length of the online phase; the planner's as in dual.py."""
-    mine, calql_args, dual_args = (
-        run.with_presets(module(x).Args, module(x).ENV_PRESETS, env) for x in ("calql_dual", "calql", "dual")
-    )
+    three = (module(x) for x in ("calql_dual", "calql", "dual"))
+    mine, calql_args, dual_args = (run.with_presets(x.Args, x.ENV_PRESETS, env) for x in three)
     for k in calql_args.__dataclass_fields__:
         assert k == "online_steps" or getattr(mine, k) == getattr(calql_args, k), k
     for k in set(mine.__dataclass_fields__) - set(calql_args.__dataclass_fields__):
@@ -563,7 +548,10 @@ def test_actions_and_means_of_a_run_are_in_the_box(dataset, tmp_path, monkeypatc
 def test_offline_phase_serves_shifted_dynamics_of_the_same_data(tmp_path):
     """The shift acts online and in evaluation only: --from-offline and --from-planner accept it, other data do not."""
     few = {k: v for k, v in vars(tiny_args("calql_dual")).items() if k not in ("env", "out_dir")}
-    args = lambda env, out, **k: calql_dual.Args(env=env, out_dir=tmp_path / out, **few | k)  # noqa: E731
+
+    def args(env: str, out: str, **changes) -> calql_dual.Args:
+        return calql_dual.Args(env=env, out_dir=tmp_path / out, **few | changes)
+
     calql_dual.train(args("hopper-mini-v0", "a", online_steps=0))
     (source,) = (tmp_path / "a").glob("**/offline.pt")
     env = "hopper-mini-v0-friction-2.0"

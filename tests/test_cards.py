@@ -34,9 +34,8 @@ def test_check_of_the_embedded_dataset():
     told = done.stdout
     assert done.returncode == 0 and "(as registered)" in told and "rows         89839, all finite" in told
     assert "620 finished, 620 terminal; length 8 to 496" in told and "score 12.0" in told
-    rows, median, over = re.search(
-        r"simulator    (\d+) rows .* median (\S+), over 1e-3 in (\S+)%", told
-    ).groups()
+    line = r"simulator    (\d+) rows .* median (\S+), over 1e-3 in (\S+)%"
+    rows, median, over = re.search(line, told).groups()
     assert int(rows) > 500
     if mujoco.__version__ >= "4":  # collected with 4.0; older versions have other contacts
         assert float(median) < 1e-6 and float(over) < 5

@@ -149,13 +149,8 @@ def test_without_guidance_or_labels_one_evaluation_is_enough(tmp_path):
 def toy(n: int, center: float, spread: float) -> Batch:
     """s ~ N(center, spread²) in 2 dimensions, a ~ U(-1, 1), r = -s_0², s' = (s_0 + a / 2, s_1 + s_0 / 2)."""
     s, a = center + spread * torch.randn(n, 2), torch.rand(n, 1) * 2 - 1
-    return Batch(
-        s,
-        a,
-        -s[:, 0].square(),
-        torch.stack([s[:, 0] + 0.5 * a[:, 0], s[:, 1] + 0.5 * s[:, 0]], 1),
-        a[:, 0] * 0,
-    )
+    following = torch.stack([s[:, 0] + 0.5 * a[:, 0], s[:, 1] + 0.5 * s[:, 0]], 1)
+    return Batch(s, a, -s[:, 0].square(), following, a[:, 0] * 0)
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -357,15 +352,11 @@ def test_reports_keep_the_promises_of_the_docstring(default_run):
     """Every column; divergences of online-label rows from own rows, of offline-label rows from the dataset."""
     out, _, generator = default_run
     rows = [row for row in log_of(out) if "syn/js_rows" in row]
-    names = (
-        "clipped_actions clipped_rewards nonfinite terminal source_terminal fallen flag_share flag_precision"
-    )
-    names += " flag_recall sim_error sim_error_shuffled reward_error mean_gap std_ratio nearest online_l2 js_states"
-    names += " js_actions js_rows dataset_js_states dataset_js_actions dataset_js_rows offline_mean_gap"
-    names += (
-        " offline_std_ratio offline_nearest offline_js_states offline_js_actions offline_js_rows online_rows"
-    )
-    names += " offline_rows"
+    names = "clipped_actions clipped_rewards nonfinite terminal source_terminal fallen flag_share"
+    names += " flag_precision flag_recall sim_error sim_error_shuffled reward_error mean_gap std_ratio"
+    names += " nearest online_l2 js_states js_actions js_rows dataset_js_states dataset_js_actions"
+    names += " dataset_js_rows offline_mean_gap offline_std_ratio offline_nearest offline_js_states"
+    names += " offline_js_actions offline_js_rows online_rows offline_rows"
     promised = {f"syn/{n}" for n in names.split()}
     assert len(rows) == 2 and {k for k in rows[1] if k[:4] == "syn/"} == promised
     assert any("loss/diffusion" in row for row in log_of(out))
@@ -375,12 +366,11 @@ def test_reports_keep_the_promises_of_the_docstring(default_run):
     x = [m.normalize(t[:, : generator.features]) for t in (generator.synthetic.table, offline.table)]
     own = m.normalize(online.table[:20, : generator.features])
     assert report["syn/js_rows"] == pytest.approx(judge.divergence(x[0][:32], own), rel=1e-5)
-    assert report["syn/js_actions"] == pytest.approx(
-        judge.divergence(x[0][:32, 11:14], own[:, 11:14]), rel=1e-5
-    )
-    assert report["syn/offline_js_states"] == pytest.approx(
-        judge.divergence(x[0][32:, :11], x[1][:, :11]), rel=1e-5
-    )
+    actions, states = slice(11, 14), slice(0, 11)
+    expected = judge.divergence(x[0][:32, actions], own[:, actions])
+    assert report["syn/js_actions"] == pytest.approx(expected, rel=1e-5)
+    expected = judge.divergence(x[0][32:, states], x[1][:, states])
+    assert report["syn/offline_js_states"] == pytest.approx(expected, rel=1e-5)
     assert report["syn/dataset_js_rows"] == pytest.approx(judge.divergence(x[1], own), rel=1e-5)
     gap = (x[0][:32].mean(0) - own.mean(0)).abs().max().item()
     assert report["syn/mean_gap"] == pytest.approx(gap, rel=1e-5)

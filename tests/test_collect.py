@@ -1,8 +1,10 @@
-"""Collecting beyond SAC: the maze's controller, policies from files, shifted robots, workers, kills, Minari, refusals.
+"""Collecting: roll-outs and files made of them, the maze's controller, policies from files, shifted robots, workers,
+kills, Minari, refusals.
 
-SAC itself and the layout of the files: tests/test_data.py.
+SAC, which trains the policies: test_sac.py.
 """
 
+import contextlib
 import json
 import sys
 import warnings
@@ -13,62 +15,192 @@ from pathlib import Path
 import gymnasium as gym
 import h5py
 import minari
+import mujoco
 import numpy as np
 import pytest
 import torch
+from conftest import HOPPER, Killed
+from test_interaction import Walk
 
 from common import data, envs, files, judge, run
 from common.run import UsageError
 from common.tools import cards, collect
 
-
-def made(path: Path, **settings) -> dict[str, np.ndarray]:
-    """The arrays of the file that these settings make."""
-    collect.main(collect.Args(out=path, work=path.parent / "work", **settings))
-    found = {}
-    with h5py.File(path) as f:
-        f.visititems(lambda name, x: found.update({name: x[()]}) if isinstance(x, h5py.Dataset) else None)
-    return found
+# ---- roll-outs ----
 
 
-def layers(obs_dim: int, act_dim: int, seed: int, hidden: int = 8) -> dict[str, np.ndarray]:
-    """Random weights (out, in) of two hidden layers and a head."""
-    rng, sizes = np.random.default_rng(seed), (obs_dim, hidden, hidden, act_dim)
-    w = {f"w{i}": rng.normal(size=(sizes[i + 1], sizes[i])) / 3 for i in range(3)}
-    return w | {f"b{i}": rng.normal(size=sizes[i + 1]) / 3 for i in range(3)}
+def walk_rollout(max_steps: int | None = None, **env) -> dict[str, np.ndarray]:
+    more = () if max_steps is None else (max_steps,)
+    return collect.rollout(Walk(**env), lambda obs: [obs[0] / 10], 3, *more)
 
 
-def tanh_gaussian(obs_dim: int, act_dim: int, seed: int = 0) -> dict[str, np.ndarray]:
-    head = {"w_log_std": np.zeros((act_dim, 8)), "b_log_std": np.full(act_dim, -3.0)}
-    return layers(obs_dim, act_dim, seed) | head
+def test_a_rollout_has_true_successors_and_acts_on_what_it_sees():
+    part = walk_rollout(limit=4)
+    assert part["observations"][:, 0].tolist() == [0, 1, 2, 3]
+    assert part["next_observations"][:, 0].tolist() == [1, 2, 3, 4]
+    assert np.array_equal(part["observations"][1:], part["next_observations"][:-1])
+    assert part["actions"][:, 0].tolist() == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert part["rewards"].tolist() == [1, 2, 3, 4]
+    assert part["terminals"].tolist() == [False] * 4 and part["timeouts"].tolist() == [False] * 3 + [True]
+    kinds = {k: v.dtype.kind for k, v in part.items()}
+    assert kinds == {k: "b" if k in ("terminals", "timeouts") else "f" for k in collect.FIELDS}
+    assert all(v.dtype.itemsize == 4 for v in part.values() if v.dtype.kind == "f")
 
 
-def policy_file(path: Path, meta: dict, **policies: dict[str, np.ndarray]) -> Path:
-    """An npz file; `hopper__medium=...` stands for the key hopper/medium."""
-    arrays = {f"{k.replace('__', '/')}/{n}": v for k, p in policies.items() for n, v in p.items()}
-    np.savez(path, meta_json=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
+@pytest.mark.parametrize(
+    "env, max_steps, length, terminal, timeout",
+    [
+        (dict(limit=9, fall=3), None, 3, True, False),  # a fall
+        (dict(limit=3, fall=3), None, 3, False, True),  # on the last allowed step: D4RL stores a timeout
+        (dict(limit=9), 3, 3, False, True),  # cut by us
+        (dict(limit=9, fall=3), 3, 3, True, False),  # falls where we would have cut
+        (dict(limit=9, fall=3), 5, 3, True, False),
+        (dict(limit=9), 1, 1, False, True),
+    ],
+)
+def test_how_a_rollout_ends(env, max_steps, length, terminal, timeout):
+    part = walk_rollout(max_steps, **env)
+    assert len(part["rewards"]) == length
+    assert (bool(part["terminals"][-1]), bool(part["timeouts"][-1])) == (terminal, timeout)
+    assert not part["terminals"][:-1].any() and not part["timeouts"][:-1].any()
+    assert part["next_observations"][-1, 0] == length
+
+
+def test_concatenate_and_whole():
+    """Episodes of 3, 4 and 3 rows, cut at 8: the third has one row left, and `whole` drops it."""
+    parts = [walk_rollout(limit=3), walk_rollout(limit=4), walk_rollout(limit=9, fall=3)]
+    joined = collect.concatenate(parts)
+    assert joined["rewards"].tolist() == [1, 2, 3, 1, 2, 3, 4, 1, 2, 3]
+    assert np.flatnonzero(joined["timeouts"]).tolist() == [2, 6]
+    assert np.flatnonzero(joined["terminals"]).tolist() == [9]
+    cut = collect.concatenate(parts, 8)
+    assert {len(v) for v in cut.values()} == {8}
+    assert {len(v) for v in collect.whole(cut).values()} == {7}
+    assert {len(v) for v in collect.whole(joined).values()} == {10}
+    assert {len(v) for v in collect.whole(collect.concatenate(parts, 2)).values()} == {0}
+
+
+def test_thin_takes_whole_episodes_evenly():
+    """Four episodes of 5, at most 10 rows: after 5, 10, 15, 20 rows seen at most 2.5, 5, 7.5, 10 may be kept."""
+    parts = [walk_rollout(limit=5) for _ in range(4)]
+    for i, p in enumerate(parts):
+        p["rewards"][:] = i
+    data_of_four = collect.concatenate(parts)
+    assert collect.thin(data_of_four, 10)["rewards"].tolist() == [1] * 5 + [3] * 5
+    assert collect.thin(data_of_four, 20)["rewards"].tolist() == data_of_four["rewards"].tolist()
+    assert len(collect.thin(data_of_four, 14)["rewards"]) == 10
+
+
+def test_thin_to_less_than_an_episode_is_a_usage_error_or_nothing():
+    """`--quality medium-replay --rows 500` where each episode has 1,000."""
+    with contextlib.suppress(UsageError):
+        assert len(collect.thin(walk_rollout(limit=5), 3)["rewards"]) <= 3
+
+
+# ---- files of random actions ----
+
+
+@pytest.fixture(scope="module")
+def random_file(tmp_path_factory) -> Path:
+    """500 rows as the command line makes them."""
+    folder = tmp_path_factory.mktemp("collect")
+    path = folder / "deep" / "hopper_random.hdf5"
+    collect.main(collect.Args(out=path, quality="random", rows=500, seed=2, work=folder / "work"))
     return path
 
 
-SQUASHED = {"kind": "tanh_gaussian", "hidden_activation": "relu"}
-CLIPPED = {"kind": "gaussian_clip", "hidden_activation": "tanh"}
+def test_a_collected_file_is_a_d4rl_file(random_file):
+    with h5py.File(random_file) as f:
+        raw = {k: f[k][()] for k in f}
+        attributes = dict(f.attrs)
+    assert set(raw) == {
+        "observations", "actions", "rewards", "next_observations", "terminals", "timeouts"
+    }  # fmt: skip
+    assert {len(v) for v in raw.values()} == {500}
+    assert raw["terminals"].dtype == raw["timeouts"].dtype == bool
+    d = data.load(HOPPER, random_file)
+    assert np.array_equal(d.obs, raw["observations"]) and np.array_equal(d.next_obs, raw["next_observations"])
+    inside = ~d.ends[:-1]
+    assert np.array_equal(d.next_obs[:-1][inside], d.obs[1:][inside])
+    assert not (d.next_obs[:-1][~inside] == d.obs[1:][~inside]).all(1).any()
+    assert not d.ends[-1]  # cut at exactly 500 rows, unflagged, as D4RL's files are
+    assert 10 < d.ends.sum() < 40 and np.array_equal(d.ends, d.terminations > 0)
+    assert np.abs(d.actions).max() <= 1 and np.abs(d.actions.mean()) < 0.05
+    assert d.actions.std() == pytest.approx(3**-0.5, abs=0.03)  # uniform on [-1, 1]
+    recipe, versions = json.loads(attributes["recipe"]), json.loads(attributes["versions"])
+    assert recipe["rows"] == 500 and recipe["episodes"] == recipe["terminals"] == d.ends.sum()
+    assert recipe["return_mean"] == pytest.approx(d.episode_returns().mean(), rel=1e-5)
+    known = {"env": "hopper", "quality": "random", "seed": "2", "timeouts": 0}
+    assert {k: recipe[k] for k in known} == known
+    assert attributes["env_id"] == "Hopper-v4"
+    words = attributes["made_by"].split()
+    assert words[:3] == ["python", "-m", "common.tools.collect"] and words[words.index("--rows") + 1] == "500"
+    assert versions["mujoco"] == mujoco.__version__ and versions["torch"] == torch.__version__
+    assert versions["gymnasium"] == gym.__version__ and versions["numpy"] == np.__version__
+    assert [p.name for p in random_file.parent.iterdir()] == ["hopper_random.hdf5"]
 
 
-@pytest.fixture
-def hopper_file(tmp_path) -> Path:
-    meta = {"hopper/medium": SQUASHED | {"env": "Hopper-v4", "source": "a test"}}
-    return policy_file(tmp_path / "policies.npz", meta, hopper__medium=tanh_gaussian(11, 3))
+def test_a_collected_episode_replays_on_the_stock_environment(random_file):
+    """Same reset, the file's actions: Gymnasium's Hopper-v4 pays the file's rewards and passes its states."""
+    d = data.load(HOPPER, random_file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        env = gym.make("Hopper-v4")
+    obs, _ = env.reset(seed=envs.episode_seed(2, "random", 0))
+    for i in range(np.flatnonzero(d.ends)[0] + 1):
+        assert np.array_equal(obs.astype(np.float32), d.obs[i])
+        obs, reward, terminated, *_ = env.step(d.actions[i])
+        assert np.float32(reward) == d.rewards[i] and terminated == d.terminations[i]
+    assert np.array_equal(obs.astype(np.float32), d.next_obs[i])
 
 
-class Fixed:
-    """A generator whose normal numbers are known."""
+def test_the_same_recipe_makes_the_same_rows(random_file, tmp_path):
+    collect.main(collect.Args(out=tmp_path / "b.hdf5", quality="random", rows=200, seed=2))
+    collect.main(collect.Args(out=tmp_path / "c.hdf5", quality="random", rows=200, seed=3))
+    a, b, c = (data.load(HOPPER, p) for p in (random_file, tmp_path / "b.hdf5", tmp_path / "c.hdf5"))
+    assert all(np.array_equal(x[:200], y) for x, y in zip(a[:6], b[:6], strict=True))
+    assert not np.array_equal(b.obs, c.obs)
 
-    def __init__(self, numbers: list[float]):
-        self.numbers = np.array(numbers)
 
-    def standard_normal(self, size: int) -> np.ndarray:
-        assert size == len(self.numbers)
-        return self.numbers
+def test_an_existing_file_is_never_overwritten(tmp_path):
+    (tmp_path / "mine.hdf5").write_text("precious")
+    with pytest.raises(UsageError, match=r"mine\.hdf5"):
+        collect.main(collect.Args(out=tmp_path / "mine.hdf5", quality="random", rows=100))
+    assert (tmp_path / "mine.hdf5").read_text() == "precious" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"rows": 0}, {"rows": -1}, {"epoch": -1}, {"seed": -1}])
+def test_wrong_numbers_are_refused_before_anything_is_written(wrong, tmp_path):
+    with pytest.raises(UsageError):
+        collect.main(collect.Args(out=tmp_path / "x" / "x.hdf5", quality="random", **wrong))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_medium_expert_takes_no_epoch(tmp_path):
+    with pytest.raises(UsageError):
+        collect.main(collect.Args(out=tmp_path / "x.hdf5", quality="medium-expert", epoch=3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_is_a_file_is_no_crash(tmp_path):
+    """UsageError, or the OSError that `run.main` turns into one line and exit 2."""
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises((UsageError, NotADirectoryError)):
+        collect.main(collect.Args(out=tmp_path / "file" / "x.hdf5", quality="random", rows=50))
+
+
+def test_whole_episodes_are_whole(tmp_path):
+    collect.main(collect.Args(out=tmp_path / "x.hdf5", quality="random", rows=300, whole_episodes=True))
+    d = data.load(HOPPER, tmp_path / "x.hdf5")
+    assert 200 < len(d.obs) <= 300 and d.ends[-1]
+
+
+def test_no_room_for_a_whole_episode_is_refused(tmp_path):
+    """HalfCheetah's episodes have 1,000 steps: 500 rows of whole episodes are none, and no loader takes them."""
+    settings = dict(env="halfcheetah", quality="random", rows=500, whole_episodes=True)
+    with pytest.raises(UsageError):
+        collect.main(collect.Args(out=tmp_path / "x.hdf5", **settings))
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- names ----
@@ -87,19 +219,8 @@ def test_a_name_means_the_task_s_environment(env, task):
     assert collect.task_of(env) == data.get_task(task)
 
 
-@pytest.mark.parametrize(
-    "env",
-    [
-        "ant",
-        "hopper-medium-v2",
-        "maze2d",
-        "maze2d-tiny",
-        "pen-expert",
-        "door-friction-2",
-        "hopper-gravity-x",
-        "",
-    ],
-)
+@pytest.mark.parametrize("env", ["ant", "hopper-medium-v2", "maze2d", "maze2d-tiny", "pen-expert", "door-friction-2",
+                                 "hopper-gravity-x", ""])  # fmt: skip
 def test_other_names_are_refused_in_one_line(env, tmp_path):
     with pytest.raises(UsageError, match="--env") as e:
         collect.main(collect.Args(out=tmp_path / "x.hdf5", env=env, quality="random"))
@@ -107,6 +228,15 @@ def test_other_names_are_refused_in_one_line(env, tmp_path):
 
 
 # ---- Maze2D's controller ----
+
+
+def made(path: Path, **settings) -> dict[str, np.ndarray]:
+    """The arrays of the file that these settings make."""
+    collect.main(collect.Args(out=path, work=path.parent / "work", **settings))
+    found = {}
+    with h5py.File(path) as f:
+        f.visititems(lambda name, x: found.update({name: x[()]}) if isinstance(x, h5py.Dataset) else None)
+    return found
 
 
 @pytest.mark.parametrize("size", ["umaze", "medium", "large"])
@@ -205,6 +335,48 @@ def test_random_actions_in_a_maze(tmp_path):
 # ---- policies from files ----
 
 
+def layers(obs_dim: int, act_dim: int, seed: int, hidden: int = 8) -> dict[str, np.ndarray]:
+    """Random weights (out, in) of two hidden layers and a head."""
+    rng, sizes = np.random.default_rng(seed), (obs_dim, hidden, hidden, act_dim)
+    w = {f"w{i}": rng.normal(size=(sizes[i + 1], sizes[i])) / 3 for i in range(3)}
+    return w | {f"b{i}": rng.normal(size=sizes[i + 1]) / 3 for i in range(3)}
+
+
+def tanh_gaussian(obs_dim: int, act_dim: int, seed: int = 0) -> dict[str, np.ndarray]:
+    head = {"w_log_std": np.zeros((act_dim, 8)), "b_log_std": np.full(act_dim, -3.0)}
+    return layers(obs_dim, act_dim, seed) | head
+
+
+def policy_file(path: Path, meta: dict, **policies: dict[str, np.ndarray]) -> Path:
+    """An npz file; `hopper__medium=...` stands for the key hopper/medium."""
+    arrays = {f"{k.replace('__', '/')}/{n}": v for k, p in policies.items() for n, v in p.items()}
+    np.savez(path, meta_json=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
+    return path
+
+
+SQUASHED = {"kind": "tanh_gaussian", "hidden_activation": "relu"}
+
+
+CLIPPED = {"kind": "gaussian_clip", "hidden_activation": "tanh"}
+
+
+@pytest.fixture
+def hopper_file(tmp_path) -> Path:
+    meta = {"hopper/medium": SQUASHED | {"env": "Hopper-v4", "source": "a test"}}
+    return policy_file(tmp_path / "policies.npz", meta, hopper__medium=tanh_gaussian(11, 3))
+
+
+class Fixed:
+    """A generator whose normal numbers are known."""
+
+    def __init__(self, numbers: list[float]):
+        self.numbers = np.array(numbers)
+
+    def standard_normal(self, size: int) -> np.ndarray:
+        assert size == len(self.numbers)
+        return self.numbers
+
+
 def torch_mean(w: dict[str, np.ndarray], x: np.ndarray, activation) -> np.ndarray:
     """The head's output (A,), by PyTorch in float64."""
     h = torch.as_tensor(x, dtype=torch.float64)
@@ -258,9 +430,8 @@ def test_a_policy_of_a_file_is_rolled_out(hopper_file, tmp_path):
     assert len(mean) == 300 and abs(noise.mean()) < 0.12 and noise.std() == pytest.approx(1, abs=0.1)
     ends = d["terminals"] | d["timeouts"]
     assert ends.sum() > 1 and not ends[-1]
-    assert (
-        len({noise[i, 0] for i in [0, *(np.flatnonzero(ends) + 1)]}) == ends.sum() + 1
-    )  # no noise is drawn twice
+    first = noise[[0, *(np.flatnonzero(ends) + 1)], 0]
+    assert len(set(first)) == ends.sum() + 1  # no noise is drawn twice
     with h5py.File(tmp_path / "x.hdf5") as f:
         recipe, command = json.loads(f.attrs["recipe"]), f.attrs["made_by"]
     assert recipe["policies"]["medium"] == {
@@ -344,10 +515,10 @@ def test_sac_is_trained_in_the_shifted_environment(tmp_path, monkeypatch):
     assert len(replay["rewards"]) == 3_000 and len(rolled["rewards"]) == 100
     for d in (replay, rolled):
         obs, acts, next_obs = (d[k][:100] for k in ("observations", "actions", "next_observations"))
-        errors = {
-            name: np.abs(judge.simulate(collect.task_of(name).make(), obs, acts)[0] - next_obs).max(1)
-            for name in ("hopper", "hopper-gravity-2.0")
-        }
+        errors = {}
+        for name in ("hopper", "hopper-gravity-2.0"):
+            simulated, _ = judge.simulate(collect.task_of(name).make(), obs, acts)
+            errors[name] = np.abs(simulated - next_obs).max(1)
         assert np.median(errors["hopper-gravity-2.0"]) < 1e-5 and errors["hopper"].max() > 1e-2
 
 
@@ -356,13 +527,9 @@ def test_sac_is_trained_in_the_shifted_environment(tmp_path, monkeypatch):
 
 def test_the_number_of_workers_does_not_change_a_bit(hopper_file, tmp_path):
     settings = dict(env="hopper", quality="medium", policy=hopper_file, rows=400, seed=7)
-    for n in (1, 3):
+    for n in (1, 2):
         made(tmp_path / f"{n}.hdf5", **settings, workers=n)
-    assert (tmp_path / "1.hdf5").read_bytes() == (tmp_path / "3.hdf5").read_bytes()
-
-
-class Killed(Exception):
-    """Stands for kill -9."""
+    assert (tmp_path / "1.hdf5").read_bytes() == (tmp_path / "2.hdf5").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -402,9 +569,8 @@ def test_what_is_kept_is_taken_up_by_the_same_recipe_only(tmp_path, monkeypatch)
     monkeypatch.setattr(collect, "KEEP_EVERY", 50)
     args = collect.Args(out=tmp_path / "x", quality="random", rows=60, work=tmp_path)
     task = collect.task_of("hopper")
-    folders = [
-        collect.roll(a, task, "random")[1] for a in (args, replace(args, seed=1), replace(args, rows=99))
-    ]
+    settings = (args, replace(args, seed=1), replace(args, rows=99))
+    folders = [collect.roll(x, task, "random")[1] for x in settings]
     policies = (tanh_gaussian(11, 3, seed) for seed in (0, 1))
     standard = [collect.standard("tanh_gaussian", "relu", w) for w in policies]
     folders += [collect.roll(args, task, "random", p)[1] for p in standard]
@@ -439,15 +605,6 @@ def test_damaged_work_is_named_and_refused_in_one_line(what, kind, tmp_path, mon
 # ---- Minari ----
 
 
-@pytest.fixture
-def minari_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    data._minari.cache_clear()
-    yield tmp_path / "minari"
-    data._minari.cache_clear()
-
-
 def test_a_minari_dataset_has_the_rows_of_the_file(minari_home, tmp_path):
     made(tmp_path / "x.hdf5", quality="random", rows=300)
     name, settings = "mine/hopper/random-v0", dict(quality="random", rows=300, work=tmp_path / "work")
@@ -455,9 +612,8 @@ def test_a_minari_dataset_has_the_rows_of_the_file(minari_home, tmp_path):
     ours, theirs = data.load("hopper-random-v2", tmp_path / "x.hdf5"), data.load(name)
     for k in ("obs", "actions", "rewards", "next_obs", "terminations"):
         assert np.array_equal(getattr(ours, k), getattr(theirs, k)), k
-    assert (
-        np.array_equal(ours.ends[:-1], theirs.ends[:-1]) and theirs.ends[-1]
-    )  # Minari's last episode must end
+    assert np.array_equal(ours.ends[:-1], theirs.ends[:-1])
+    assert theirs.ends[-1]  # Minari's last episode must end
     task = data.get_task(name)
     assert (task.ref_min, task.ref_max, task.limit) == (-20.272305, 3234.3, 1_000)
     assert task.make().unwrapped.spec.id == "Hopper-v4"
@@ -514,25 +670,14 @@ def test_settings_that_do_not_go_together_are_one_line(wrong, tmp_path, minari_h
     assert "\n" not in str(e.value) and list(tmp_path.iterdir()) == [] and not minari_home.exists()
 
 
+RIGHT = {"hopper__medium": tanh_gaussian(11, 3)}
 BAD_FILES = {  # what is wrong -> the file's meta and arrays, and what the line must say
     "another robot": (SQUASHED, {"walker2d__medium": tanh_gaussian(17, 6)}, "walker2d/medium"),
     "another level": (SQUASHED, {"hopper__expert": tanh_gaussian(11, 3)}, "hopper/expert"),
     "a hand's": (CLIPPED, {"door": layers(39, 28, 0) | {"log_std": np.zeros(28)}}, "door"),
-    "another environment": (
-        SQUASHED | {"env": "Hopper-v5"},
-        {"hopper__medium": tanh_gaussian(11, 3)},
-        "Hopper-v5",
-    ),
-    "another kind": (
-        {"kind": "beta", "hidden_activation": "relu"},
-        {"hopper__medium": tanh_gaussian(11, 3)},
-        "beta",
-    ),
-    "another activation": (
-        SQUASHED | {"hidden_activation": "elu"},
-        {"hopper__medium": tanh_gaussian(11, 3)},
-        "elu",
-    ),
+    "another environment": (SQUASHED | {"env": "Hopper-v5"}, RIGHT, "Hopper-v5"),
+    "another kind": (SQUASHED | {"kind": "beta"}, RIGHT, "beta"),
+    "another activation": (SQUASHED | {"hidden_activation": "elu"}, RIGHT, "elu"),
     "other sizes": (SQUASHED, {"hopper__medium": tanh_gaussian(17, 6)}, "obs 11"),
     "no log-std": (SQUASHED, {"hopper__medium": layers(11, 3, 0)}, "w_log_std|tanh_gaussian"),
     "NaN": (SQUASHED, {"hopper__medium": tanh_gaussian(11, 3) | {"b2": np.full(3, np.nan)}}, "finite"),
@@ -543,10 +688,9 @@ BAD_FILES = {  # what is wrong -> the file's meta and arrays, and what the line 
 def test_policies_that_do_not_fit_are_one_line(what, tmp_path):
     meta, policies, told = BAD_FILES[what]
     path = policy_file(tmp_path / "p.npz", meta, **policies)
+    settings = dict(quality="medium", policy=path, work=tmp_path / "w")
     with pytest.raises(UsageError, match=told) as e:
-        collect.main(
-            collect.Args(out=tmp_path / "x.hdf5", quality="medium", policy=path, work=tmp_path / "w")
-        )
+        collect.main(collect.Args(out=tmp_path / "x.hdf5", **settings))
     assert "\n" not in str(e.value) and [p.name for p in tmp_path.iterdir()] == ["p.npz"]
 
 
@@ -569,8 +713,5 @@ def test_the_command_refuses_with_exit_2(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as e:
         run.main(collect.main, collect.Args)
     line = capsys.readouterr().err
-    assert (
-        e.value.code == 2
-        and line.startswith("error: --quality: got medium for pen")
-        and line.count("\n") == 1
-    )
+    assert e.value.code == 2 and line.count("\n") == 1
+    assert line.startswith("error: --quality: got medium for pen")

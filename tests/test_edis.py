@@ -3,17 +3,18 @@
 import contextlib
 import gc
 import math
+from collections.abc import Callable
+from itertools import combinations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import log_rows, module, tiny_args
+from conftest import CPU, final_state, log_rows, module, tiny_args
 
 from algorithms import edis, iql_edis
 from common import data, edm, run
 from common.buffer import ReplayBuffer
 
-CPU = torch.device("cpu")
 BOTH = ["edis", "iql_edis"]
 
 
@@ -86,10 +87,13 @@ def log_density(of: tuple, columns: list[int], x: torch.Tensor, sigma: torch.Ten
 def optima(form: str, rho: float, use: tuple[str, ...]) -> dict:
     """Closed forms of what each energy learns, with those in `use` changed from the model's law."""
     model, made = law(rho), DYNAMICS if "dynamics" in use else {}
-    wanted = law(
-        rho, **made, **{k: v for name in use if name != "dynamics" for k, v in CHANGES[name].items()}
-    )
-    ratio = lambda p, q, c: lambda x, sigma: log_density(q, c, x, sigma) - log_density(p, c, x, sigma)  # noqa: E731
+    changes = {k: v for name in use if name != "dynamics" for k, v in CHANGES[name].items()}
+    wanted = law(rho, **made, **changes)
+
+    def ratio(p: tuple, q: tuple, columns: list[int]) -> Callable:
+        """log q / p of some features, as a function of x and σ."""
+        return lambda x, sigma: log_density(q, columns, x, sigma) - log_density(p, columns, x, sigma)
+
     if form == "paper":
         return {k: ratio(law(rho, **CHANGES[k]), model, COLUMNS[k]) for k in use}
     real, every = law(rho, **made), [0, 1, 2, 3]
@@ -124,21 +128,16 @@ def case(out, rho=0.8, use=("state", "policy", "dynamics"), rows=20_000, **chang
 
 def guided(e: edis.Energies, model: tuple, rows: int = 20_000) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and covariance of guided samples, the denoiser exact."""
-    shrink = lambda sigma: torch.linalg.solve(model[1] + sigma**2 * torch.eye(4), model[1]).float()  # noqa: E731
-    d = lambda x, sigma: model[0].float() + (x - model[0].float()) @ shrink(sigma)  # noqa: E731
-    x = edm.sample(edm.with_energy(d, e.gradient), 80 * torch.randn(rows, 4), 32, 0.0)
+    center, cov = model[0].float(), model[1]
+
+    def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        return center + (x - center) @ torch.linalg.solve(cov + sigma**2 * torch.eye(4), cov).float()
+
+    x = edm.sample(edm.with_energy(denoise, e.gradient), 80 * torch.randn(rows, 4), 32, 0.0)
     return x.mean(0).double(), x.T.cov().double() / 1.012**2  # 32 levels widen: test_edm
 
 
-SETS = [
-    ("state",),
-    ("policy",),
-    ("dynamics",),
-    ("state", "policy"),
-    ("state", "dynamics"),
-    ("policy", "dynamics"),
-]
-SETS.append(("state", "policy", "dynamics"))
+SETS = [tuple(use) for k in (1, 2, 3) for use in combinations(CHANGES, k)]
 
 
 @pytest.mark.parametrize("form", ["row", "paper"])
@@ -154,12 +153,11 @@ def test_exact_energies_of_states_move_what_is_correlated_with_them_in_the_row_f
     e = case(tmp_path, use=("state",), rows=10, energy_form=form)
     e.nets = {name: lambda x, s: log_density(model, columns, x, s) - log_density((mean, cov), columns, x, s)}
     got, got_cov = guided(e, model)
-    expected = (
-        mean if form == "row" else torch.tensor({0.8: [0.855, 0, 0, 0.31], 0.95: [0.765, 0, 0, 0.46]}[rho])
-    )
+    moved = {0.8: [0.855, 0, 0, 0.31], 0.95: [0.765, 0, 0, 0.46]}[rho]  # by the paper's form
+    expected = mean.tolist() if form == "row" else moved
     with capsys.disabled():
         print(f" [({got[0]:.3f}, {got[3]:.3f}), covariance {got_cov[0, 3]:.3f}]", end="")
-    assert got.tolist() == pytest.approx(expected.tolist(), abs=0.03)
+    assert got.tolist() == pytest.approx(expected, abs=0.03)
     assert (got_cov - cov).abs().max() < 0.03
 
 
@@ -196,13 +194,13 @@ def test_least_loss_is_at_the_log_ratio_of_noised_densities(form, name, sigma, t
     groups, level = e.groups(name), torch.full((20_000, 1, 1), 0.002 if name in e.weighers else sigma)
     width = {"state": 1, "policy": 2, "dynamics": 3 if form == "paper" else 4, "tilt": 4}[name]
     assert groups.shape == (20_000, 11, width)
-    scaled = lambda x: x / (1 + sigma)  # noqa: E731
+    unit = 1 + sigma  # of x
     changes = [
         lambda _, e: 0.3 * e,
-        lambda x, _: 0.2 * scaled(x)[..., -1],
-        lambda x, _: 0.2 * scaled(x)[..., 0],
-        lambda x, _: 0.2 * scaled(x)[..., -1].square(),
-        lambda x, _: 0.2 * scaled(x)[..., -1] * scaled(x)[..., 0],
+        lambda x, _: 0.2 * (x / unit)[..., -1],
+        lambda x, _: 0.2 * (x / unit)[..., 0],
+        lambda x, _: 0.2 * (x / unit)[..., -1].square(),
+        lambda x, _: 0.2 * (x / unit)[..., -1] * (x / unit)[..., 0],
     ]
 
     def loss(change) -> float:
@@ -223,12 +221,11 @@ def test_gradient_of_a_joint_ratio_in_its_last_block_is_that_of_the_conditional_
     for sigma in (0.05, 1.0, 20.0):
         free = x[:, 2:].clone().requires_grad_()
         full, level = torch.cat([x[:, :2], free], 1), torch.full((1, 1), sigma).double()
-        joint = log_density(law(0.8), columns, full, level) - log_density(
-            law(0.8, **DYNAMICS), columns, full, level
-        )
-        (joint,) = torch.autograd.grad(joint.sum(), free)
+        laws = (law(0.8), law(0.8, **DYNAMICS))
+        ours, theirs = (log_density(of, columns, full, level) for of in laws)
+        (joint,) = torch.autograd.grad((ours - theirs).sum(), free)
         scores = []
-        for mean, cov in (law(0.8), law(0.8, **DYNAMICS)):  # of N(m + b (x - μ), v)
+        for mean, cov in laws:  # of N(m + b (x - μ), v)
             mean, s = mean[columns], cov[columns][:, columns] + sigma**2 * torch.eye(3).double()
             b = torch.linalg.solve(s[:2, :2], s[:2, 2])
             v = s[2, 2] - s[2, :2] @ b
@@ -268,10 +265,8 @@ def test_learned_energies_guide_to_the_wanted_mean_and_covariance(tmp_path, caps
     e.nets = optima("paper", 0.95, use)
     paper, _ = guided(e, law(0.95))
     with capsys.disabled():
-        print(
-            f" [mean {mean.numpy().round(2)}, paper {paper.numpy().round(2)}, {wanted[0].numpy().round(2)}]",
-            end="",
-        )
+        told = [x.numpy().round(2) for x in (mean, paper, wanted[0])]
+        print(f" [mean {told[0]}, paper {told[1]}, {told[2]}]", end="")
     assert (paper - wanted[0]).abs().max() > 0.3
 
 
@@ -334,7 +329,10 @@ def test_groups_hold_what_they_should(form, tmp_path):
     e.sources[0].table[:, 0], e.online.table[:, 0] = 10.0, 20.0  # 2 and 4.5, normalised
     e.pool[:, 0], e.pool[:, 1], e.wanted[:, 0] = 1.0, -7.0, 3.0
     e.act = lambda s: 3 * s
-    states = lambda x: sorted(x[..., 0].unique().tolist())  # noqa: E731
+
+    def states(rows: torch.Tensor) -> list[float]:
+        return sorted(rows[..., 0].unique().tolist())
+
     base = [1.0] if form == "paper" else [2.0, 4.5]
     group = e.groups("state")
     assert states(group[:, 0]) == [4.5] and states(group[:, 1:]) == base
@@ -402,8 +400,7 @@ def test_batches_regenerations_and_columns(stem, dataset, tmp_path, monkeypatch)
         assert all(float(row[f"loss/{name}_energy"]) > 0 for row in learned)
     weighing = [row for row in rows if row["phase"] == "ratios"]
     assert len(weighing) == 4 and all(float(row["loss/state_energy"]) > 0 for row in weighing)
-    (path,) = tmp_path.glob("**/state.pt")
-    state = torch.load(path, weights_only=True)["objects"]
+    state = final_state(tmp_path)
     assert state["energy_opt"]["state"][0]["step"] == 21 and state["generator_opt"]["state"][0]["step"] == 15
     assert len(list(tmp_path.glob("**/synthetic-*.npz"))) == 3
 
@@ -452,7 +449,6 @@ def test_a_run_killed_while_energies_learn_resumes_to_the_same_result(dataset, t
             result = iql_edis.train(args)
         gc.collect()  # the lock goes with the run
     assert len(calls) == 30  # two regenerations of 7 + 7 updates, two of them twice
-    assert {k: v for k, v in result.items() if "seconds" not in k} == {
-        k: v for k, v in straight.items() if "seconds" not in k
-    }
+    scores = [{k: v for k, v in x.items() if "seconds" not in k} for x in (result, straight)]
+    assert scores[0] == scores[1]
     assert log_rows(tmp_path / "straight") == log_rows(tmp_path / "killed")

@@ -6,10 +6,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from conftest import CPU
 
 from common import edm
-
-CPU = torch.device("cpu")
 
 
 class Zero(torch.nn.Module):
@@ -62,9 +61,8 @@ def test_preconditioning_by_hand():
 def test_training_noise_is_log_normal():
     torch.manual_seed(0)
     log = edm.draw_sigma(400_000, CPU).log()
-    assert log.mean().item() == pytest.approx(-1.2, abs=0.01) and log.std().item() == pytest.approx(
-        1.2, abs=0.01
-    )
+    assert log.mean().item() == pytest.approx(-1.2, abs=0.01)
+    assert log.std().item() == pytest.approx(1.2, abs=0.01)
 
 
 @pytest.mark.parametrize("sigma", [0.01, 0.3, 2.0, 20.0])
@@ -134,9 +132,8 @@ def test_energy_guidance_of_two_gaussians_is_exact(capsys):
     x = edm.sample(d, start(), 128, 80)
     with capsys.disabled():
         print(f" [energy-guided mean {x.mean().item():.3f}, std {x.std().item():.3f}]", end="")
-    assert x.mean().item() == pytest.approx(1.0, abs=0.015) and x.std().item() == pytest.approx(
-        1.013, abs=0.01
-    )
+    assert x.mean().item() == pytest.approx(1.0, abs=0.015)
+    assert x.std().item() == pytest.approx(1.013, abs=0.01)
 
 
 def test_the_ode_remembers_where_it_started():

@@ -1,17 +1,108 @@
-"""Adroit is D4RL's: reward by hand and beside the packaged one, end of pen, limits, reference returns.
+"""Environments are D4RL's: locomotion of version 4 with clipped actions; Adroit's reward by hand and beside the
+packaged one, end of pen, limits, reference returns.
 
 Frozen-Lake is Gymnasium's with the slip of one's choice, and its exact evaluation is the mean of many episodes.
 """
 
+import warnings
+
+import gymnasium as gym
 import mujoco
 import numpy as np
 import pytest
 import torch
 
-from common import data, envs, files
+from common import data, envs
 from common.buffer import ReplayBuffer
 
 HANDS = ("door", "hammer", "relocate", "pen")
+
+
+# ---- locomotion ----
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "HalfCheetah-v4", "Walker2d-v4"])
+def test_actions_are_clipped_before_their_cost_is_charged(env_id, tmp_path, monkeypatch):
+    """Action 5 everywhere is action 1 everywhere, in motion and in reward; unclipped it would cost 25 times as much."""
+
+    monkeypatch.chdir(tmp_path)  # the stock HalfCheetah below writes MUJOCO_LOG.TXT
+
+    def first(value: float, env: gym.Env) -> tuple[np.ndarray, float]:
+        env.reset(seed=0)
+        obs, reward, *_ = env.step(np.full(env.action_space.shape, value, np.float32))
+        return obs, reward
+
+    env = envs.locomotion(env_id)
+    one, five, minus = (first(x, env) for x in (1.0, 5.0, -5.0))
+    assert np.array_equal(one[0], five[0]) and one[1] == five[1]
+    assert np.array_equal(minus[0], first(-1.0, env)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stock = first(5.0, gym.make(env_id))
+    weight = 0.1 if env_id == "HalfCheetah-v4" else 1e-3
+    assert one[1] - stock[1] == pytest.approx(weight * 24 * env.action_space.shape[0], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["hopper-medium-v2", "halfcheetah-random-v2", "walker2d-expert-v2", "hopper-mini-v0"]
+)
+def test_building_and_stepping_is_silent_and_leaves_no_files(name, tmp_path, monkeypatch, capfd):
+    """Neither Gymnasium's out-of-date notice nor MuJoCo's MUJOCO_LOG.TXT in the user's directory."""
+    monkeypatch.chdir(tmp_path)
+    before, handler = mujoco.get_mju_user_warning(), print
+    mujoco.set_mju_user_warning(handler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        env = data.make_env(data.TASKS[name])
+        env.reset(seed=0)
+        for _ in range(5):
+            env.step(np.full(env.action_space.shape, 3.0, np.float32))
+    assert mujoco.get_mju_user_warning() is handler  # other users of MuJoCo keep theirs
+    mujoco.set_mju_user_warning(before)
+    assert list(tmp_path.iterdir()) == []
+    out = capfd.readouterr()
+    assert out.out == out.err == ""
+
+
+def test_the_tasks_are_version_4_with_a_limit_of_1000_steps():
+    for name, task in data.TASKS.items():
+        if not name.startswith(("hopper", "halfcheetah", "walker2d")):
+            continue
+        env = data.make_env(task)
+        robot = {"hopper": "Hopper", "halfcheetah": "HalfCheetah", "walker2d": "Walker2d"}[name.split("-")[0]]
+        assert env.spec.id == f"{robot}-v4" and env.spec.max_episode_steps == task.limit == 1_000
+
+
+def test_walker_s_right_foot_is_d4rl_s():
+    """Friction 0.9, left 1.9: -v5 has 1.9 on both feet, and policies trained on D4RL's data fall on it."""
+    model = envs.locomotion("Walker2d-v4").unwrapped.model
+    assert model.geom("foot_geom").friction[0] == pytest.approx(0.9)
+    assert model.geom("foot_left_geom").friction[0] == pytest.approx(1.9)
+
+
+def test_hopper_is_paid_for_being_healthy_on_the_step_of_its_fall():
+    """Speed + 1 - 1e-3 |a|^2 on -v2 and -v4; -v5 withholds the 1."""
+    env = envs.locomotion("Hopper-v4")
+    env.reset(seed=0)
+    terminated = False
+    while not terminated:
+        before = env.unwrapped.data.qpos[0]
+        _, reward, terminated, truncated, _ = env.step(np.ones(3, np.float32))
+        assert not truncated
+    speed = (env.unwrapped.data.qpos[0] - before) / env.unwrapped.dt
+    assert reward == pytest.approx(speed + 1 - 3e-3)
+
+
+def test_episode_seeds_are_fixed_and_do_not_collide():
+    """Equal in every process and on every machine; apart across seeds, purposes and episodes."""
+    keys = [(s, p, e) for s in range(10) for p in ("online", "eval", "random", "medium") for e in range(100)]
+    seeds = [envs.episode_seed(*key) for key in keys]
+    assert seeds == [envs.episode_seed(*key) for key in keys]
+    assert len(set(seeds)) == len(keys)
+    assert all(type(s) is int and 0 <= s < 2**32 for s in seeds)
+
+
+# ---- Adroit ----
 
 
 def random_episode(env, seed: int, act_dim: int, size: float = 1.0) -> tuple[list[float], bool]:
@@ -158,14 +249,22 @@ def test_the_builder_is_quiet(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+# ---- Frozen-Lake ----
+
+
 def best_moves(env: envs.FrozenLake, gamma: float = 0.99) -> np.ndarray:
     """The moves (S, 4) that are optimal for `gamma` without a time limit, by value iteration."""
-    table, values = env.env.unwrapped.P, np.zeros(len(env.states))
+    states, values = len(env.states), np.zeros(len(env.states))
+    rewards, going_on = np.zeros((states, 4)), np.zeros((states, 4, states))
+    for s, moves in env.env.unwrapped.P.items():
+        for a, outcomes in moves.items():
+            for p, n, r, over in outcomes:
+                rewards[s, a] += p * r
+                going_on[s, a, n] += p * (not over)
     for _ in range(2_000):
-        q = [[sum(p * (r + gamma * (not over) * values[n]) for p, n, r, over in table[s][a]) for a in range(4)]
-             for s in range(len(values))]  # fmt: skip
-        values = np.max(q, axis=1)
-    return env.moves[np.argmax(q, axis=1)]
+        q = rewards + gamma * going_on @ values
+        values = q.max(1)
+    return env.moves[q.argmax(1)]
 
 
 @pytest.mark.parametrize(("size", "limit", "before", "after", "best"),
@@ -199,18 +298,12 @@ def test_exact_success_and_length_are_the_means_of_episodes():
 
 def test_slip_goes_to_either_side_of_the_move():
     env = envs.FrozenLake("4x4", 100, 0.5)
-    table = env.env.unwrapped.P[6]  # row 1, column 2: all four neighbours differ
-    assert sorted((p, n) for p, n, *_ in table[1]) == [
-        (0.25, 5),
-        (0.25, 7),
-        (0.5, 10),
-    ]  # down: left, right, down
-    assert {n: over for _, n, _, over in table[1]} == {5: True, 7: True, 10: False}  # holes end it
-    assert all(
-        sum(x[0] for x in moves[a]) == pytest.approx(1)
-        for moves in env.env.unwrapped.P.values()
-        for a in moves
-    )
+    table = env.env.unwrapped.P
+    down = table[6][1]  # from row 1, column 2: all four neighbours differ
+    assert sorted((p, n) for p, n, *_ in down) == [(0.25, 5), (0.25, 7), (0.5, 10)]  # left, right, down
+    assert {n: over for _, n, _, over in down} == {5: True, 7: True, 10: False}  # holes end it
+    for outcomes in (x for moves in table.values() for x in moves.values()):
+        assert sum(p for p, *_ in outcomes) == pytest.approx(1)
 
 
 def test_the_move_that_was_executed_is_stored_and_replayed():
@@ -234,22 +327,6 @@ def test_the_move_that_was_executed_is_stored_and_replayed():
     resumed.load_state_dict(stopped.state_dict())
     play(resumed, 7, 12)
     assert torch.equal(second.table, straight.table)
-
-
-def test_frozen_lake_data_are_collected_once_and_learn(tmp_path, monkeypatch):
-    """30,000 rows of slip 0.1; the learner gets better; the second load reads the same file."""
-    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "new"))
-    dataset = data.load("frozenlake-4x4-slip-0.3")
-    assert [x.name for x in (tmp_path / "new").iterdir()] == ["frozenlake-4x4.hdf5"]
-    returns = dataset.episode_returns()
-    assert len(dataset.rewards) == 30_000 and returns[-600:].mean() > 2 * returns[:600].mean() > 0
-    moves = dataset.actions.argmax(1)
-    rows = (dataset.obs.argmax(1) == 8) & (moves == 1)  # down from row 2: slips right with 0.05
-    fell = dataset.next_obs.argmax(1)[rows] == 12
-    assert fell.mean() == pytest.approx(0.9, abs=0.03) and dataset.terminations[rows][fell].all()
-    assert ((dataset.rewards == 1) == (dataset.next_obs.argmax(1) == 15)).all()
-    monkeypatch.setattr(files, "frozen_lake", None)
-    assert data.load("frozenlake-4x4").sha256 == dataset.sha256
 
 
 @pytest.mark.parametrize("normalized", [False, True])

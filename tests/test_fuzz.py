@@ -13,15 +13,10 @@ from common import data
 from common.run import UsageError
 
 TASK = data.get_task("hopper-medium-v2")
-WIDTHS = {
-    "observations": 11,
-    "actions": 3,
-    "next_observations": 11,
-    "rewards": None,
-    "terminals": None,
-    "timeouts": None,
-}
+WIDTHS = {"observations": 11, "actions": 3, "next_observations": 11}
+WIDTHS |= {"rewards": None, "terminals": None, "timeouts": None}
 DTYPES = ("f4", "f8", "f2", "i4", "u1", "?", "S3", "c8", "O", "group", "missing", "empty")
+REPEATABLE = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
 SHAPES = ("right", "column", "wide", "short", "scalar", "deep", "none")
 
 
@@ -31,11 +26,7 @@ def trees(draw) -> tuple[int, dict[str, tuple[str, str, int]], bool]:
     kinds = {}
     for name in WIDTHS:
         wrong = draw(st.integers(0, 5)) == 0
-        dtype = (
-            draw(st.sampled_from(DTYPES))
-            if wrong
-            else draw(st.sampled_from(("f4", "f8", "f4", "?", "missing")))
-        )
+        dtype = draw(st.sampled_from(DTYPES if wrong else ("f4", "f8", "f4", "?", "missing")))
         shape = draw(st.sampled_from(SHAPES)) if draw(st.integers(0, 5)) == 0 else "right"
         kinds[name] = (dtype, shape, draw(st.integers(0, 99)))
     return draw(st.integers(0, 40)), kinds, draw(st.integers(0, 12)) == 0
@@ -76,9 +67,7 @@ def write(path: Path, n: int, kinds: dict, cut: bool) -> dict[str, np.ndarray]:
     return arrays
 
 
-@settings(
-    max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
-)
+@settings(max_examples=400, **REPEATABLE)
 @given(tree=trees())
 @example((3, {k: ("f4", "right", 1) for k in WIDTHS}, False))
 @example((0, {k: ("f4", "right", 1) for k in WIDTHS}, False))
@@ -117,13 +106,7 @@ def test_some_fuzzed_files_are_read_and_some_refused():
     """The strategy reaches both outcomes, or the test above says little."""
     outcomes = []
 
-    @settings(
-        max_examples=150,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        derandomize=True,
-        database=None,
-    )
+    @settings(max_examples=150, **REPEATABLE)
     @given(tree=trees())
     def run_one(tree):
         with tempfile.TemporaryDirectory() as folder:

@@ -171,11 +171,8 @@ def test_a_new_algorithm_edits_no_other_file(dataset, tmp_path):
     copy.write_text(source)
 
     def start(*flags: str) -> subprocess.CompletedProcess:
-        sizes = [
-            f"--{k.replace('_', '-')}={v}"
-            for k, v in TINY.items()
-            if k in module("iql").Args.__dataclass_fields__
-        ]
+        known = module("iql").Args.__dataclass_fields__
+        sizes = [f"{run.flag(k)}={v}" for k, v in TINY.items() if k in known]
         command = [sys.executable, copy, "--env=hopper-medium-v2", f"--dataset={dataset}", *sizes, *flags]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
@@ -229,10 +226,8 @@ def reads(monkeypatch):
         known, seen = set(algorithm.Args.__dataclass_fields__), set()
 
         def spy(args, name):
-            if name in known and sys._getframe(1).f_code.co_filename not in (
-                run.__file__,
-                dataclasses.__file__,
-            ):
+            reader = sys._getframe(1).f_code.co_filename
+            if name in known and reader not in (run.__file__, dataclasses.__file__):
                 seen.add(name)
             return object.__getattribute__(args, name)
 
@@ -245,9 +240,7 @@ def reads(monkeypatch):
 def idle(stem: str, args) -> set[str]:
     """Settings that the file says have no effect beside the others."""
     needs = getattr(module(stem), "NEEDS", {})
-    return {
-        name for condition, names in needs.items() if not eval(condition, {}, vars(args)) for name in names
-    }
+    return {name for x, names in needs.items() if not eval(x, {}, vars(args)) for name in names}
 
 
 NEEDS = [(stem, condition) for stem in FILES for condition in getattr(module(stem), "NEEDS", {})]
@@ -260,10 +253,9 @@ def test_settings_that_are_refused_have_no_effect(stem, condition, dataset, tmp_
     names, changes = algorithm.NEEDS[condition], unless(stem, condition)
     common = dict(dataset=dataset, online_steps=40) | changes
     name = names[0]
+    other = common | {name: others(algorithm, name)[-1]}
     with pytest.raises(run.UsageError, match=f"{run.flag(name)}: .*no effect unless"):
-        algorithm.train(
-            tiny_args(stem, out_dir=tmp_path / "no", **common | {name: others(algorithm, name)[-1]})
-        )
+        algorithm.train(tiny_args(stem, out_dir=tmp_path / "no", **other))
     args = tiny_args(stem, out_dir=tmp_path / "a", **common)
     seen = reads(algorithm)
     algorithm.train(args)
@@ -280,15 +272,14 @@ def test_settings_that_are_refused_have_no_effect(stem, condition, dataset, tmp_
     assert logs[0] == logs[1]
 
 
-SWITCHES = [  # sparse_reward changes nothing on dense rewards, offline_upsample does not calibrate: tests of their own;
-    # eval_halvings only adds columns to the log, time_acting trains nothing: tests of their own
+# sparse_reward changes nothing on dense rewards, offline_upsample does not calibrate, eval_halvings only adds columns
+# to the log, time_acting trains nothing: tests of their own
+ELSEWHERE = ("wandb", "overwrite", "sparse_reward", "offline_upsample", "eval_halvings", "time_acting")
+SWITCHES = [
     (stem, name)
     for stem in FILES
     for name, field in module(stem).Args.__dataclass_fields__.items()
-    if field.default in (True, False)
-    and type(field.default) is bool
-    and name
-    not in ("wandb", "overwrite", "sparse_reward", "offline_upsample", "eval_halvings", "time_acting")
+    if type(field.default) is bool and name not in ELSEWHERE
 ]
 
 
@@ -322,12 +313,11 @@ def test_no_host_reads_in_updates(stem):
         "rotate unroll take features read predict prediction_error observe gradient_step ensemble "
         "dual_losses boxed log_prob bounded_weight posterior_weight"
     )
+    reads = r"\.item\(|\.tolist\(|\.cpu\(|\.numpy\(|print\(|(?<!\.)\bfloat\(|nonzero"
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name in step.split():
             text = ast.unparse(node)
-            assert not re.search(
-                r"\.item\(|\.tolist\(|\.cpu\(|\.numpy\(|print\(|(?<!\.)\bfloat\(|nonzero", text
-            ), node.name
+            assert not re.search(reads, text), node.name
 
 
 @pytest.mark.parametrize("stem", FILES)
@@ -347,34 +337,24 @@ def test_one_torch_thread_in_tests():
 def imports() -> dict[str, set[str]]:
     """Module -> modules of this project that its code imports, anywhere in it."""
     found = {}
-    for path in sorted(
-        [*ROOT.glob("common/*.py"), *ROOT.glob("common/tools/*.py"), *ROOT.glob("algorithms/*.py")]
-    ):
+    paths = [p for folder in ("common", "common/tools", "algorithms") for p in ROOT.glob(f"{folder}/*.py")]
+    for path in sorted(paths):
         name, known = ".".join(path.relative_to(ROOT).with_suffix("").parts), set()
         for node in ast.walk(ast.parse(path.read_text())):
-            if (
-                isinstance(node, ast.ImportFrom)
-                and node.module
-                and node.module.split(".")[0] in ("common", "algorithms")
-            ):
-                inside = [f"{node.module}.{x.name}" for x in node.names]
-                known |= {
-                    x if (ROOT / (x.replace(".", "/") + ".py")).exists() else node.module for x in inside
-                }
+            if isinstance(node, ast.ImportFrom) and node.module:
+                for inside in (f"{node.module}.{x.name}" for x in node.names):  # a module, or a name in one
+                    is_module = (ROOT / (inside.replace(".", "/") + ".py")).exists()
+                    known.add(inside if is_module else node.module)
             elif isinstance(node, ast.Import):
-                known |= {x.name for x in node.names if x.name.split(".")[0] in ("common", "algorithms")}
-        found[name] = known
+                known |= {x.name for x in node.names}
+        found[name] = {x for x in known if x.split(".")[0] in ("common", "algorithms")}
     return found
 
 
 def test_modules_import_each_other_without_a_circle_and_no_algorithm_a_tool():
     graph = imports()
-    assert graph["algorithms.edis"] >= {
-        "common.data",
-        "common.edm",
-        "common.judge",
-        "common.run",
-    }  # it sees them
+    seen = {f"common.{x}" for x in ("data", "edm", "judge", "run")}
+    assert graph["algorithms.edis"] >= seen
     for name, known in graph.items():
         assert not any(x.startswith("algorithms.") for x in known), f"{name} imports an algorithm"
         assert name.startswith("common.tools.") or not any(x.startswith("common.tools") for x in known), name

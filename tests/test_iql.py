@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn as nn
-from conftest import log_rows, tiny_args
+from conftest import final_state, log_rows, tiny_args
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -51,9 +51,8 @@ def test_value_loss_minimiser_is_the_expectile():
 
 def test_td_target_masks_terminations_only():
     """Row 1 ends the MDP, row 2 does not (a time limit is no termination)."""
-    target = iql.td_target(
-        torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]), torch.tensor([10.0, 10.0]), 0.99
-    )
+    rewards, terminations, v_next = torch.tensor([[1.0, 2.0], [1.0, 0.0], [10.0, 10.0]])
+    target = iql.td_target(rewards, terminations, v_next, 0.99)
     assert target.tolist() == pytest.approx([1.0, 11.9])
 
 
@@ -91,9 +90,8 @@ def test_initialisation_is_that_of_linear_layers_and_xavier():
     assert weight.abs().max() <= math.sqrt(6 / 512)
     assert weight.std().item() == pytest.approx(math.sqrt(2 / 512), rel=0.02)
     assert not nets["actor"].layers[1].bias.any()
-    assert all(
-        torch.equal(a, b) for a, b in zip(nets["qf"].parameters(), nets["q_target"].parameters(), strict=True)
-    )
+    pairs = zip(nets["qf"].parameters(), nets["q_target"].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_actor_mean_is_squashed_and_log_std_stays_in_bounds_after_a_wild_step():
@@ -130,8 +128,7 @@ def test_reward_bias_reaches_stored_rewards_and_no_logged_return(dataset, tmp_pa
     args = tiny_args("iql", dataset=dataset, out_dir=tmp_path, reward_bias=-1.0, offline_steps=1, warmup_steps=60,
                      online_steps=61)  # fmt: skip
     iql.train(args)
-    (checkpoint,) = tmp_path.glob("iql/*/seed0/state.pt")
-    rows = torch.load(checkpoint, weights_only=True)["objects"]["online"]["rows"]
+    rows = final_state(tmp_path)["online"]["rows"]
     first = next(x for x in log_rows(tmp_path) if x["train/episode_return"])
     length = int(float(first["train/episode_length"]))
     stored = rows[:length, 11 + 3].sum().item()

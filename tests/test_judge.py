@@ -5,13 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import log_rows, module, tiny_args
+from conftest import CPU, log_rows, module, tiny_args
 
 from algorithms import iql_synther
 from common import data, edm, envs, judge
 from common.tools import collect
-
-CPU = torch.device("cpu")
 
 
 def test_divergence_of_equal_and_of_separate_samples():
@@ -81,9 +79,8 @@ def test_flags_by_hand():
     scaled = rows.clone()
     scaled[:, 15:26] = (rows[:, 15:26] - 0.2) / 2.0
     scaled[:, :11] = (rows[:, :11] - 0.2) / 2.0
-    assert judge.flags_of(scaled, data.Normalize(env, data.Units(moments=moments)), widths) == pytest.approx(
-        expected
-    )
+    normalized = data.Normalize(env, data.Units(moments=moments))
+    assert judge.flags_of(scaled, normalized, widths) == pytest.approx(expected)
     none = judge.flags_of(rows[4:], env, widths)
     assert none == {"fallen": 0.0, "flag_share": 0.0, "flag_precision": 0.0, "flag_recall": 0.0}
 

@@ -63,9 +63,8 @@ def test_antmaze_in_the_table(name):
     assert data.make_env(task).get_wrapper_attr("_max_episode_steps") == limit
     plan = {"umaze": "u-maze", "medium": "big-maze", "large": "hardest-maze"}[name.split("-")[0]]
     many_starts, many_goals = name != "umaze", "diverse" in name
-    assert task.file == (
-        f"ant_maze_v2/Ant_maze_{plan}_noisy_multistart_{many_starts}_multigoal_{many_goals}_sparse_fixed.hdf5"
-    )
+    which = f"{plan}_noisy_multistart_{many_starts}_multigoal_{many_goals}"
+    assert task.file == f"ant_maze_v2/Ant_maze_{which}_sparse_fixed.hdf5"
     assert (task.sha256 is None) == (task.size is None) == (name == "medium-play")
     assert task.size is None or 230e6 < task.size < 233e6
 

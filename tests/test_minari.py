@@ -14,13 +14,8 @@ from common.run import UsageError
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """An empty Minari folder, no network, nothing cached."""
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    data._minari.cache_clear()
-    yield tmp_path / "minari"
-    data._minari.cache_clear()
+def folder(minari_home):
+    return minari_home
 
 
 def make_dataset(name: str, env_id: str, lengths: list[int], **known) -> list[EpisodeBuffer]:
@@ -48,9 +43,8 @@ def make_dataset(name: str, env_id: str, lengths: list[int], **known) -> list[Ep
 
 def test_rows_are_the_episodes_with_true_successors():
     """Two Hopper episodes, one fallen, one cut: obs[t + 1] of the same episode, never of the next."""
-    buffers = make_dataset(
-        "mujoco/hopper/tiny-v0", "Hopper-v5", [400, 5], ref_min_score=-20.0, ref_max_score=180.0
-    )
+    known = dict(ref_min_score=-20.0, ref_max_score=180.0)
+    buffers = make_dataset("mujoco/hopper/tiny-v0", "Hopper-v5", [400, 5], **known)
     task, dataset = data.get_task("mujoco/hopper/tiny-v0"), data.load("mujoco/hopper/tiny-v0")
     assert (task.obs_dim, task.act_dim, task.limit, task.rows) == (11, 3, 1_000, len(dataset.rewards))
     n = len(buffers[0].rewards)

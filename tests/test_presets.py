@@ -27,6 +27,7 @@ FIXED = {  # what a file does that has no setting for it
     "backup_entropy": False, "append_online": False, "normalize_reward": False,
     "dropout": 0.0,  # dual.py
     "offline_frac": 0.0,  # EDIS, AD2S
+    "mc_tail": "zero",  # returns of what the dataset cuts off, Cal-QL
 }  # fmt: skip
 NOT_OF_A_PAPER = {  # which run it is, where it runs, what else it logs
     "env", "dataset", "seed", "from_offline", "from_behavior", "from_planner", "device", "compile", "out_dir",
@@ -351,11 +352,9 @@ DIFFERENCES = {
 }  # fmt: skip
 
 # (files, tasks, setting of the backbone) -> (the method's value, the note that says why); the first that fits holds
+RELEASE = "calql_dare calql_stratdiff iql_dare iql_stratdiff"
 FROM_BACKBONE = {
-    ("calql_dare calql_stratdiff iql_dare iql_stratdiff", MINI, "online_steps"): (
-        5_000,
-        "U1: within minutes",
-    ),
+    (RELEASE, MINI, "online_steps"): (5_000, "U1: within minutes"),
     ("iql_synther iql_edis iql_cfdg", MINI, "online_steps"): (8_000, "U1"),
     ("dual", MINI, "online_steps"): (6_000, "U1"),
     ("dual calql_dual", MINI, "eval_every"): (2_000, "U1"),
@@ -394,9 +393,8 @@ def paper(stem: str, env: str) -> dict[str, object]:
         if isinstance(value, dict):
             value = value.get(bare(env), value.get(family(env), cells.get(setting)))
         elif isinstance(value, tuple):
-            value = value[
-                list(FAMILY).index(family(env)) % len(value)
-            ]  # Frozen-Lake: the first, unless it has its own
+            at = list(FAMILY).index(family(env))
+            value = value[at % len(value)]  # Frozen-Lake: the first, unless it has its own
         cells[setting] = value
     return cells
 
@@ -518,12 +516,8 @@ def test_methods_have_their_backbones_settings(stem):
             if ours[setting] == theirs[setting]:
                 continue
             key = covering(FROM_BACKBONE, stem, env, setting)
-            assert key and ours[setting] == FROM_BACKBONE[key][0], (
-                env,
-                setting,
-                ours[setting],
-                theirs[setting],
-            )
+            told = (env, setting, ours[setting], theirs[setting])
+            assert key and ours[setting] == FROM_BACKBONE[key][0], told
             met.add(key)
     assert met == {k for k in FROM_BACKBONE if stem in k[0].split()}
 

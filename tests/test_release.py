@@ -13,7 +13,7 @@ import pytest
 import test_calql
 import test_dare
 import torch
-from conftest import cached, log_rows, module, tiny_args
+from conftest import CPU, cached, log_rows, module, tiny_args
 
 from algorithms import calql_dare, calql_stratdiff, iql_dare, iql_stratdiff
 from common import data, run
@@ -130,9 +130,8 @@ def test_stratdiff_losses_are_those_of_dare_iv():
     ours, logs = iql_stratdiff.stratdiff_losses(nets, batch, off_like, noise[1:], iql_stratdiff.Args())
     theirs, peer = iql_dare.dare_losses(nets, batch, off_like, noise, iql_dare.Args(value_loss="expectile"))
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
-    assert {k: v.item() for k, v in logs.items()} == pytest.approx(
-        {k: peer[k].item() for k in logs}, rel=1e-9
-    )
+    expected = {k: peer[k].item() for k in logs}
+    assert {k: v.item() for k, v in logs.items()} == pytest.approx(expected, rel=1e-9)
 
 
 def test_without_the_expectile_v_has_the_difference_on_online_like_rows():
@@ -153,9 +152,8 @@ def test_without_the_expectile_v_has_the_difference_on_online_like_rows():
 
 @pytest.mark.parametrize("stem", RELEASE)
 def test_offline_settings_are_the_backbones(stem):
-    assert (
-        module(stem).OFFLINE_SETTINGS == module(stem.split("_")[0]).OFFLINE_SETTINGS
-    )  # values: test_presets.py
+    backbone = module(stem.split("_")[0])
+    assert module(stem).OFFLINE_SETTINGS == backbone.OFFLINE_SETTINGS  # values: test_presets.py
 
 
 @pytest.mark.parametrize("stem", RELEASE)
@@ -175,9 +173,7 @@ def test_labels_in_antmaze_are_as_soft_as_the_papers(stem, tmp_path):
         obs=np.zeros((2, 29)), actions=np.zeros((2, 8)), sha256="", path=tmp_path / "maze.hdf5",
         episode_returns=lambda: np.array([0.0, 1.0]), return_range=lambda: 1.0,
     )  # fmt: skip
-    r = SimpleNamespace(
-        args=args, seed=lambda _: torch.manual_seed(0), device=torch.device("cpu"), compiled=lambda f: f
-    )
+    r = SimpleNamespace(args=args, seed=lambda _: torch.manual_seed(0), device=CPU, compiled=lambda f: f)
     q = scale * (delta * torch.randn(500, args.support_k) - 40)  # of 500 states
     offline = ReplayBuffer(500, 29, 8, r.device)
     offline.append(torch.randn(500, 68))
@@ -194,9 +190,8 @@ def test_a_dataset_without_a_return_range_is_refused_with_advice_that_helps(stem
     with h5py.File(dataset, "r+") as f:
         f["terminals"][()], f["timeouts"][()] = 0, 0
     args = dict(dataset=dataset, online_steps=12)
-    with pytest.raises(
-        run.UsageError, match="--energy-units: got qgpo; allowed: reward: all returns are the same"
-    ):
+    words = "--energy-units: got qgpo; allowed: reward: all returns are the same"
+    with pytest.raises(run.UsageError, match=words):
         module(stem).train(tiny_args(stem, out_dir=tmp_path / "qgpo", **args))
     result = module(stem).train(tiny_args(stem, out_dir=tmp_path, energy_units="reward", **args))
     assert math.isfinite(result["final_score"])
@@ -212,7 +207,7 @@ def test_a_dataset_without_a_return_range_is_refused_with_advice_that_helps(stem
         (
             "iql_stratdiff",
             dict(offline_frac=0.0),
-            r"rows of a batch: got 0 dataset, 16 own; .*--offline-frac 0",
+            "rows of a batch: got 0 dataset, 16 own; .*--offline-frac 0",
         ),
         ("calql_dare", dict(exchange_cap=-2), r"exchange-cap: got -2; allowed: \[-1, inf\)"),
         ("calql_dare", dict(support_k=1), r"support-k: got 1; allowed: \[2, inf\)"),
@@ -236,7 +231,7 @@ ABLATIONS = [
     ("calql_stratdiff", dict(offline_frac=0.25, score="gauss_std")),
     ("iql_stratdiff", dict(online_value="advantage")),
     ("iql_stratdiff", dict(exchange_cap=0)),
-    ("iql_stratdiff", dict(utd=10)),
+    ("iql_stratdiff", dict(utd=10, online_steps=15)),
     ("iql_stratdiff", dict(guidance_scale=0.0, score="gauss_std")),
 ]
 
@@ -312,16 +307,16 @@ def test_docstring_names_what_is_logged(stem, dataset, tmp_path):
 def test_an_imported_offline_phase_continues_as_ones_own(stem, dataset, tmp_path):
     """--from-offline saves the time and changes nothing: scores and online logs bit for bit; so does the cache."""
     backbone = stem.split("_")[0]
-    own = module(stem).train(tiny_args(stem, dataset=dataset, out_dir=tmp_path / "own"))
-    module(backbone).train(tiny_args(backbone, dataset=dataset, out_dir=tmp_path))
+    few = dict(dataset=dataset, online_steps=20)
+    own = module(stem).train(tiny_args(stem, out_dir=tmp_path / "own", **few))
+    module(backbone).train(tiny_args(backbone, dataset=dataset, out_dir=tmp_path, online_steps=0))
     (source,) = (tmp_path / backbone).glob("**/offline.pt")
     shutil.copytree(tmp_path / "own" / ".behavior", tmp_path / ".behavior")
-    args = tiny_args(stem, dataset=dataset, out_dir=tmp_path, from_offline=source)
+    args = tiny_args(stem, out_dir=tmp_path, from_offline=source, **few)
     imported = module(stem).train(args)
     assert "offline_seconds" not in imported and "behavior_seconds" not in imported
-    assert [imported[k] for k in ("offline_score", "final_score")] == [
-        own[k] for k in ("offline_score", "final_score")
-    ]
+    for k in ("offline_score", "final_score"):
+        assert imported[k] == own[k]
 
     def online(out):
         return [{k: v for k, v in r.items() if v} for r in log_rows(out / stem) if r["phase"] == "online"]
@@ -331,7 +326,7 @@ def test_an_imported_offline_phase_continues_as_ones_own(stem, dataset, tmp_path
 
 def test_one_behavior_model_serves_both_backbones(dataset, tmp_path, capsys):
     """The cache is by content: another method finds it, and goes on as if it had trained the model itself."""
-    settings = dict(dataset=dataset, normalize_obs=True)
+    settings = dict(dataset=dataset, normalize_obs=True, online_steps=15)
     trained = calql_dare.train(tiny_args("calql_dare", out_dir=tmp_path / "a", **settings))
     assert "behavior_seconds" in trained and len(cached(tmp_path / "a")) == 1
     iql_dare.train(tiny_args("iql_dare", out_dir=tmp_path / "b", **settings))
@@ -362,16 +357,10 @@ def test_whatever_shapes_the_behavior_model_gives_another_key(dataset, tmp_path,
     assert keys(expectile=0.9, energy_steps=1, energy_beta=1.0, support_k=2) == first
     assert keys(guidance_scale=0.0) == first
     seen = set(first)
-    for changes in (
-        dict(behavior_steps=4),
-        dict(behavior_batch=8),
-        dict(behavior_lr=1e-3),
-        dict(behavior_width=8),
-        dict(normalize_obs=True),
-        dict(seed=1),
-    ):
-        now = keys(**changes)
-        assert len(now) == 1 and not now & seen, changes
+    others = dict(behavior_steps=4, behavior_batch=8, behavior_lr=1e-3, behavior_width=8)
+    for name, value in (others | dict(normalize_obs=True, seed=1)).items():
+        now = keys(**{name: value})
+        assert len(now) == 1 and not now & seen, name
         seen |= now
     original = iql_dare.noise_levels
 
@@ -389,18 +378,17 @@ def test_whatever_shapes_the_behavior_model_gives_another_key(dataset, tmp_path,
 
 def test_from_behavior_takes_another_runs_model_and_refuses_one_of_other_settings(dataset, tmp_path):
     """Another seed's is allowed, and not kept under this seed's key; a difference is named; so is a missing file."""
-    iql_dare.train(tiny_args("iql_dare", dataset=dataset, out_dir=tmp_path, seed=1))
+    few = dict(dataset=dataset, online_steps=12)
+    iql_dare.train(tiny_args("iql_dare", out_dir=tmp_path, seed=1, **few))
     (source,) = (tmp_path / "iql_dare").glob("**/seed1")
     for path in (source, source / "behavior.pt"):
         out = tmp_path / path.name
-        result = iql_stratdiff.train(
-            tiny_args("iql_stratdiff", dataset=dataset, out_dir=out, from_behavior=path)
-        )
+        args = tiny_args("iql_stratdiff", out_dir=out, from_behavior=path, **few)
+        result = iql_stratdiff.train(args)
         assert "behavior_seconds" not in result and cached(out) == []
         (ours,) = out.glob("**/behavior.pt")
-        theirs, mine = (
-            torch.load(p, weights_only=True)["objects"]["behavior"] for p in (source / "behavior.pt", ours)
-        )
+        states = (torch.load(p, weights_only=True)["objects"] for p in (source / "behavior.pt", ours))
+        theirs, mine = (x["behavior"] for x in states)
         assert all(torch.equal(theirs[k], mine[k]) for k in theirs)
     for i, (changes, words) in enumerate([
         (dict(behavior_width=32), "from-behavior: got behavior_width 16 -> 32"),
@@ -408,16 +396,17 @@ def test_from_behavior_takes_another_runs_model_and_refuses_one_of_other_setting
     ]):  # fmt: skip
         changes = dict(from_behavior=source, out_dir=tmp_path / str(i)) | changes
         with pytest.raises(run.UsageError, match=words):
-            iql_dare.train(tiny_args("iql_dare", dataset=dataset, **changes))
+            iql_dare.train(tiny_args("iql_dare", **few | changes))
         assert not [*(tmp_path / str(i)).glob("**/log.csv")]  # before the offline phase, not after it
 
 
 def test_a_damaged_cache_is_named(dataset, tmp_path):
-    iql_dare.train(tiny_args("iql_dare", dataset=dataset, out_dir=tmp_path))
+    few = dict(dataset=dataset, out_dir=tmp_path, online_steps=0)
+    iql_dare.train(tiny_args("iql_dare", **few))
     (kept,) = cached(tmp_path)
     kept.write_bytes(kept.read_bytes()[:1000])
     with pytest.raises(run.UsageError, match=kept.name):
-        iql_stratdiff.train(tiny_args("iql_stratdiff", dataset=dataset, out_dir=tmp_path))
+        iql_stratdiff.train(tiny_args("iql_stratdiff", **few))
 
 
 def test_the_installed_tree_stays_as_it_is(tmp_path):

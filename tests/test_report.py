@@ -12,13 +12,7 @@ from conftest import FILES, ROOT, module, tiny_args
 from common import data, run
 from common.tools import report
 
-SETTINGS = {
-    "offline_steps": 1000,
-    "online_steps": 500,
-    "batch_size": 256,
-    "normalize_obs": False,
-    "device": "cpu",
-}
+SETTINGS = dict(offline_steps=1000, online_steps=500, batch_size=256, normalize_obs=False, device="cpu")
 OFFLINE, ONLINE = (10.0, 20.0), (30.0, 40.0, 50.0, 60.0, 70.0)
 
 
@@ -31,11 +25,8 @@ def write_run(
     settings = {"env": env.split("@")[0], "seed": seed, "dataset": None, **SETTINGS, **changes}
     if "@" in env:
         settings["dataset"] = f"/somewhere/{env.split('@')[1]}.hdf5"
-    info = {
-        "settings": {
-            k: {"value": v, "origin": "flag" if k in flags else "default"} for k, v in settings.items()
-        }
-    }
+    origins = {k: "flag" if k in flags else "default" for k in settings}
+    info = {"settings": {k: {"value": v, "origin": origins[k]} for k, v in settings.items()}}
     command = f"/home/someone/algorithms/{file}.py --env {env} --out-dir /tmp/out --from-offline=/tmp/a/b"
     info |= {"command": command, "commit": "abc", "device": "Some GPU", "dataset": "f" * 64}
     run.write_json(info, folder / "args.json")
@@ -68,9 +59,8 @@ def problems(root: Path) -> dict[str, str]:
 
 def test_scores_are_mean_and_deviation_over_seeds_beside_the_papers(tmp_path):
     for seed, last in enumerate((70.0, 80.0, 100.0)):
-        write_run(
-            tmp_path, "calql_dare", "hopper-medium-v2", seed, ((10.0, 20.0), (30.0, 40.0, 50.0, 60.0, last))
-        )
+        scores = ((10.0, 20.0), (30.0, 40.0, 50.0, 60.0, last))
+        write_run(tmp_path, "calql_dare", "hopper-medium-v2", seed, scores)
     text = report.report(report.find(tmp_path)[0])
     finals = np.array([70.0, 80.0, 100.0])
     last4, online = (150 + finals) / 4, (180 + finals) / 5
@@ -107,22 +97,12 @@ def test_sections_keep_other_data_away_from_d4rl(tmp_path):
 
 
 def test_a_flag_that_makes_another_method_and_flags_are_told(tmp_path):
-    write_run(
-        tmp_path,
-        "calql",
-        "hopper-medium-v2",
-        0,
-        calibrate=False,
-        flags=["calibrate", "env", "seed", "device"],
-    )
+    flags = ["calibrate", "env", "seed", "device"]
+    write_run(tmp_path, "calql", "hopper-medium-v2", 0, calibrate=False, flags=flags)
     write_run(tmp_path, "calql_ad2s", "hopper-medium-v2", 0, pgr=True, flags=["pgr", "batch_size"])
     text = report.report(report.find(tmp_path)[0])
-    assert cells(text, "DARE, Tables 1, 8")[3:] == [
-        "63.9 ± 1.5",
-        "",
-        "81.9 ± 8.1",
-        "",
-    ]  # of CQL, not of Cal-QL
+    of_cql = ["63.9 ± 1.5", "", "81.9 ± 8.1", ""]  # not of Cal-QL
+    assert cells(text, "DARE, Tables 1, 8")[3:] == of_cql
     assert cells(text, "AD2S, Table 1")[4] == "108.1 ± 3.0"  # of PGR
     assert "- `calql calibrate=False` on hopper-medium-v2: calibrate=False\n" in text
     assert "- `calql_ad2s pgr=True` on hopper-medium-v2: batch_size=256 pgr=True\n" in text
@@ -170,16 +150,11 @@ def test_a_bad_run_is_named_and_left_out(tmp_path, case):
     change, reason = BAD[case]
     change(write_run(tmp_path, "iql", "hopper-medium-v2", 0, ((0.0,), (0.0, 60.0, 70.0))))
     write_run(tmp_path, "iql", "hopper-medium-v2", 1)
-    found = problems(tmp_path)
-    assert list(found) == ["iql/hopper-medium-v2/0"] and any(
-        x in found["iql/hopper-medium-v2/0"] for x in reason.split("|")
-    )
+    ((bad, problem),) = problems(tmp_path).items()
+    assert bad == "iql/hopper-medium-v2/0" and any(x in problem for x in reason.split("|"))
     text = report.report(report.find(tmp_path)[0])
     assert cells(text, "`iql`")[2:5] == ["1", "20.0", "70.0"]
-    assert (
-        f"### Left out: 1 of 2 runs\n\n- iql/hopper-medium-v2/seed0: {found['iql/hopper-medium-v2/0']}\n"
-        in text
-    )
+    assert f"### Left out: 1 of 2 runs\n\n- iql/hopper-medium-v2/seed0: {problem}\n" in text
     assert str(tmp_path) not in text
 
 
@@ -220,9 +195,8 @@ def test_mixed_settings_the_majority_counts_and_a_tie_refuses_the_group(tmp_path
 def test_iqm_is_the_mean_of_the_middle_half():
     rng = np.random.default_rng(0)
     assert report.iqm(np.arange(8.0)) == np.mean([2, 3, 4, 5])
-    assert report.iqm(np.array([5.0])) == 5 and report.iqm(np.array([1.0, 100.0, 2.0])) == np.mean(
-        [1, 100, 2]
-    )
+    assert report.iqm(np.array([5.0])) == 5
+    assert report.iqm(np.array([1.0, 100.0, 2.0])) == np.mean([1, 100, 2])
     x = rng.normal(size=(3, 21))
     by_hand = [np.mean(sorted(row)[5:16]) for row in x]
     np.testing.assert_allclose(report.iqm(x), by_hand)
@@ -312,10 +286,8 @@ def test_published_rows_add_up_to_the_papers_totals():
         paper, number, backbone, where, *rest = line.split()
         for name, printed in zip(rest[::2], map(float, rest[1::2]), strict=True):
             key = {"paper": paper, "table": number, "backbone": backbone, "method": name}
-            cells = [
-                row for row in rows if key.items() <= row.items() and where in ("all", domain(row["env"]))
-            ]
-            values = [float(row["mean"]) for row in cells]
+            cells = [row for row in rows if key.items() <= row.items()]
+            values = [float(row["mean"]) for row in cells if where in ("all", domain(row["env"]))]
             average = paper == "DUAL" or (paper, number) == ("CFDG", "4")
             near = {"CFDG": 1.01, "AD2S": 0.21, "DUAL": 6e-5}.get(paper, 0.11)
             near = 0.051 if number == "4" else 0.003 if printed == 85.46 else near
@@ -378,25 +350,16 @@ def test_bad_usage_is_one_line_and_exit_2(tmp_path, capsys, monkeypatch):
     other.write_text("file,env\niql,hopper-medium-v2\n")
     cut.write_text(report.write_rows(report.find(tmp_path / "runs")[0]).replace("70.0", "seventy"))
     runs = str(tmp_path / "runs")
-    cases = [
-        [str(tmp_path / "nothing")],
-        [runs, "--readme", str(readme)],
-        [runs, "--readme", str(tmp_path / "no.md")],
-    ]
-    for words in [
-        *cases,
-        *(["--csv", str(x)] for x in (other, cut, tmp_path / "no.csv")),
-        ["--csv"],
-        ["--what"],
-    ]:
+    cases = [[str(tmp_path / "nothing")], ["--csv"], ["--what"]]
+    cases += [[runs, "--readme", str(x)] for x in (readme, tmp_path / "no.md")]
+    cases += [["--csv", str(x)] for x in (other, cut, tmp_path / "no.csv")]
+    for words in cases:
         monkeypatch.setattr(sys, "argv", ["report", *words])
         with pytest.raises(SystemExit) as e:
             run.main(report.main, report.Args)
         out, err = capsys.readouterr()
-        assert e.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, (
-            words,
-            err,
-        )
+        assert e.value.code == 2 and out == "", words
+        assert err.startswith("error: ") and err.count("\n") == 1, (words, err)
     assert readme.read_text() == "<!-- end results --> <!-- results -->"
 
 
@@ -406,13 +369,7 @@ def test_figures_are_the_same_twice_and_a_damaged_archive_is_named(tmp_path, cap
     files = {"edis": False, "synther": True}
     folders = [write_run(tmp_path, k, "hopper-mini-v0", 0, normalize_obs=v) for k, v in files.items()]
     source = data.load("hopper-mini-v0")
-    batch = [
-        source.obs,
-        source.actions,
-        source.rewards[:, None],
-        source.next_obs,
-        source.terminations[:, None],
-    ]
+    batch = [x if x.ndim == 2 else x[:, None] for x in source[:5]]
     rows = np.concatenate(batch, 1)[rng.permutation(len(source.obs))[:600]]
     mean, std = source.moments()
     for folder, shift, scale in zip(folders, (0.0, mean), (1.0, std), strict=True):
@@ -422,10 +379,9 @@ def test_figures_are_the_same_twice_and_a_damaged_archive_is_named(tmp_path, cap
         np.savez(folder / "synthetic-9.npz", synthetic=own[:0])  # not the last
         np.savez(folder / "synthetic-10.npz", synthetic=own[:200], offline=own[200:400], online=own[400:])
         (found,) = [x for x in report.find(tmp_path)[1] if x.folder == folder]
-        assert (
-            np.median(report.dynamics_distance(found.settings, own[:50, :-1], own[:, :-1].std(0) + 1e-3))
-            < 1e-6
-        )
+        transitions = own[:, :-1]
+        distances = report.dynamics_distance(found.settings, transitions[:50], transitions.std(0) + 1e-3)
+        assert np.median(distances) < 1e-6
     outs = [tmp_path / "out0", tmp_path / "out1"]
     for out in outs:
         report.main(report.Args(runs=tmp_path, out=out))
@@ -443,9 +399,8 @@ def test_a_run_as_it_is_written_counts(dataset, tmp_path):
     """Whole: the report's numbers are final.json's, its generated rows are drawn. Cut short: unfinished."""
     result = module("iql_synther").train(tiny_args("iql_synther", dataset=dataset, out_dir=tmp_path))
     (row,), (found,) = report.find(tmp_path)
-    keys = dict(
-        zip(report.SCORES, ("offline_score", "final_score", "score_last4", "score_online_mean"), strict=True)
-    )
+    names = ("offline_score", "final_score", "score_last4", "score_online_mean")
+    keys = dict(zip(report.SCORES, names, strict=True))
     assert {k: row[k] for k in keys} == {k: round(result[v], 4) for k, v in keys.items()}
     assert row["hours_offline"] > 0 and row["hours_online"] > 0 and row["online_per_s"] > 0
     assert report.section(row["env"]) == "standin" and row["problem"] == "" and str(tmp_path) not in str(row)

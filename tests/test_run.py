@@ -14,16 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FILES, ROOT, TINY, module, tiny_args
+from conftest import FILES, ROOT, TINY, Killed, kill_after, module, tiny_args
 
 from algorithms import iql
 from common import buffer, data, run
 
 UNTIMED = ("offline_score", "final_score", "score_last4")
-
-
-class Killed(Exception):
-    """Stands for kill -9: nothing is written after it."""
 
 
 def results(folder: Path) -> tuple[dict, list[dict]]:
@@ -45,28 +41,19 @@ def test_a_killed_run_resumes_to_the_same_result(stem, dataset, tmp_path, monkey
     module(stem).train(straight)
     monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.05)
     args = tiny_args(stem, dataset=dataset, out_dir=tmp_path / "killed")
-    draw = buffer.ReplayBuffer.draw
     deaths = 0
     for life in range(20):
-        calls = [0]
-
-        def deadly_draw(self, *n, calls=calls, life=life):
-            calls[0] += 1
-            if calls[0] > 13 + 7 * life:
-                raise Killed
-            return draw(self, *n)
-
-        monkeypatch.setattr(buffer.ReplayBuffer, "draw", deadly_draw)
-        try:
-            module(stem).train(args)
-            break
-        except Killed:
-            deaths += 1
+        with monkeypatch.context() as patch:
+            kill_after(patch, buffer.ReplayBuffer, "draw", 13 + 7 * life)
+            try:
+                module(stem).train(args)
+                break
+            except Killed:
+                deaths += 1
         gc.collect()  # the lock goes with the process; here with the object
     assert deaths >= 3
-    assert results(run_dir(tmp_path / "killed", stem, dataset)) == results(
-        run_dir(tmp_path / "straight", stem, dataset)
-    )
+    killed, whole = (results(run_dir(tmp_path / x, stem, dataset)) for x in ("killed", "straight"))
+    assert killed == whole
 
 
 def command(stem: str, dataset: Path, out: Path, **changes) -> list[str]:
@@ -200,22 +187,10 @@ def test_a_divergence_is_one_line_and_keeps_the_last_finite_checkpoint(
     dataset, monkeypatch, capsys, tmp_path
 ):
     """Exit 1: what broke, the step, the likely flag; the checkpoint before it is finite, and resumes to the same."""
-    sizes = [
-        "--offline-steps=40",
-        "--online-steps=20",
-        "--warmup-steps=5",
-        "--batch-size=16",
-        "--hidden=16",
-        "--eval-every=10",
-    ]
-    argv = [
-        "iql.py",
-        "--env=hopper-medium-v2",
-        f"--dataset={dataset}",
-        f"--out-dir={tmp_path}",
-        "--device=cpu",
-        *sizes,
-    ]
+    sizes = dict(offline_steps=40, online_steps=20, warmup_steps=5, batch_size=16, hidden=16, eval_every=10)
+    flags = [f"{run.flag(k)}={v}" for k, v in sizes.items()]
+    where = [f"--dataset={dataset}", f"--out-dir={tmp_path}", "--env=hopper-medium-v2"]
+    argv = ["iql.py", *where, "--device=cpu", *flags]
     original = iql.losses
 
     def broken(nets, batch, args):
@@ -231,9 +206,8 @@ def test_a_divergence_is_one_line_and_keeps_the_last_finite_checkpoint(
             run.main(iql.train, iql.Args, iql.ENV_PRESETS)
         err = capsys.readouterr().err
         assert e.value.code == 1 and err.count("\n") == 1, err
-        assert (
-            err.startswith("error: ") and "not finite at offline step 25" in err and "likely: --lr 0.5" in err
-        ), err
+        assert err.startswith("error: ") and "likely: --lr 0.5" in err, err
+        assert "not finite at offline step 25" in err, err
         del e
         gc.collect()
         (path,) = tmp_path.glob("iql/*/seed0/state.pt")
@@ -269,9 +243,8 @@ def test_cuda_without_a_gpu_is_refused(monkeypatch, capsys, tmp_path):
         raise RuntimeError("No CUDA GPUs are available")
 
     monkeypatch.setattr(torch, "zeros", no_gpu)
-    line = refused(
-        ["--env", "hopper-mini-v0", "--device", "cuda", "--out-dir", str(tmp_path)], monkeypatch, capsys
-    )
+    argv = ["--env", "hopper-mini-v0", "--device", "cuda", "--out-dir", str(tmp_path)]
+    line = refused(argv, monkeypatch, capsys)
     assert "--device" in line and "cpu" in line
 
 
@@ -288,9 +261,8 @@ def test_no_network_says_where_the_file_goes(monkeypatch, capsys, tmp_path):
 def test_corrupt_dataset_and_corrupt_checkpoint_are_refused(dataset, monkeypatch, capsys, tmp_path):
     bad = tmp_path / "bad.hdf5"
     bad.write_bytes(dataset.read_bytes()[:5000])
-    assert str(bad) in refused(
-        ["--env=hopper-medium-v2", f"--dataset={bad}", f"--out-dir={tmp_path}"], monkeypatch, capsys
-    )
+    argv = ["--env=hopper-medium-v2", f"--dataset={bad}", f"--out-dir={tmp_path}"]
+    assert str(bad) in refused(argv, monkeypatch, capsys)
     out = tmp_path / "runs"
     module("iql").train(tiny_args("iql", dataset=dataset, out_dir=out))
     folder = run_dir(out, "iql", dataset)
@@ -358,9 +330,8 @@ def parsed(stem: str, argv: list[str], monkeypatch):
 def test_class_default_then_preset_then_flag(monkeypatch, tmp_path):
     """A flag equal to the class default still wins over the preset; args.json tells the origin of each."""
     preset = module("iql").ENV_PRESETS["hopper-mini"]
-    args = parsed(
-        "iql", ["--env", "hopper-mini-v0", "--hidden", "256", "--out-dir", str(tmp_path)], monkeypatch
-    )
+    argv = ["--env", "hopper-mini-v0", "--hidden", "256", "--out-dir", str(tmp_path)]
+    args = parsed("iql", argv, monkeypatch)
     assert preset["hidden"] != 256 == args.hidden
     assert args.offline_steps == preset["offline_steps"] and args.gamma == 0.99
     r = run.Run(args, "iql.py", "x", module("iql").ENV_PRESETS)
@@ -390,10 +361,8 @@ def test_from_offline_takes_the_networks_and_refuses_other_settings(dataset, tmp
     )
     assert second["offline_score"] == first["offline_score"]
     assert "offline_seconds" not in second
-    theirs, ours = (
-        torch.load(run_dir(tmp_path, s, dataset) / "offline.pt", weights_only=True)
-        for s in ("iql", "iql_dare")
-    )
+    paths = (run_dir(tmp_path, stem, dataset) / "offline.pt" for stem in ("iql", "iql_dare"))
+    theirs, ours = (torch.load(path, weights_only=True) for path in paths)
     for k, v in theirs["objects"]["nets"].items():
         assert torch.equal(v, ours["objects"]["nets"][k])
     out = tmp_path / "other"
@@ -412,10 +381,8 @@ def test_wandb_that_fails_does_not_stop_the_run(dataset, tmp_path, monkeypatch, 
 
 def test_wandb_gets_the_log(dataset, tmp_path, monkeypatch):
     class Fake:
-        rows: list = []  # noqa: RUF012
-
         def init(self, **settings):
-            self.settings = settings
+            self.settings, self.rows = settings, []
             return self
 
         def log(self, row):
@@ -437,18 +404,9 @@ def test_results_are_what_the_log_says(dataset, tmp_path):
         tiny_args("iql", dataset=dataset, out_dir=tmp_path, online_steps=60, eval_every=10)
     )
     _, rows = results(run_dir(tmp_path, "iql", dataset))
-    scores = {
-        p: [float(x["eval/score"]) for x in rows if x["phase"] == p and x["eval/score"]]
-        for p in ("offline", "online")
-    }
-    assert [x["step"] for x in rows if x["phase"] == "online" and x["eval/score"]] == [
-        "10",
-        "20",
-        "30",
-        "40",
-        "50",
-        "60",
-    ]
+    told = [x for x in rows if x["eval/score"]]
+    scores = {p: [float(x["eval/score"]) for x in told if x["phase"] == p] for p in ("offline", "online")}
+    assert [x["step"] for x in told if x["phase"] == "online"] == ["10", "20", "30", "40", "50", "60"]
     assert final["offline_score"] == pytest.approx(scores["offline"][-1])
     assert final["final_score"] == pytest.approx(scores["online"][-1])
     assert final["score_last4"] == pytest.approx(sum(scores["online"][-4:]) / 4)

@@ -135,9 +135,8 @@ def test_morphology_is_what_mujoco_derives_from_the_new_torso(robot, level):
     mujoco.mj_setConst(stock, mujoco.MjData(stock))
     for name, again in arrays(stock).items():
         alike = np.allclose(compiled[name], again, rtol=1e-9, atol=1e-12)
-        assert (
-            alike or mujoco.__version__ < "4"
-        )  # older compilers have an actuator_acc0 of their own, shifted or not
+        # older compilers have an actuator_acc0 of their own, shifted or not
+        assert alike or mujoco.__version__ < "4"
         if alike and name != "bvh_aabb" and not name.startswith("stat."):  # of the compiler alone
             assert np.allclose(found[name], expected[name], rtol=1e-9, atol=1e-12), name
     assert model.stat.meaninertia == pytest.approx(model.dof_M0.mean())  # the solver's scale
@@ -299,9 +298,8 @@ def test_presets_go_by_the_name_before_the_shift():
     iql = module("iql")
     for base in ("hopper-mini-v0", "halfcheetah-medium-v2"):
         plain = run.with_presets(iql.Args, iql.ENV_PRESETS, base)
-        assert run.with_presets(iql.Args, iql.ENV_PRESETS, f"{base}-gravity-0.5") == replace(
-            plain, env=f"{base}-gravity-0.5"
-        )
+        shifted = run.with_presets(iql.Args, iql.ENV_PRESETS, f"{base}-gravity-0.5")
+        assert shifted == replace(plain, env=f"{base}-gravity-0.5")
 
 
 def test_training_goes_online_and_is_evaluated_under_the_shift(dataset, tmp_path, monkeypatch):

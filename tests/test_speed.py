@@ -12,6 +12,7 @@ import bench
 import numpy as np
 import pytest
 import torch
+from conftest import CPU
 from test_iql import CountDispatches
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,13 +20,15 @@ from algorithms import calql, iql, iql_dare, synther
 from common import edm, run
 from common.buffer import Batch, ReplayBuffer
 
-CPU = torch.device("cpu")
 ROWS = 500
 
 
 def rows_of(obs_dim: int, act_dim: int, dtype: torch.dtype = torch.float32) -> Batch:
     own = torch.Generator().manual_seed(1)
-    draw = lambda *shape: torch.randn(*shape, generator=own, dtype=dtype)  # noqa: E731
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=own, dtype=dtype)
+
     actions, terminations = draw(ROWS, act_dim).clamp(-1, 1), (torch.arange(ROWS) % 7 == 0).to(dtype)
     return Batch(draw(ROWS, obs_dim), actions, draw(ROWS), draw(ROWS, obs_dim), terminations)
 
@@ -258,9 +261,8 @@ def trace(
 
     step_fn = run.CapturedStep(step) if captured else step
     with pytest.MonkeyPatch.context() as m, torch._dynamo.config.patch(error_on_recompile=True):
-        m.setattr(
-            torch, "randn_like", lambda _: noise[:, 1:11]
-        )  # edm.loss; inductor would draw other numbers
+        # edm.loss; inductor would draw other numbers
+        m.setattr(torch, "randn_like", lambda _: noise[:, 1:11])
         for _ in range(UPDATES):
             step_fn()
     return seen.cpu()
@@ -372,7 +374,10 @@ def test_bad_usage_is_refused(tmp_path, monkeypatch):
 
 def test_budgets_are_those_of_the_files():
     """Gradient steps and rows of published runs on hopper-medium-v2, by hand from each file's Args."""
-    of = lambda stem: bench.budget(stem, "hopper-medium-v2")  # noqa: E731
+
+    def of(stem: str) -> dict[str, int]:
+        return bench.budget(stem, "hopper-medium-v2")
+
     assert of("iql") == {
         "offline": 1_000_000, "online": 200_000,
         "evaluation offline": 200 * 10 * 1_000, "evaluation online": 40 * 10 * 1_000,
@@ -392,18 +397,8 @@ def test_shared_offline_phases_are_counted_once(monkeypatch):
     monkeypatch.setenv("METHODS", "iql iql_dare iql_stratdiff dual")
     monkeypatch.setenv("ENVS", "hopper-medium-v2 walker2d-medium-v2")
     monkeypatch.setenv("SEEDS", "0 1")
-    phases = (
-        "offline",
-        "online",
-        "behavior",
-        "energy",
-        "support",
-        "evaluation",
-        "planner",
-        "distill",
-        "transition",
-    )
-    free = dict.fromkeys(phases, float("inf"))
+    phases = "offline online behavior energy support evaluation planner distill transition"
+    free = dict.fromkeys(phases.split(), float("inf"))
     three = {stem: free for stem in ("iql", "iql_dare", "iql_stratdiff")}
     hour = {stem: free | {"offline": 10 / 3600} for stem in three}
     assert bench.whole_list(hour) == f"run_all.sh: 12 of 16 jobs, one after the other: {4 * 100_000} hours"

@@ -7,13 +7,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import log_rows, module, tiny_args
+from conftest import CPU, Killed, kill_after, log_rows, module, tiny_args
 
 from algorithms import iql_synther, synther
 from common import edm, run
 from common.buffer import Batch, ReplayBuffer
 
-CPU = torch.device("cpu")
 OBS, ACT = 11, 3
 
 
@@ -24,20 +23,8 @@ def test_parameter_count_is_synthers():
     """Hopper without terminal: 26 features, 1024 x 6: 6.66 million."""
     net = synther.TransitionNet(26, 1024, 6, 256)
     count = sum(p.numel() for p in net.parameters())
-    assert (
-        count
-        == 26 * 256
-        + 256
-        + 17 * 256
-        + 256
-        + 256 * 256
-        + 256
-        + 256 * 1024
-        + 1024
-        + 6 * (1024**2 + 1024)
-        + 1024 * 26
-        + 26
-    )
+    layers = [(26, 256), (17, 256), (256, 256), (256, 1024), *6 * [(1024, 1024)], (1024, 26)]
+    assert count == sum(i * o + o for i, o in layers)
     assert count == pytest.approx(6.66e6, rel=1e-3)
 
 
@@ -63,16 +50,9 @@ def test_network_by_hand():
 
 def filled(rows: int, value: float, terminals: bool = True) -> ReplayBuffer:
     b = ReplayBuffer(rows, OBS, ACT, CPU)
-    done = (torch.arange(rows) % 4 == 0).float() * float(terminals)
-    b.extend(
-        Batch(
-            torch.full((rows, OBS), value),
-            torch.zeros(rows, ACT),
-            torch.zeros(rows),
-            torch.zeros(rows, OBS),
-            done,
-        )
-    )
+    obs, actions, nothing = torch.full((rows, OBS), value), torch.zeros(rows, ACT), torch.zeros(rows)
+    ends = (torch.arange(rows) % 4 == 0).float() * float(terminals)
+    b.extend(Batch(obs, actions, nothing, torch.zeros(rows, OBS), ends))
     return b
 
 
@@ -87,9 +67,8 @@ def test_union_is_uniform_over_rows():
 
 def generator(tmp_path, terminals: bool = True, offline: ReplayBuffer | None = None, **changes):
     """A generator of tiny size whose sources are the rows of `offline`."""
-    args = tiny_args(
-        "iql_synther", out_dir=tmp_path, **dict(synthetic_rows=6, terminal_flag="joint") | changes
-    )
+    settings = dict(synthetic_rows=6, terminal_flag="joint") | changes
+    args = tiny_args("iql_synther", out_dir=tmp_path, **settings)
     r = run.Run(args, "iql_synther.py", "x", {})
     offline = filled(8, 1.0, terminals) if offline is None else offline
     d = iql_synther.Generator.features(args, offline)
@@ -122,7 +101,10 @@ def test_a_tree_finds_the_rule_of_a_box_and_costs_nothing_without_terminals():
     """Ends outside two intervals of four features; cuts halfway between the nearest rows; other rows judged right."""
     torch.manual_seed(0)
     x, new = torch.randn(20_000, 4), torch.randn(20_000, 4)
-    rule = lambda t: (t[:, 1] < -2) | (t[:, 3].abs() > 2.2)  # noqa: E731
+
+    def rule(rows: torch.Tensor) -> torch.Tensor:
+        return (rows[:, 1] < -2) | (rows[:, 3].abs() > 2.2)
+
     y = rule(x)
     weight = torch.where(y, 1 / y.sum(), 1 / (~y).sum()).double()
     tree = synther.grow_tree(x, y, weight, 12)
@@ -185,16 +167,23 @@ def test_rows_without_a_known_successor_are_not_learned_from(tmp_path, monkeypat
                 new[k] = old[k][()]
         terminal = int(old["terminals"][()].sum())
     seen, rows = [], []
-    monkeypatch.setattr(
-        synther.Generator, "terminal_tree", lambda g: seen.append(g.real[0].table[:, -1].sum().item()) or 0.0
-    )
     original, union = synther.losses, synther.union_rows
-    monkeypatch.setattr(
-        synther, "losses", lambda n, b, *a: rows.append(b.terminations.sum().item()) or original(n, b, *a)
-    )
-    monkeypatch.setattr(
-        synther, "union_rows", lambda b, n: seen.append(b[0].table[:, -1].sum().item()) or union(b, n)
-    )
+
+    def losses(nets, batch, *rest):
+        rows.append(batch.terminations.sum().item())
+        return original(nets, batch, *rest)
+
+    def terminal_tree(generator):
+        seen.append(generator.real[0].table[:, -1].sum().item())
+        return 0.0
+
+    def union_rows(buffers, n):
+        seen.append(buffers[0].table[:, -1].sum().item())
+        return union(buffers, n)
+
+    monkeypatch.setattr(synther, "losses", losses)
+    monkeypatch.setattr(synther, "union_rows", union_rows)
+    monkeypatch.setattr(synther.Generator, "terminal_tree", terminal_tree)
     settings = dict(dataset=path, out_dir=tmp_path, synther_data="both", batch_size=64)
     synther.train(tiny_args("synther", **settings))
     assert terminal > 20 and set(seen) == {0.0} and sum(rows) > 0
@@ -239,9 +228,8 @@ def test_training_fits_a_known_law(tmp_path):
     table[:, -1] = torch.tensor([0.0, 1.0])
     two = ReplayBuffer(2, OBS, ACT, CPU)
     two.append(table)
-    sizes = dict(
-        diffusion_width=64, diffusion_time_dim=64, synthetic_rows=2_000, sample_batch=2_000, sample_steps=32
-    )
+    sizes = dict(diffusion_width=64, diffusion_time_dim=64, synthetic_rows=2_000)
+    sizes |= dict(sample_batch=2_000, sample_steps=32)
     few = dict(diffusion_steps=600, diffusion_batch=128, diffusion_lr=3e-3)
     g, _ = generator(tmp_path, offline=two, **sizes, **few)
     losses, step = [], g.train_step
@@ -291,12 +279,14 @@ def test_batches_and_times(stem, which, dataset, tmp_path, monkeypatch):
 def test_offline_upsample_learns_from_generated_rows_only(stem, dataset, tmp_path, monkeypatch):
     algorithm = module(stem)
     seen, original = [], algorithm.losses
-    monkeypatch.setattr(
-        algorithm, "losses", lambda n, b, *a: seen.append(b.obs.clone()) or original(n, b, *a)
-    )
-    changes = dict(offline_upsample=True, normalize_obs=False) | (
-        dict(calibrate=False) if stem == "synther" else {}
-    )
+
+    def losses(nets, batch, *rest):
+        seen.append(batch.obs.clone())
+        return original(nets, batch, *rest)
+
+    monkeypatch.setattr(algorithm, "losses", losses)
+    changes = dict(offline_upsample=True, normalize_obs=False)
+    changes |= dict(calibrate=False) if stem == "synther" else {}
     algorithm.train(tiny_args(stem, dataset=dataset, out_dir=tmp_path, **changes))
     with h5py.File(dataset) as f:
         known = {row.tobytes() for row in f["observations"][()].astype(np.float32)}
@@ -314,12 +304,9 @@ def test_offline_upsample_learns_from_generated_rows_only(stem, dataset, tmp_pat
 
 
 def test_bad_settings_are_refused(dataset, tmp_path):
+    rows = "rows of a batch: got 0 dataset, 0 own, 16 generated; .*--synthetic-frac 0.99"
     for stem, changes, words in [
-        (
-            "synther",
-            dict(synthetic_frac=0.99),
-            "rows of a batch: got 0 dataset, 0 own, 16 generated; .*--synthetic-frac 0.99",
-        ),
+        ("synther", dict(synthetic_frac=0.99), rows),
         ("iql_synther", dict(synthetic_frac=0.01), "synthetic-frac"),
         ("synther", dict(offline_upsample=True), "--no-calibrate"),
         ("iql_synther", dict(sample_steps=1), r"sample-steps: got 1; allowed: \[2, inf\)"),
@@ -349,21 +336,13 @@ def test_a_run_killed_inside_a_regeneration_resumes_to_the_same_rows(
     algorithm = module(stem)
     algorithm.train(tiny_args(stem, dataset=dataset, out_dir=tmp_path / "straight"))
     monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
-    original, args = getattr(edm, where), tiny_args(stem, dataset=dataset, out_dir=tmp_path / "killed")
+    args = tiny_args(stem, dataset=dataset, out_dir=tmp_path / "killed")
     for limit in calls:
-        left = [limit]
-
-        def deadly(*a, left=left):
-            left[0] -= 1
-            if left[0] < 0:
-                raise InterruptedError
-            return original(*a)
-
-        monkeypatch.setattr(edm, where, deadly)
-        with pytest.raises(InterruptedError):
-            algorithm.train(args)
+        with monkeypatch.context() as patch:
+            kill_after(patch, edm, where, limit)
+            with pytest.raises(Killed):
+                algorithm.train(args)
         gc.collect()
-    monkeypatch.setattr(edm, where, original)
     algorithm.train(args)
     logs = [log_rows(tmp_path / x) for x in ("straight", "killed")]
     assert logs[0] == logs[1]
