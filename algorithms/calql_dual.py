@@ -140,12 +140,14 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     **{k: dict(cql_weight=1.0, cql_weight_online=1.0, max_target_backup=True, normalize_obs=False)
        for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL, fine-tuning]
     "maze2d-": dict(policy_lr=3e-5, lagrange=True, target_gap=5.0, eval_episodes=100),  # [CORL, offline CQL]
-    "hopper-mini": dict(  # sizes for minutes on two cores: U1
-        offline_steps=8_000, online_steps=6_000, warmup_steps=2_000, hidden=64, batch_size=128,
+    **{k: dict(  # sizes for minutes on one core: U1
+        online_steps=6_000, warmup_steps=2_000, eval_every=1_000, hidden=64, batch_size=128,
         policy_lr=3e-4, critic_lr=1e-3, polyak=0.02, cql_n_actions=4, cql_weight=5.0, cql_weight_online=5.0,
-        eval_every=2_000, planner_steps=3_000, planner_width=64, planner_blocks=1, planner_lr=1e-3,
-        halving_steps=300, laplace_every=1_000, laplace_rows=10_000,
-    ),
+        planner_steps=3_000, planner_width=64, planner_blocks=1, planner_lr=1e-3, halving_steps=300,
+        laplace_every=1_000, laplace_rows=10_000,
+    ) for k in ("hopper-mini", "reacher-mini")},
+    "hopper-mini-v0": dict(offline_steps=8_000, eval_episodes=20),
+    "reacher-mini-v0": dict(offline_steps=4_000, eval_episodes=50),
 }  # fmt: skip
 # --- shared: dual.settings ---
 PLANNER_SETTINGS = (  # NEW: what a planner depends on, beside the dataset

@@ -130,12 +130,14 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     ),
     **{k: dict(expectile=0.8) for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL; no dropout: U55]
     "maze2d-": dict(eval_episodes=100),  # [CORL, offline IQL]
-    "hopper-mini": dict(  # sizes for minutes on two cores: U1
-        offline_steps=15_000, online_steps=6_000, warmup_steps=2_000, lr=5e-4, polyak=0.01, hidden=64,
-        normalize_reward=True, eval_every=2_000,
+    **{k: dict(  # sizes for minutes on one core: U1
+        online_steps=6_000, warmup_steps=2_000, eval_every=1_000, hidden=64, lr=5e-4, polyak=0.01,
+        normalize_reward=True,
         planner_steps=3_000, planner_width=64, planner_blocks=1, planner_lr=1e-3, halving_steps=300,
         laplace_every=1_000, laplace_rows=10_000,
-    ),
+    ) for k in ("hopper-mini", "reacher-mini")},
+    "hopper-mini-v0": dict(offline_steps=15_000, eval_episodes=20),
+    "reacher-mini-v0": dict(offline_steps=4_000, eval_episodes=50),
     # U62: with rewards of 0 and 1 the weights do not tell actions apart; half a batch of old slip holds the critic
     # back; the one-hot entry of a state that is hardly ever visited has a std next to 0
     "frozenlake-": dict(

@@ -86,10 +86,12 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     **{k: dict(expectile=0.8, dropout=0.1, normalize_obs=True)
        for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL]
     "maze2d-": dict(normalize_obs=True, eval_episodes=100),  # [CORL, offline IQL]
-    "hopper-mini": dict(  # U1
-        offline_steps=15_000, online_steps=10_000, warmup_steps=2_000, lr=5e-4, polyak=0.01, hidden=64,
+    **{k: dict(  # sizes for minutes on one core: U1
+        online_steps=6_000, warmup_steps=2_000, eval_every=1_000, hidden=64, lr=5e-4, polyak=0.01,
         normalize_obs=True, normalize_reward=True,
-    ),
+    ) for k in ("hopper-mini", "reacher-mini")},
+    "hopper-mini-v0": dict(offline_steps=15_000, eval_episodes=20),
+    "reacher-mini-v0": dict(offline_steps=4_000, eval_episodes=50),
 }  # fmt: skip
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
     "offline_steps", "batch_size", "gamma", "polyak", "expectile", "inv_temp", "lr", "hidden",

@@ -145,12 +145,14 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     "walker2d-medium-expert-v2": dict(guidance_scale=5.0),
     "antmaze-umaze-diverse-v2": dict(guidance_scale=1.0),
     "antmaze-medium-play-v2": dict(guidance_scale=4.0),
-    "hopper-mini": dict(  # U1
-        offline_steps=15_000, online_steps=5_000, warmup_steps=2_000, lr=5e-4, polyak=0.01, hidden=64,
+    **{k: dict(  # sizes for minutes on one core: U1
+        online_steps=6_000, warmup_steps=2_000, eval_every=1_000, hidden=64, lr=5e-4, polyak=0.01,
         normalize_obs=True, normalize_reward=True,
         behavior_steps=3_000, behavior_batch=512, behavior_lr=1e-3, behavior_width=64,
         energy_steps=1_000, energy_hidden=32, support_k=4,
-    ),
+    ) for k in ("hopper-mini", "reacher-mini")},
+    "hopper-mini-v0": dict(offline_steps=15_000, eval_episodes=20),
+    "reacher-mini-v0": dict(offline_steps=4_000, eval_episodes=50),
 }  # fmt: skip
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
     "offline_steps", "batch_size", "gamma", "polyak", "expectile", "inv_temp", "lr", "hidden",

@@ -140,13 +140,15 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     "walker2d-random-v2": dict(synthetic_frac=0.5),
     "walker2d-medium-replay-v2": dict(synthetic_frac=0.8, diffusion_steps=50_000),
     "walker2d-medium-expert-v2": dict(synthetic_frac=0.5),
-    "hopper-mini": dict(  # U1
-        offline_steps=15_000, online_steps=8_000, warmup_steps=2_000, lr=5e-4, polyak=0.01, hidden=64,
+    **{k: dict(  # sizes for minutes on one core: U1
+        online_steps=6_000, warmup_steps=2_000, eval_every=1_000, hidden=64, lr=5e-4, polyak=0.01,
         normalize_obs=True, normalize_reward=True,
-        regenerate_every=2_000, synthetic_rows=10_000, diffusion_steps=2_000, diffusion_width=128, diffusion_depth=3,
+        regenerate_every=2_000, synthetic_rows=10_000, diffusion_steps=4_000, diffusion_width=256, diffusion_depth=3,
         diffusion_time_dim=64, diffusion_lr=1e-3, sample_steps=32, sample_churn=0.0, sample_batch=5_000,
-        energy_width=64, energy_pool=5_000,
-    ),
+        energy_width=64, energy_pool=5_000, synthetic_frac=0.5,
+    ) for k in ("hopper-mini", "reacher-mini")},
+    "hopper-mini-v0": dict(offline_steps=15_000, eval_episodes=20),
+    "reacher-mini-v0": dict(offline_steps=4_000, eval_episodes=50),
 }  # fmt: skip
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
     "offline_steps", "batch_size", "gamma", "polyak", "expectile", "inv_temp", "lr", "hidden",

@@ -119,12 +119,14 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     **{k: dict(cql_weight=1.0, cql_weight_online=1.0, max_target_backup=True, normalize_obs=False)
        for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL, fine-tuning]
     "maze2d-": dict(policy_lr=3e-5, lagrange=True, target_gap=5.0, eval_episodes=100),  # [CORL, offline CQL]
-    "hopper-mini": dict(  # U1
-        offline_steps=8_000, online_steps=6_000, warmup_steps=2_000, hidden=64, batch_size=128,
+    **{k: dict(  # sizes for minutes on one core: U1
+        online_steps=6_000, warmup_steps=2_000, eval_every=1_000, hidden=64, batch_size=128,
         policy_lr=3e-4, critic_lr=1e-3, polyak=0.02, cql_n_actions=4, cql_weight=5.0, cql_weight_online=5.0,
-        regenerate_every=2_000, synthetic_rows=10_000, diffusion_steps=2_000, diffusion_width=128, diffusion_depth=3,
+        regenerate_every=2_000, synthetic_rows=10_000, diffusion_steps=4_000, diffusion_width=256, diffusion_depth=3,
         diffusion_time_dim=64, diffusion_lr=1e-3, sample_steps=32, sample_churn=0.0, sample_batch=5_000,
-    ),
+    ) for k in ("hopper-mini", "reacher-mini")},
+    "hopper-mini-v0": dict(offline_steps=8_000, eval_episodes=20),
+    "reacher-mini-v0": dict(offline_steps=4_000, eval_episodes=50),
 }  # fmt: skip
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
     "offline_steps", "batch_size", "gamma", "polyak", "policy_lr", "critic_lr", "hidden", "critic_layers",

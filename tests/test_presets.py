@@ -33,7 +33,7 @@ NOT_OF_A_PAPER = {  # which run it is, where it runs, what else it logs
     "env", "dataset", "seed", "from_offline", "from_behavior", "from_planner", "device", "compile", "out_dir",
     "overwrite", "wandb", "eval_halvings", "time_acting",
 }  # fmt: skip
-MINI = "hopper-mini-v0"
+EMBEDDED = "hopper-mini-v0", "reacher-mini-v0"  # sizes are ours, the same budget for all: U1
 
 # ---- backbones ----
 # Of the same tables, without a setting: buffers of 2M (ours never fill), orthogonal initialisation, automatic entropy,
@@ -354,10 +354,6 @@ DIFFERENCES = {
 # (files, tasks, setting of the backbone) -> (the method's value, the note that says why); the first that fits holds
 RELEASE = "calql_dare calql_stratdiff iql_dare iql_stratdiff"
 FROM_BACKBONE = {
-    (RELEASE, MINI, "online_steps"): (5_000, "U1: within minutes"),
-    ("iql_synther iql_edis iql_cfdg", MINI, "online_steps"): (8_000, "U1"),
-    ("dual", MINI, "online_steps"): (6_000, "U1"),
-    ("dual calql_dual", MINI, "eval_every"): (2_000, "U1"),
     ("iql_cfdg", "all", "online_steps"): (1_000_000, "D40: the paper's budget"),
     ("dual calql_dual", "all", "online_steps"): (1_000_000, "D59: the paper's budget"),
     ("dual", "all", "append_online"): (True, "D59: CORL's flavour"),
@@ -439,7 +435,7 @@ def papers_tasks() -> dict[str, list[str]]:
 def all_tasks(stem: str) -> list[str]:
     """Tasks that the file has settings for, its paper's among them; the embedded one is not from a paper (U1)."""
     lakes = ["frozenlake-4x4", "frozenlake-8x8"] if stem == "dual" else []
-    return [env for env in data.TASKS if env != MINI and family(env) != "frozenlake"] + lakes
+    return [env for env in data.TASKS if env not in EMBEDDED and family(env) != "frozenlake"] + lakes
 
 
 TASKS = papers_tasks()
@@ -474,7 +470,7 @@ def test_a_missing_or_changed_preset_fails(stem):
     presets = module(stem).ENV_PRESETS
     for prefix, row in presets.items():
         envs = [env for env in all_tasks(stem) if env.startswith(prefix)]
-        assert envs or MINI.startswith(prefix), prefix
+        assert envs or any(env.startswith(prefix) for env in EMBEDDED), prefix
         for key, value in row.items():
             without = {k: v for k, v in row.items() if k != key}
             for other in (without, row | {key: changed(value)}):
@@ -510,7 +506,7 @@ def test_methods_have_their_backbones_settings(stem):
     """Class defaults and presets of every setting of the backbone, on every task; else FROM_BACKBONE says why not."""
     base, met = BACKBONE[stem], set()
     shared = {f.name for f in fields(module(base).Args)} - NOT_OF_A_PAPER
-    for env in [*(env for env in all_tasks(stem) if family(env) != "frozenlake"), MINI]:
+    for env in [*(env for env in all_tasks(stem) if family(env) != "frozenlake"), *EMBEDDED]:
         theirs, ours = resolved(base, env), resolved(stem, env)
         for setting in sorted(shared):
             if ours[setting] == theirs[setting]:
