@@ -332,6 +332,29 @@ def test_random_actions_in_a_maze(tmp_path):
     assert d["actions"].std() == pytest.approx(3**-0.5, abs=0.03)
 
 
+# ---- the arm ----
+
+
+def test_the_embedded_reacher_data_are_what_their_recipe_makes(tmp_path):
+    rows = made(tmp_path / "rows.hdf5", env="reacher", quality="controller", rows=500)
+    kept = data.load("reacher-mini-v0")
+    assert np.allclose(rows["observations"], kept.obs[:500], atol=1e-5)
+    assert np.allclose(rows["actions"], kept.actions[:500], atol=1e-5)
+    assert np.flatnonzero(rows["timeouts"]).tolist() == [*range(49, 500, 50)] and not rows["terminals"].any()
+
+
+def test_the_arm_s_torques_by_hand():
+    """Arm along x, target 0.05 m above the fingertip: a force of 10 · 0.05 up, on lever arms of 0.21 and 0.11 m."""
+    none = type("Still", (), {"standard_normal": lambda _, n: np.zeros(n)})()
+    obs = np.array([1, 1, 0, 0, 0.21, 0.05, 2.0, -1.0, 0, -0.05, 0])
+    torques = collect.reach(10.0, 0.03, none, obs)
+    assert torques == pytest.approx([0.5 * 0.21 - 0.06, 0.5 * 0.11 + 0.03])
+    bent = np.array(
+        [1, 0, 0, 1, 0.1, 0.16, 0, 0, 0, -0.05, 0]
+    )  # elbow at 90 degrees: the fingertip at (0.1, 0.11)
+    assert collect.reach(10.0, 0.03, none, bent) == pytest.approx([0.5 * 0.1, 0.0], abs=1e-9)
+
+
 # ---- policies from files ----
 
 

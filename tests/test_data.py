@@ -64,8 +64,8 @@ def test_the_table_is_d4rl_s_tasks_dual_s_and_the_embedded_one():
     mazes |= {f"antmaze-{x}-v2" for x in ants.split()}
     shifts = {"halfcheetah-friction-2.0", "halfcheetah-medium-replay-gravity-2.0", "hopper-friction-2.0"}
     shifts |= {"hopper-kinematic-2.0", "walker2d-morphology-2.0"}
-    assert set(data.TASKS) == names | hands | lakes | mazes | shifts | {"hopper-mini-v0"}
-    assert len(data.TASKS) == 15 + 12 + 10 + 9 + 5 + 1
+    assert set(data.TASKS) == names | hands | lakes | mazes | shifts | {"hopper-mini-v0", "reacher-mini-v0"}
+    assert len(data.TASKS) == 15 + 12 + 10 + 9 + 5 + 2
     assert all(name == task.name for name, task in data.TASKS.items())
     assert all(data.TASKS[name].limit == 1_000 for name in names | {"hopper-mini-v0"})
 
@@ -79,7 +79,7 @@ def test_rows_of_the_table_against_d4rl_s_published_files():
     walker = data.TASKS["walker2d-medium-expert-v2"]
     assert (walker.obs_dim, walker.act_dim, walker.size, walker.rows) == (17, 6, 462_197_079, 1_999_995)
     hashes = {t.file: t.sha256 for t in data.TASKS.values() if t.sha256}.values()
-    assert len(set(hashes)) == len(hashes) == 15 + 9 + 5 + 1 and all(len(h) == 64 for h in hashes)
+    assert len(set(hashes)) == len(hashes) == 15 + 9 + 5 + 2 and all(len(h) == 64 for h in hashes)
 
 
 def test_urls_and_paths(monkeypatch):

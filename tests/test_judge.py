@@ -67,6 +67,21 @@ def test_the_rule_where_s_does_not_tell():
     assert not judge.terminal(data.get_task("maze2d-umaze-v1").make(), np.zeros((3, 4))).any()
 
 
+def test_the_arm_s_rows_tell_its_state():
+    """Every step of the dataset again, from the observation alone; an arm that never moves scores 0."""
+    task, rows = data.get_task("reacher-mini-v0"), data.load("reacher-mini-v0")
+    env, some = task.make(), np.arange(0, 12_000, 60)
+    next_obs, rewards = judge.simulate(env, rows.obs[some], rows.actions[some])
+    assert np.allclose(next_obs, rows.next_obs[some], atol=1e-4)
+    assert np.allclose(rewards, rows.rewards[some], atol=1e-3)
+    assert not judge.terminal(env, rows.next_obs[some]).any()
+    returns = []
+    for seed in range(200):
+        env.reset(seed=seed)
+        returns.append(sum(env.step(np.zeros(2))[1] for _ in range(50)))
+    assert task.score(np.mean(returns)) == pytest.approx(0, abs=3 * 100 * np.std(returns) / 200**0.5 / 8.12)
+
+
 def test_flags_by_hand():
     """Hopper ends below a height of 0.7. Fallen and flagged 2, fallen alone 1, flagged alone 1, neither 4."""
     env, widths = envs.locomotion("Hopper-v4"), (11, 3, 1, 11, 1)
