@@ -147,7 +147,7 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
         laplace_every=1_000, laplace_rows=10_000,
     ) for k in ("hopper-mini", "reacher-mini")},
     "hopper-mini-v0": dict(offline_steps=8_000, eval_episodes=20),
-    "reacher-mini-v0": dict(offline_steps=4_000, eval_episodes=50),
+    "reacher-mini-v0": dict(offline_steps=4_000, eval_episodes=50, cql_weight_online=1.0),
 }  # fmt: skip
 # --- shared: dual.settings ---
 PLANNER_SETTINGS = (  # NEW: what a planner depends on, beside the dataset

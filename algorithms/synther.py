@@ -126,7 +126,7 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
         diffusion_time_dim=64, diffusion_lr=1e-3, sample_steps=32, sample_churn=0.0, sample_batch=5_000,
     ) for k in ("hopper-mini", "reacher-mini")},
     "hopper-mini-v0": dict(offline_steps=8_000, eval_episodes=20),
-    "reacher-mini-v0": dict(offline_steps=4_000, eval_episodes=50),
+    "reacher-mini-v0": dict(offline_steps=4_000, eval_episodes=50, cql_weight_online=1.0),
 }  # fmt: skip
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
     "offline_steps", "batch_size", "gamma", "polyak", "policy_lr", "critic_lr", "hidden", "critic_layers",
