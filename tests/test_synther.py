@@ -191,7 +191,7 @@ def test_rows_without_a_known_successor_are_not_learned_from(tmp_path, monkeypat
 
 def test_many_rows_that_are_not_finite_are_an_error(tmp_path, monkeypatch):
     g, offline = generator(tmp_path)
-    monkeypatch.setattr(g, "sample_step", lambda: {"rows": torch.full((25, g.features), float("inf"))})
+    monkeypatch.setattr(g, "sample_step", lambda *_: {"rows": torch.full((25, g.features), float("inf"))})
     with pytest.raises(FloatingPointError, match="6 of 6 generated rows"):
         g.regenerate(0, [offline])
 
