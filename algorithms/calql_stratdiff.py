@@ -153,7 +153,7 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     "walker2d-medium-expert-v2": dict(guidance_scale=5.0),
     "antmaze-umaze-diverse-v2": dict(guidance_scale=1.0),
     "antmaze-medium-play-v2": dict(guidance_scale=4.0),
-    "hopper-mini": dict(  # U1
+    "hopper-mini": dict(  # sizes for minutes on two CPU cores: U1
         offline_steps=8_000, online_steps=5_000, warmup_steps=2_000, hidden=64, batch_size=128,
         policy_lr=3e-4, critic_lr=1e-3, polyak=0.02, cql_n_actions=4, cql_weight=5.0, cql_weight_online=5.0,
         behavior_steps=3_000, behavior_batch=512, behavior_lr=1e-3, behavior_width=64,
@@ -234,7 +234,7 @@ def sorted_exchange(
 
 
 # NEW: the losses are calql.py's with a weight per row: α' follows the rows that have one: U23, actor and temperature
-# all rows: U24, and there is no Monte-Carlo bound: U25
+# all rows: U24; no Monte-Carlo bound, unless --calibrate-online: U25
 # --- shared: calql_dare.release ---
 def squashed_log_std(mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
     """log spread of tanh N(mean, σ²) near its centre: log σ + log(1 - tanh² mean), (B, A); for gauss_std: D10."""
@@ -959,7 +959,7 @@ def train(args: Args) -> dict[str, float]:
             bound = torch.cat([returns.dataset[index[0]], returns.own[index[1]]])
         off_like, more = from_dataset, {}  # NEW
         if guide:  # NEW [Alg. 1, l. 7, 9, 10], scores before f_φ's step: D17, sort: D18
-            with torch.no_grad():
+            with torch.no_grad():  # for gauss_std
                 log_std = squashed_log_std(*nets["actor"](batch.obs))
             scores, more = guide.score(batch, log_std)
             if guide.has_energy:  # [Alg. 1, l. 8], on this batch: U12

@@ -145,7 +145,7 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     "walker2d-medium-expert-v2": dict(guidance_scale=5.0),
     "antmaze-umaze-diverse-v2": dict(guidance_scale=1.0),
     "antmaze-medium-play-v2": dict(guidance_scale=4.0),
-    "hopper-mini": dict(  # U1
+    "hopper-mini": dict(  # sizes for minutes on two CPU cores: U1
         offline_steps=15_000, online_steps=5_000, warmup_steps=2_000, lr=5e-4, polyak=0.01, hidden=64,
         normalize_obs=True, normalize_reward=True,
         behavior_steps=3_000, behavior_batch=512, behavior_lr=1e-3, behavior_width=64,
@@ -892,7 +892,7 @@ def train(args: Args) -> dict[str, float]:
         batch = mix(offline.take(index[0]), online.take(index[1]))
         off_like, more = from_dataset, {}  # NEW: by origin, but for exchanges
         if guide:  # NEW [Alg. 1, l. 6-8]
-            scores, more = guide.score(batch, nets["actor"].log_std.clamp(-5.0, 2.0))
+            scores, more = guide.score(batch, nets["actor"].log_std.clamp(-5.0, 2.0))  # σ for gauss_std
             off_like, split_logs = split(scores, from_dataset, args)
             more |= split_logs
         noise = torch.randn(1 + args.max_q_samples, *batch.actions.shape, device=r.device)  # NEW
