@@ -275,7 +275,7 @@ def split(scores: torch.Tensor, off: torch.Tensor, args: Args) -> tuple[torch.Te
 
 
 # NEW: the losses are calql.py's with a weight per row: α' follows the rows that have one: U23, actor and temperature
-# all rows: U24, and there is no Monte-Carlo bound: U25
+# all rows: U24; no Monte-Carlo bound, unless --calibrate-online: U25
 # --- shared: calql_dare.release ---
 def squashed_log_std(mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
     """log spread of tanh N(mean, σ²) near its centre: log σ + log(1 - tanh² mean), (B, A); for gauss_std: D10."""
@@ -991,7 +991,7 @@ def train(args: Args) -> dict[str, float]:
             bound = torch.cat([returns.dataset[index[0]], returns.own[index[1]]])
         off_like, more = from_dataset, {}  # NEW
         if guide:  # NEW [Alg. 1, l. 6-8]
-            with torch.no_grad():
+            with torch.no_grad():  # for gauss_std
                 log_std = squashed_log_std(*nets["actor"](batch.obs))
             scores, more = guide.score(batch, log_std)
             off_like, split_logs = split(scores, from_dataset, args)

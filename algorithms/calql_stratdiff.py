@@ -236,7 +236,7 @@ def sorted_exchange(
 
 
 # NEW: the losses are calql.py's with a weight per row: α' follows the rows that have one: U23, actor and temperature
-# all rows: U24, and there is no Monte-Carlo bound: U25
+# all rows: U24; no Monte-Carlo bound, unless --calibrate-online: U25
 # --- shared: calql_dare.release ---
 def squashed_log_std(mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
     """log spread of tanh N(mean, σ²) near its centre: log σ + log(1 - tanh² mean), (B, A); for gauss_std: D10."""
@@ -952,7 +952,7 @@ def train(args: Args) -> dict[str, float]:
             bound = torch.cat([returns.dataset[index[0]], returns.own[index[1]]])
         off_like, more = from_dataset, {}  # NEW
         if guide:  # NEW [Alg. 1, l. 7, 9, 10], scores before f_φ's step: D17, sort: D18
-            with torch.no_grad():
+            with torch.no_grad():  # for gauss_std
                 log_std = squashed_log_std(*nets["actor"](batch.obs))
             scores, more = guide.score(batch, log_std)
             if guide.has_energy:  # [Alg. 1, l. 8], on this batch: U12

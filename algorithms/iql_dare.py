@@ -890,7 +890,7 @@ def train(args: Args) -> dict[str, float]:
         batch = mix(offline.take(index[0]), online.take(index[1]))
         off_like, more = from_dataset, {}  # NEW: by origin, but for exchanges
         if guide:  # NEW [Alg. 1, l. 6-8]
-            scores, more = guide.score(batch, nets["actor"].log_std.clamp(-5.0, 2.0))
+            scores, more = guide.score(batch, nets["actor"].log_std.clamp(-5.0, 2.0))  # σ for gauss_std
             off_like, split_logs = split(scores, from_dataset, args)
             more |= split_logs
         noise = torch.randn(1 + args.max_q_samples, *batch.actions.shape, device=r.device)  # NEW

@@ -839,7 +839,7 @@ def train(args: Args) -> dict[str, float]:
         batch = mix(offline.take(index[0]), online.take(index[1]))
         off_like, more = from_dataset, {}  # NEW by origin: U27
         if guide:  # NEW [Alg. 1, l. 7, 9, 10], scores before f_φ's step: D17, sort: D18
-            scores, more = guide.score(batch, nets["actor"].log_std.clamp(-5.0, 2.0))
+            scores, more = guide.score(batch, nets["actor"].log_std.clamp(-5.0, 2.0))  # σ for gauss_std
             if guide.has_energy:  # [Alg. 1, l. 8], on this batch: U12
                 more |= guide.energy_step(batch.obs, torch.cat([index[0], len(offline) + index[1]]))
             off_like, split_logs = sorted_exchange(scores, from_dataset, n_offline, args.exchange_cap)
