@@ -44,9 +44,6 @@ Run      python algorithms/iql_dare.py --env hopper-medium-v2 --seed 0
 Cost     hopper-mini-v0: about 6 CPU minutes beside other jobs; published sizes want a GPU (not measured there).
 """
 
-import hashlib
-import inspect
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -534,7 +531,7 @@ def unit_of_q(args: Args, dataset: data.Dataset, scale: float) -> float:
 class Guide:
     """π_0(a|s) ∝ ν(a|s) e^{s f(s, a)}: both models, what trains them before and while going online, the scores.
 
-    Of the run r (common/run.py): `phase` yields the steps still to do, `once` is true once in the life of a run,
+    Of the run r (common/run.py): `phase` yields the steps still to do, `kept_phase` those of a result that runs share,
     `compiled` compiles a function and `capture` makes a CUDA graph of a step, both on a GPU.
     """
 
@@ -556,11 +553,10 @@ class Guide:
         rows = (len(offline), args.online_steps) if self.has_energy else (0, 0)
         self.support = Support(*rows, args.support_k, act_dim, r.device)
         self.beta = args.energy_beta / unit_of_q(args, dataset, scale) if self.has_energy else 0.0
-        # behavior models are kept in the run root, for all methods
-        self.settings = behavior_settings(args, dataset)
-        shaped = json.dumps([self.settings, args.seed, r.device.type])
-        key = hashlib.sha256(shaped.encode()).hexdigest()[:16]
-        self.cache = Path(args.out_dir) / ".behavior" / f"{dataset.path.stem}-{key}.pt"
+        nets = (FourierTime, ResidualBlock, BehaviorNet)
+        code = run.code_of(log_alpha, noise_levels, *nets, behavior_loss, Guide.behavior_step)
+        self.settings = r.settings(BEHAVIOR_SETTINGS) | {"code": code}  # what a behavior model depends on
+        self.stem = dataset.path.stem
 
     def state(self) -> dict:
         """What a checkpoint holds, by name."""
@@ -599,17 +595,10 @@ class Guide:
     def pretrain(self) -> None:
         """Between the phases: behavior model, unless imported or cached; support actions; f_φ on the offline Q: U12."""
         r, args = self.r, self.args
-        if "behavior" not in r.done and self.cache.exists():
-            r.import_phase("behavior", self.cache, self.settings, behavior=self.behavior)
-        step_fn = r.capture(self.behavior_step)
-        for step in r.phase("behavior", args.behavior_steps):
+        step_fn, kept = r.capture(self.behavior_step), (self.stem, self.settings)
+        for step in r.kept_phase("behavior", args.behavior_steps, *kept, behavior=self.behavior):
             r.log(step, step_fn())
         self.behavior.requires_grad_(False)
-        if r.once("behavior_end"):
-            state = r.export_phase("behavior", self.settings, behavior=self.behavior)
-            if not args.from_behavior and not self.cache.exists():
-                self.cache.parent.mkdir(exist_ok=True)
-                run.save_atomically(state, self.cache)
         if self.has_energy:
             self.dataset_support()
             step_fn = r.capture(self.offline_energy_step)
@@ -644,14 +633,6 @@ class Guide:
         logs = {"ref/clip_frac": (refs.abs() > 1).float().mean()}
         refs = refs.clamp(-1, 1)  # where data and Q are: D12
         return alignment(self.args.score, batch.actions, refs, log_std), logs
-
-
-def behavior_settings(args: Args, dataset: data.Dataset) -> dict:
-    """What a behavior model depends on, beside its seed: settings, data, code."""
-    nets = (FourierTime, ResidualBlock, BehaviorNet)
-    parts = (log_alpha, noise_levels, *nets, behavior_loss, Guide.behavior_step)
-    code = hashlib.sha256("".join(map(inspect.getsource, parts)).encode()).hexdigest()[:16]
-    return {k: getattr(args, k) for k in BEHAVIOR_SETTINGS} | {"dataset": dataset.sha256, "code": code}
 
 
 # --- end shared: iql_dare.guidance ---

@@ -12,6 +12,7 @@ import csv
 import errno
 import fcntl
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -199,6 +200,11 @@ def load_state(path: Path, device: torch.device) -> dict:
         return dict(torch.load(path, map_location=device, weights_only=True))
     except Exception as e:
         raise UsageError("checkpoint", path, f"a file written by this program ({type(e).__name__})") from e
+
+
+def code_of(*parts: Callable) -> str:
+    """Hash of the source of functions and classes: with its settings, what shapes a phase that runs share."""
+    return hashlib.sha256("".join(map(inspect.getsource, parts)).encode()).hexdigest()[:16]
 
 
 def git_commit() -> str:
@@ -488,6 +494,24 @@ class Run:
             self.bar = None
             for s, handler in handlers.items():
                 signal.signal(s, handler)
+
+    def kept_phase(self, name: str, steps: int, stem: str, settings: dict, **objects: Any) -> Iterator[int]:
+        """`phase`, whose result serves every run in `out_dir` with these settings, this seed, this kind of device.
+
+        It is read from <out_dir>/.<name>/<stem>-<key>.pt or else kept there, unless it came by --from-<name>; and
+        exported as <name>.pt. `objects` are what it trains.
+        """
+        shaped = json.dumps([settings, self.args.seed, self.device.type])
+        key = hashlib.sha256(shaped.encode()).hexdigest()[:16]
+        path = Path(self.args.out_dir) / f".{name}" / f"{stem}-{key}.pt"
+        if name not in self.done and path.exists():
+            self.import_phase(name, path, settings, **objects)
+        yield from self.phase(name, steps)
+        if self.once(f"{name}_end"):
+            state = self.export_phase(name, settings, **objects)
+            if not getattr(self.args, f"from_{name}") and not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                save_atomically(state, path)
 
     def _tick(self) -> None:
         """Add the wall time since the last call to the running phase."""

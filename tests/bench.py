@@ -415,6 +415,7 @@ def edm_step(
 def guide(offline: ReplayBuffer, device: torch.device, compiled: bool, **settings: Any) -> iql_dare.Guide:
     """DARE's: `behavior_step`, and `score` of a batch."""
     r, mini = begin_run(iql_dare, device, compiled, **settings), data.load("hopper-mini-v0")
+    r.require(dataset=mini.sha256)
     q_target = iql.make_nets(OBS, ACT, 256).to(device)["q_target"]
     return iql_dare.Guide(r, mini, offline, q_target, 1.0)
 

@@ -174,6 +174,7 @@ def test_labels_in_antmaze_are_as_soft_as_the_papers(stem, tmp_path):
         episode_returns=lambda: np.array([0.0, 1.0]), return_range=lambda: 1.0,
     )  # fmt: skip
     r = SimpleNamespace(args=args, seed=lambda _: torch.manual_seed(0), device=CPU, compiled=lambda f: f)
+    r.settings = dict.fromkeys
     q = scale * (delta * torch.randn(500, args.support_k) - 40)  # of 500 states
     offline = ReplayBuffer(500, 29, 8, r.device)
     offline.append(torch.randn(500, 68))

@@ -333,12 +333,12 @@ def test_class_default_then_preset_then_flag(monkeypatch, tmp_path):
     argv = ["--env", "hopper-mini-v0", "--hidden", "256", "--out-dir", str(tmp_path)]
     args = parsed("iql", argv, monkeypatch)
     assert preset["hidden"] != 256 == args.hidden
-    assert args.offline_steps == preset["offline_steps"] and args.gamma == 0.99
+    assert args.online_steps == preset["online_steps"] and args.gamma == 0.99
     r = run.Run(args, "iql.py", "x", module("iql").ENV_PRESETS)
     r.register()
     settings = json.loads((r.dir / "args.json").read_text())["settings"]
-    origins = {k: settings[k]["origin"] for k in ("hidden", "offline_steps", "gamma", "env")}
-    assert origins == {"hidden": "flag", "offline_steps": "preset", "gamma": "default", "env": "flag"}
+    origins = {k: settings[k]["origin"] for k in ("hidden", "online_steps", "gamma", "env")}
+    assert origins == {"hidden": "flag", "online_steps": "preset", "gamma": "default", "env": "flag"}
 
 
 def test_later_presets_win_and_full_names_do_not_spread(monkeypatch):
