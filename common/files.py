@@ -1,4 +1,4 @@
-"""Files of datasets: fetching and checking D4RL's, making Frozen-Lake's, reading Minari's. What is in them: data.py."""
+"""Files of datasets: fetching, checking and reading D4RL's, making Frozen-Lake's, reading Minari's."""
 
 import hashlib
 import os
@@ -106,6 +106,108 @@ def frozen_lake(path: Path, slip: float = 0.1, seed: int = 0) -> None:
     write_d4rl(
         path, data, {"env": path.stem, "slip": slip, "seed": seed, "policy": "epsilon-greedy Q-learning"}
     )
+
+
+# ---- D4RL ----
+
+
+def refuse(path: Path, got: str, allowed: str) -> UsageError:
+    return UsageError("dataset", f"{path}: {got}", allowed)
+
+
+def read_columns(path: Path, name: str, obs_dim: int, act_dim: int) -> dict[str, np.ndarray]:
+    """An HDF5 file in D4RL layout as finite float32 arrays (N, ·) and (N,); raises UsageError.
+
+    Names, types, shapes and sizes are checked before anything is read.
+    """
+    widths = {"observations": obs_dim, "actions": act_dim, "next_observations": obs_dim}
+    columns = {}
+    try:
+        with h5py.File(path, "r") as f:
+            found = {k: f[k] for k in FIELDS if k in f}
+            for k in ("observations", "actions", "rewards", "terminals"):
+                if k not in found:
+                    raise refuse(path, f"no '{k}'", "an HDF5 file in D4RL layout")
+            for k, x in found.items():
+                if not isinstance(x, h5py.Dataset) or x.dtype.kind not in "fbiu" or x.shape is None:
+                    raise refuse(path, f"'{k}' is not numeric", "numbers")
+                if k in widths and (len(x.shape) != 2 or x.shape[1] != widths[k]):
+                    raise refuse(path, f"'{k}' of shape {x.shape}", f"(rows, {widths[k]}) for {name}")
+                if k not in widths and x.shape != x.shape[:1] and x.shape != (*x.shape[:1], 1):
+                    raise refuse(path, f"'{k}' of shape {x.shape}", "(rows,)")
+            counts = {k: x.shape[0] if x.shape else 0 for k, x in found.items()}
+            if len(set(counts.values())) > 1 or counts["rewards"] < 2:
+                allowed = "the same number of rows, at least 2, in every array"
+                raise refuse(path, f"rows {counts}", allowed)
+            needed = 4 * sum(x.size for x in found.values()) / 2**30  # as float32
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+            if needed > memory / 2:  # a copy on the device comes beside it
+                got = f"{counts['rewards']} rows, {needed:.1f} GiB"
+                raise refuse(path, got, f"half of this machine's {memory:.1f} GiB at most")
+            for k, x in found.items():
+                with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused
+                    columns[k] = x[()].astype(np.float32).reshape(-1, *x.shape[1:][: k in widths])
+    except UsageError:
+        raise
+    except (OSError, RuntimeError, TypeError, AttributeError, KeyError, ValueError, MemoryError) as e:
+        reason = " ".join(str(e).split())[:100] or type(e).__name__
+        raise refuse(path, f"unreadable ({reason})", "a complete HDF5 file in D4RL layout") from e
+    for k, x in columns.items():
+        bad = ~np.isfinite(x.reshape(len(x), -1)).all(1)
+        if bad.any():
+            got = f"{bad.sum()} rows of '{k}' are NaN or infinite, first {bad.argmax()}"
+            raise refuse(path, got, "finite numbers")
+    if (excess := np.abs(columns["actions"]).max()) > 1.001:
+        raise refuse(path, f"actions up to {excess:.3g}", "actions in [-1, 1]")
+    return columns
+
+
+def read_d4rl(
+    path: Path, name: str, obs_dim: int, act_dim: int, limit: int, walks_on: bool
+) -> tuple[np.ndarray, ...]:
+    """Columns of an HDF5 file in D4RL layout as data.Dataset has them: obs ... known.
+
+    In the file: observations, actions, rewards, terminals, timeouts, [next_observations]; `name` is the task's.
+
+    Rows are kept with their true successor. A file with `next_observations` keeps all its rows; a timeout ends an
+    episode and keeps its bootstrap. A file without takes the next row's observation as successor, except:
+    the last row of an episode that timed out and the last row of the file are dropped (their successor is unknown),
+    and a terminal row gets its own observation and is not `known` (D4RL's rule would give it the next episode's first;
+    the TD target masks it, a generative model would learn it), unless the body `walks_on` from a goal
+    (AntMaze): there the next row within 1 m is the successor. A file without `timeouts` is cut at `limit` steps.
+    """
+    raw = read_columns(path, name, obs_dim, act_dim)
+    terminals = raw["terminals"] > 0.5
+    if "timeouts" in raw:
+        timeouts = raw["timeouts"] > 0.5
+    else:
+        timeouts, age = np.zeros_like(terminals), 0
+        for i, terminal in enumerate(terminals):
+            age += 1
+            timeouts[i] = age == limit
+            age = 0 if terminal or timeouts[i] else age
+    ends = terminals | timeouts
+    obs, keep, known = raw["observations"], np.ones(len(ends), bool), np.ones(len(ends), bool)
+    if "next_observations" in raw:
+        next_obs = raw["next_observations"]
+    else:
+        next_obs = np.concatenate([obs[1:], obs[-1:]])
+        known = ~terminals
+        if walks_on:
+            known |= ~timeouts & (np.linalg.norm(next_obs[:, :2] - obs[:, :2], axis=1) < 1)
+        known[-1] = False
+        next_obs[~known] = obs[~known]
+        keep = ~(timeouts & ~terminals)
+        keep[-1] &= terminals[-1]
+        last_kept = np.append(ends[1:] & ~keep[1:], False)  # the row after it, an end, is dropped
+        ends = ends | last_kept
+    flags = terminals.astype(np.float32), ends, known
+    columns = (obs, raw["actions"].clip(-1, 1), raw["rewards"], next_obs, *flags)
+    if not keep.all():
+        columns = tuple(x[keep] for x in columns)
+    if len(columns[0]) < 2:
+        raise refuse(path, f"{len(columns[0])} usable rows", "at least 2")
+    return columns
 
 
 # ---- Minari ----
