@@ -137,6 +137,7 @@ if [[ $mode == job ]]; then
   job "$2" "$3" "$4" && keep "$2" "$3" "$4"
   exit
 fi
+[[ ! $KEEP || ! $EXTRA ]] || refuse EXTRA "$EXTRA" "nothing with KEEP, whose results are the files' own"
 [[ $JOBS =~ ^[1-9][0-9]*$ ]] || refuse JOBS "$JOBS" "a number of jobs, from 1"
 for seed in $SEEDS; do [[ $seed =~ ^(0|[1-9][0-9]*)$ ]] || refuse SEEDS "$seed" "numbers from 0, with blanks between"; done
 for p in $METHODS; do

@@ -23,6 +23,7 @@ BACKBONES = {stem: "iql" if stem.startswith("iql_") else "calql" for stem in FIL
 STAND_IN = """#!/usr/bin/env bash
 here=${0%/*}
 if [[ $1 == -c ]]; then cat "$here/gpu"; exit; fi
+if [[ $1 == -m ]]; then echo "$*" >> "$here/kept"; exit; fi
 stem=${1##*/} stem=${stem%.py} folder=$7/$stem/$3/seed$5
 echo "$*" >> "$here/calls"
 trap 'echo "$stem" >> "$here/stopped"; exit 143' TERM
@@ -125,10 +126,26 @@ def test_narrowing(bench):
     assert jobs_of(bench("--list", "--quick")[1]) == [(m, "hopper-mini-v0", "0") for m in methods]
 
 
+def test_the_study_runs_what_is_not_kept_yet_and_keeps_each_result(bench):
+    jobs = jobs_of(bench("--evidence", "--list", KEEP="none.csv")[1])
+    embedded = ("hopper-mini-v0", "reacher-mini-v0")
+    assert sorted(jobs) == sorted((m, e, str(s)) for m in FILES for e in embedded for s in range(10))
+    kept = bench.folder / "kept.csv"
+    kept.write_text("iql,reacher-mini-v0,0,abc,1.0,\niql,reacher-mini-v0,2,abc,,unfinished\n")
+    some = dict(METHODS="iql", ENVS="reacher-mini-v0", SEEDS="0 1 2", KEEP=str(kept))
+    rc, out, _ = bench("--evidence", **some)
+    assert rc == 0 and "1 more are in" in out[0]
+    assert sorted(seed for _, _, seed in bench.called()) == ["1", "2"]
+    folders = [f"{bench.out}/iql/reacher-mini-v0/seed{seed}" for seed in (1, 2)]
+    assert sorted(bench.read("kept")) == [f"-m common.tools.report {x} --keep {kept}" for x in folders]
+    rc, out, _ = bench("--evidence", **some | {"SEEDS": "0"})
+    assert (rc, out) == (0, [f"nothing left: 1 results are in {kept}"])
+
+
 BAD = [
     dict(METHODS="iql_dar"), dict(ENVS="hopper-medium-v3"), dict(SEEDS="0 -1"), dict(SEEDS="01"), dict(JOBS="0"),
     dict(JOBS="two"), dict(METHODS="calql_dual", ENVS="antmaze-*"), dict(OUT="/proc/runs"), dict(EXTRA="--seed 3"),
-    dict(PYTHON="/bin/false"),
+    dict(PYTHON="/bin/false"), dict(KEEP="x.csv", EXTRA="--no-calibrate"),
 ]  # fmt: skip
 
 
