@@ -466,3 +466,16 @@ def test_kept_results_are_replaced_run_by_run_and_stay_when_their_folder_is_gone
     report.main(report.Args(runs=tmp_path / "b", keep=kept))
     second = report.read_rows(kept)
     assert second[0]["final"] == 2 and second[1:] == first[1:]
+
+
+def test_the_study_s_figure_is_the_same_twice_and_has_a_panel_for_each_backbone(tmp_path):
+    for file in ("iql", "iql_dare", "calql", "calql_dare"):
+        for seed in range(2):
+            write_run(tmp_path, file, "reacher-mini-v0", seed, (OFFLINE, (30.0 + seed, 40.0)))
+    write_run(tmp_path, "iql", "hopper-medium-v2", 0)
+    titles = [panel.get_title() for panel in report.study(report.find(tmp_path)[1]).axes]
+    assert titles == ["reacher-mini-v0, on IQL", "reacher-mini-v0, on Cal-QL"]
+    for name in "ab":
+        report.main(report.Args(runs=tmp_path, out=tmp_path / "out", figure=tmp_path / name / "curves.svg"))
+    first, second = ((tmp_path / name / "curves.svg").read_bytes() for name in "ab")
+    assert first == second and first.startswith(b"<?xml")

@@ -471,7 +471,7 @@ def look(name: str) -> dict[str, Any]:
     known = ("base", "DARE", "StratDiff", "EDIS", "AD2S", "DUAL", "CFDG")
     color = f"C{order([k for k, _ in METHODS.values()] + [kind], known).index(kind)}"
     style = "--" if backbone == "IQL" else "-"
-    color = "black" if backbone == "CQL" else color
+    color = {"CQL": "black"}.get(backbone, "0.5" if kind == "base" else color)
     return {"color": color, "linestyle": style, "linewidth": 1.3, "label": name}
 
 
@@ -489,15 +489,15 @@ def short(steps: float) -> str:
     return f"{steps / 1e6:g}M" if steps >= 1e6 else f"{steps / 1e3:g}k" if steps >= 1e3 else f"{steps:g}"
 
 
-def curves(groups: dict[tuple[str, str], list[Found]], column: str, phases: tuple[str, ...]) -> Any:
-    """A panel per task, a line per method with a band of one standard deviation; each phase takes the same width."""
-    tasks = list(dict.fromkeys(env for _, env in groups))
-    columns = min(len(tasks), 4)
-    height = -(-len(tasks) // columns)
+def curves(
+    panels_of: dict[str, dict[str, list[Found]]], column: str, phases: tuple[str, ...], columns: int = 4
+) -> Any:
+    """A panel per title, a line per method with a band of one standard deviation; each phase takes the same width."""
+    columns = min(len(panels_of), columns)
+    height = -(-len(panels_of) // columns)
     figure, legend = new_figure(max(3.4 * columns, 6), 2.8 * height + 0.8), {}
     panels = list(figure.subplots(height, columns, squeeze=False).flat)
-    for panel, env in zip(panels, tasks, strict=False):
-        own = {name: runs for (name, other), runs in groups.items() if other == env}
+    for panel, (title, own) in zip(panels, panels_of.items(), strict=False):
         logs = [x for runs in own.values() for r in runs for x in r.log if "eval/score" in x or column in x]
         ends = [max((x["step"] for x in logs if x["phase"] == p), default=1) or 1 for p in phases]
         for name, runs in own.items():
@@ -512,10 +512,10 @@ def curves(groups: dict[tuple[str, str], list[Found]], column: str, phases: tupl
         ticks = [f"{short(end)} | 0" if i + 1 < len(ends) else short(end) for i, end in enumerate(ends)]
         panel.set_xticks(range(len(ends) + 1), ["0", *ticks])
         panel.set_xlabel(" | ".join(f"{p} steps" for p in phases), fontsize=8)
-        panel.set_title(env, fontsize=9)
+        panel.set_title(title, fontsize=9)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.25)
-    for panel in panels[len(tasks) :]:
+    for panel in panels[len(panels_of) :]:
         panel.remove()
     names = order(legend, METHODS)
     figure.legend([legend[k] for k in names], names, loc="outside lower center", ncols=4, fontsize=8)
@@ -613,20 +613,52 @@ def synthetic(runs: dict[str, Found]) -> Any:
     return figure
 
 
+def by_group(found: list[Found]) -> dict[tuple[str, str], list[Found]]:
+    """As `grouped`, of runs."""
+    by_folder = {id(r.row): r for r in found}
+    return {k: [by_folder[id(row)] for row in rows] for k, rows in grouped(r.row for r in found).items()}
+
+
+def panels_by(groups: dict[tuple[str, str], list[Found]], title: Callable[[str, str], str]) -> dict:
+    """title(method, env) -> method -> its runs, in the order of `groups`."""
+    panels: dict = {}
+    for (name, env), runs in groups.items():
+        panels.setdefault(title(name, env), {})[name] = runs
+    return panels
+
+
+def study(found: list[Found]) -> Any:
+    """Online learning curves of tasks that are no paper's: a panel per task and backbone, the backbone in grey."""
+    groups = {k: v for k, v in by_group(found).items() if section(k[1]) == "other"}
+    of = panels_by(groups, lambda name, env: f"{env}, on {METHODS.get(name, ('', name))[1]}")
+    return curves(of, "eval/score", ("online",), columns=2)
+
+
 def figures(found: list[Found]) -> Iterable[tuple[str, Callable[[], Any]]]:
     """File name and maker of every figure that the runs have something for."""
-    by_folder = {id(r.row): r for r in found}
-    groups = {k: [by_folder[id(row)] for row in rows] for k, rows in grouped(r.row for r in found).items()}
+    groups = by_group(found)
     for kind in SECTIONS:
         own = {k: v for k, v in groups.items() if section(k[1]) == kind}
-        if own:
-            yield f"curves-{kind}.png", lambda own=own: curves(own, "eval/score", PHASES)
-        if own := {k: v for k, v in own.items() if any("split/exchanged" in x for x in v[0].log)}:
-            yield f"exchange-{kind}.png", lambda own=own: curves(own, "split/exchanged", ("online",))
+        if panels := panels_by(own, lambda _, env: env):
+            yield f"curves-{kind}.png", lambda x=panels: curves(x, "eval/score", PHASES)
+        own = {k: v for k, v in own.items() if any("split/exchanged" in x for x in v[0].log)}
+        if panels := panels_by(own, lambda _, env: env):
+            yield f"exchange-{kind}.png", lambda x=panels: curves(x, "split/exchanged", ("online",))
     for env in dict.fromkeys(env for _, env in groups):
         runs = {name: v[0] for (name, other), v in groups.items() if other == env}
         if runs := {k: v for k, v in runs.items() if any(v.folder.glob("synthetic-*.npz"))}:
             yield f"synthetic-{env}.png", lambda runs=runs: synthetic(runs)
+
+
+def write_svg(figure: Any, path: Path) -> None:
+    """The same figure makes the same file."""
+    import matplotlib
+
+    content = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run.write_atomically(content.getvalue(), path)
 
 
 # ---- program ----
@@ -639,9 +671,10 @@ class Args:
     runs: tyro.conf.Positional[Path] = Path("runs")  # folder with run directories at any depth
     out: Path | None = None  # folder for report.md, results.csv and figures; default: RUNS/report
     readme: Path | None = None  # put the tables between this file's markers
+    figure: Path | None = None  # put the learning curves of the embedded tasks into this SVG file
     csv: Path | None = None  # make the tables from this results.csv instead of run directories; no figures
     keep: Path | None = (
-        None  # put the rows of the runs that count into this results.csv, in place of older ones; no more
+        None  # put the runs that count into this results.csv, in place of older ones, and stop
     )
 
 
@@ -657,6 +690,8 @@ def main(args: Args) -> None:
     if args.keep:
         keep([x for x in rows if not x["problem"]], args.keep)
         return
+    if args.figure:
+        write_svg(study(found), args.figure)
     text = report(rows)
     out = args.out or (None if args.csv else args.runs / "report")
     if args.readme:
