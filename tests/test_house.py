@@ -22,7 +22,7 @@ SOURCES = {stem: (ROOT / "algorithms" / f"{stem}.py").read_text() for stem in FI
 PLUMBING = {"device", "compile", "out_dir", "wandb", "overwrite", "seed"}  # read in common/run.py
 UNREAD = {"from_offline", "from_behavior"}  # paths of other runs
 BACKBONES = {stem: stem.split("_")[0] for stem in FILES if "_" in stem}
-BACKBONES |= {"synther": "calql", "edis": "calql", "dual": "iql"}
+BACKBONES |= {"synther": "calql", "edis": "calql", "dual": "iql", "pex": "iql"}
 
 
 def code_of(source: str) -> str:
@@ -311,7 +311,8 @@ def test_no_host_reads_in_updates(stem):
         "planner_step distill_step descend planner_loss distill_loss distill_target noised masked_error in_paint "
         "transition_step transition_loss null box "
         "rotate unroll take features read predict prediction_error observe gradient_step ensemble "
-        "dual_losses boxed log_prob bounded_weight posterior_weight"
+        "dual_losses boxed log_prob bounded_weight posterior_weight "
+        "pex_losses compose choice_probs"
     )
     reads = r"\.item\(|\.tolist\(|\.cpu\(|\.numpy\(|print\(|(?<!\.)\bfloat\(|nonzero"
     for node in ast.walk(tree):

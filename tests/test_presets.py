@@ -97,6 +97,11 @@ IQL = dict(
     **EVALUATION,
 )
 
+PEX = dict(  # its code and README [B §3]; what DARE and StratDiff state of IQL is above
+    choice_inv_temp=10.0, eval_random=0.1,
+    expectile={"halfcheetah-random": 0.9}, inv_temp={"halfcheetah-random": 10.0},
+)  # fmt: skip
+
 # ---- StratDiff, DARE ----
 
 GUIDED = dict(
@@ -280,6 +285,7 @@ FROZEN_LAKE = {  # [D §5]: U62
 PAPER = {
     "iql": [IQL, dict(normalize_reward={"locomotion": True})],  # IQL's own paper [B §1.4]
     "calql": [CAL_QL, dict(calibrate_online=True)],  # Cal-QL's own code [B §2.4]
+    "pex": [IQL, PEX],
     "iql_stratdiff": [IQL, STRATDIFF_IQL],
     "calql_stratdiff": [CAL_QL, STRATDIFF, REDUCED],
     "iql_dare": [IQL, DARE_IQL],
@@ -298,6 +304,9 @@ PAPER = {
 
 DIFFERENCES = {
     ("iql", "locomotion", "normalize_reward"): (False, "D2: raw rewards, as PEX and CORL"),
+    ("pex", "all", "eval_random"): (0.0, "D71: deterministic evaluation, as in every file"),
+    ("pex", "halfcheetah-random", "expectile"): (0.7, "D72: one offline phase with iql.py, for this and the next"),
+    ("pex", "halfcheetah-random", "inv_temp"): (3.0, "D72"),
     ("calql", "all", "calibrate_online"): (False, "D3: off online, as in the papers on CORL's code"),
     ("calql calql_stratdiff calql_dare synther", "all", "warmup_steps"): (5_000, "D4: else copies of one row"),
     ("iql_synther synther iql_cfdg calql_ad2s iql_edis edis", "all", "terminal_flag"): (
@@ -363,7 +372,7 @@ FROM_BACKBONE = {
     ("calql_ad2s", "all", "offline_frac"): (0.0, "U40: batches of own and generated rows"),
 }
 BACKBONE = {stem: stem.split("_")[0] for stem in FILES if "_" in stem}
-BACKBONE |= {"synther": "calql", "edis": "calql", "dual": "iql"}
+BACKBONE |= {"synther": "calql", "edis": "calql", "dual": "iql", "pex": "iql"}
 
 
 # ---- comparing ----

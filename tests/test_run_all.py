@@ -19,7 +19,10 @@ from conftest import FILES, ROOT, module
 from common import data, run
 
 SCRIPT = ROOT / "run_all.sh"
-BACKBONES = {stem: "iql" if stem.startswith("iql_") else "calql" for stem in FILES} | {"dual": "iql"}
+BACKBONES = {stem: "iql" if stem.startswith("iql_") else "calql" for stem in FILES} | {
+    "dual": "iql",
+    "pex": "iql",
+}
 STAND_IN = """#!/usr/bin/env bash
 here=${0%/*}
 if [[ $1 == -c ]]; then cat "$here/gpu"; exit; fi
