@@ -154,7 +154,7 @@ def test_it_starts_from_iql(dataset, tmp_path):
     second = pex.train(tiny_args("pex", dataset=dataset, out_dir=tmp_path / "b", from_offline=source))
     assert whole["offline_score"] == base["offline_score"] and whole["final_score"] == second["final_score"]
     assert equal_states(final_state(tmp_path / "a")["nets"], final_state(tmp_path / "b")["nets"])
-    with pytest.raises(run.UsageError, match="expectile 0.7 -> 0.8"):
+    with pytest.raises(run.UsageError, match=r"expectile 0\.7 -> 0\.8"):
         args = tiny_args("pex", dataset=dataset, out_dir=tmp_path / "c", from_offline=source, expectile=0.8)
         pex.train(args)
 
