@@ -53,7 +53,7 @@ class Args:
     dataset: Path | None = None  # HDF5 file in D4RL layout instead of the task's own
     seed: Natural = 0  # networks, batches, exploration and evaluation all derive from it
     offline_steps: Natural = 1_000_000  # gradient steps [DARE §7.1]
-    online_steps: Natural = 200_000  # environment steps [DARE §7.1]
+    online_steps: Natural = 200_000  # environment steps [DARE §7.1]; a fifth of PEX's own: D73
     from_offline: Path | None = None  # run directory (or its offline.pt) to take the offline phase from
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it works
     compile: bool | None = None  # compile and capture the gradient step; default: on for cuda, off for cpu
@@ -66,7 +66,7 @@ class Args:
     batch_size: Several = 256  # transitions [DARE Table 5]
     gamma: Share = 0.99  # discount [DARE Table 5]
     polyak: Rate = 0.005  # share of qf copied into q_target at every gradient step [DARE Table 5]
-    expectile: Fraction = 0.7  # τ [DARE Table 5]
+    expectile: Fraction = 0.7  # τ [DARE Table 5]; halfcheetah-random as all locomotion, here and in β: D72
     inv_temp: Weight = 3.0  # β [DARE Table 5]
     lr: Positive = 3e-4  # Adam, all networks [DARE Table 5]
     hidden: Count = 256  # width of the hidden layers [DARE Table 5]
@@ -89,7 +89,7 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
         expectile=0.9, inv_temp=10.0, reward_bias=-1.0, eval_every=10_000, eval_episodes=100,
     ),
     **{k: dict(expectile=0.8, dropout=0.1, normalize_obs=True)
-       for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL]
+       for k in ("pen-", "door-", "hammer-", "relocate-")},  # [CORL]; PEX has neither these nor Maze2D: U71
     "maze2d-": dict(normalize_obs=True, eval_episodes=100),  # [CORL, offline IQL]
     **{k: dict(  # sizes for minutes on one core: U1
         online_steps=6_000, warmup_steps=2_000, eval_every=1_000, hidden=64, lr=5e-4, polyak=0.01,

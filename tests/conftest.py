@@ -24,7 +24,7 @@ TINY = dict(  # by setting; a file takes those it has
     regenerate_every=11, regenerations=3, synthetic_rows=40, diffusion_steps=15, diffusion_batch=16, diffusion_width=16,
     diffusion_depth=2, diffusion_time_dim=8, sample_steps=6, sample_churn=0.0, sample_batch=25,
     energy_updates=7, energy_groups=8, energy_width=16, energy_pool=45,
-    scorer_hidden=16, scorer_batch=16,
+    scorer_hidden=16, scorer_batch=16, eval_random=0.5,  # else PEX's new policy may never show in a score
     planner_steps=20, planner_batch=16, planner_width=16, planner_blocks=1, teacher_steps=4, halving_steps=6,
     laplace_draws=3, laplace_every=7, laplace_rows=50,
 )  # fmt: skip
