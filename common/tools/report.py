@@ -44,6 +44,7 @@ METHODS = {  # file and what makes it another method -> method and backbone in p
     "calql_ad2s": ("AD2S", "Cal-QL"), "calql_ad2s pgr=True": ("PGR", "Cal-QL"),
     "dual": ("DUAL", "IQL"), "calql_dual": ("DUAL", "Cal-QL"),
 }  # fmt: skip
+ON = {"PEX": "IQL"}  # backbone that is itself a method on another one
 SECTIONS = {
     "d4rl": "D4RL",
     "shifted": "Shifted dynamics (data of D4RL, scores with the shift's reference returns)",
@@ -347,9 +348,10 @@ def paired_lines(groups: dict[tuple[str, str], list[Row]]) -> list[list[str]]:
     bases, lines = {backbone: name for name, (kind, backbone) in METHODS.items() if kind == "base"}, []
     for (name, env), rows in groups.items():
         kind, backbone = METHODS.get(name, ("base", ""))
+        backbone = ON.get(backbone, "") if kind == "base" else backbone
         theirs = {row["seed"]: row for row in groups.get((bases.get(backbone, ""), env), [])}
         rows = [row for row in rows if row["seed"] in theirs]
-        if kind == "base" or len(rows) < 2:
+        if len(rows) < 2:
             continue
         line = [env, f"`{name}` - `{bases[backbone]}`", str(len(rows))]
         for column in SCORES:
