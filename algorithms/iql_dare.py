@@ -34,9 +34,10 @@ Notes    As in iql.py: D1 one backward, D2 raw rewards, D3 new optimizer online,
          U20 critics in the SAC term: online twins, frozen.
          U21 DARE-IV (App. G): Eq. 15's Q-target, Eq. 35's value loss, AWR on all rows in place of the SAC term.
 Metrics  split/exchanged M, often < 70 of 128; dare/awr_term, dare/sac_term of Eq. 16, far larger on raw rewards;
-         split/tau; split/root_valid: the fits cross between the means, else midpoint; split/mu_gap on minus off mean,
-         negative: own rows are nearer; split/off_std, split/on_std; energy/loss; energy/label_entropy, near 0: one-hot
-         labels, weak guidance; energy/std_bq; ref/clip_frac of reference coordinates at the box; loss/behavior.
+         split/tau; split/root_valid: the fits cross between the means, else midpoint; split/gap, split/gap_after of
+         mean d, on minus off, below 0: own rows are nearer; ref/q_gain, Q of references less that of rows; ref/q_std;
+         split/off_std, split/on_std; energy/loss; energy/label_entropy, near 0: one-hot labels, weak guidance;
+         energy/std_bq; ref/clip_frac of reference coordinates at the box; loss/behavior.
 Run      python algorithms/iql_dare.py --env hopper-medium-v2 --seed 0
          no energy --guidance-scale 0 | no exchange --exchange-cap 0, capped 32 | direct exchange --threshold sort |
          DARE-IV --value-loss expectile | UTD 10 --utd 10 --online-steps 100000 | the papers' common start
@@ -206,6 +207,17 @@ def exchange(
     return (off & ~leaving) | entering, m
 
 
+def gaps(scores: torch.Tensor, off: torch.Tensor, off_like: torch.Tensor) -> Logs:
+    """Mean d of the online half less that of the offline one, before the exchange and after: (N,), (N,) bool twice."""
+
+    def gap(is_off: torch.Tensor) -> torch.Tensor:  # without a shape that depends on data
+        share = is_off.to(scores)
+        mean_off = (share * scores).sum() / share.sum()
+        return ((1 - share) * scores).sum() / (1 - share).sum() - mean_off
+
+    return {"split/gap": gap(off), "split/gap_after": gap(off_like)}
+
+
 def sorted_exchange(
     scores: torch.Tensor, off: torch.Tensor, n_offline: int, cap: int
 ) -> tuple[torch.Tensor, Logs]:
@@ -217,7 +229,8 @@ def sorted_exchange(
     order = scores.argsort(stable=True)
     rank = order.argsort()
     off_like, m = exchange(rank.to(scores), off, n_offline, cap)
-    return off_like, {"split/tau": scores[order][n_offline], "split/exchanged": m}
+    logs = {"split/tau": scores[order][n_offline], "split/exchanged": m}
+    return off_like, logs | gaps(scores, off, off_like)
 
 
 # --- end shared: iql_dare.exchange ---
@@ -241,7 +254,7 @@ def gaussian_threshold(off: torch.Tensor, on: torch.Tensor) -> tuple[torch.Tenso
     # equal means: x is infinite or NaN, and not valid
     valid = (x * gap.sign() > 0) & (x * gap.sign() < gap.abs())
     tau = torch.where(valid, mu_off + x, 0.5 * (mu_off + mu_on))
-    logs = {"split/root_valid": valid, "split/mu_gap": gap, "split/tau": tau}
+    logs = {"split/root_valid": valid, "split/tau": tau}
     return tau, logs | {"split/off_std": std_off, "split/on_std": std_on}
 
 
@@ -253,7 +266,7 @@ def split(scores: torch.Tensor, off: torch.Tensor, args: Args) -> tuple[torch.Te
         off_like, more = sorted_exchange(scores, off, n_offline, args.exchange_cap)
         return off_like, logs | more
     off_like, m = exchange(scores, off, tau, args.exchange_cap)
-    return off_like, logs | {"split/exchanged": m}
+    return off_like, logs | {"split/exchanged": m} | gaps(scores, off, off_like)
 
 
 # --- end shared: iql_dare.threshold ---
@@ -632,6 +645,8 @@ class Guide:
         refs = sample_actions(eps_fn, torch.randn_like(batch.actions))
         logs = {"ref/clip_frac": (refs.abs() > 1).float().mean()}
         refs = refs.clamp(-1, 1)  # where data and Q are: D12
+        q_ref, q_row = (self.q_target(batch.obs, a).amin(0) for a in (refs, batch.actions))
+        logs |= {"ref/q_gain": (q_ref - q_row).mean(), "ref/q_std": q_row.std()}
         return alignment(self.args.score, batch.actions, refs, log_std), logs
 
 

@@ -34,6 +34,7 @@ Notes    As in iql.py: D1 one backward, D2 raw rewards, D3 new optimizer online,
          U26 the policy's loss, of which the paper says nothing: AWR on all rows.
          U27 "w/o stratification" (App. G): losses by origin; the other reading, IQL's losses on all rows, is iql.py.
 Metrics  those of iql.py; split/exchanged pairs per batch, half of ρN when the halves overlap; split/tau;
+         split/gap, split/gap_after of mean d, on minus off; ref/q_gain, Q of references less that of rows; ref/q_std;
          energy/loss; energy/label_entropy, near 0: one-hot labels, weak guidance; energy/std_bq; ref/clip_frac of
          reference coordinates at the box; loss/behavior.
 Run      python algorithms/iql_stratdiff.py --env hopper-medium-v2 --seed 0
@@ -202,6 +203,17 @@ def exchange(
     return (off & ~leaving) | entering, m
 
 
+def gaps(scores: torch.Tensor, off: torch.Tensor, off_like: torch.Tensor) -> Logs:
+    """Mean d of the online half less that of the offline one, before the exchange and after: (N,), (N,) bool twice."""
+
+    def gap(is_off: torch.Tensor) -> torch.Tensor:  # without a shape that depends on data
+        share = is_off.to(scores)
+        mean_off = (share * scores).sum() / share.sum()
+        return ((1 - share) * scores).sum() / (1 - share).sum() - mean_off
+
+    return {"split/gap": gap(off), "split/gap_after": gap(off_like)}
+
+
 def sorted_exchange(
     scores: torch.Tensor, off: torch.Tensor, n_offline: int, cap: int
 ) -> tuple[torch.Tensor, Logs]:
@@ -213,7 +225,8 @@ def sorted_exchange(
     order = scores.argsort(stable=True)
     rank = order.argsort()
     off_like, m = exchange(rank.to(scores), off, n_offline, cap)
-    return off_like, {"split/tau": scores[order][n_offline], "split/exchanged": m}
+    logs = {"split/tau": scores[order][n_offline], "split/exchanged": m}
+    return off_like, logs | gaps(scores, off, off_like)
 
 
 # --- end shared: iql_dare.exchange ---
@@ -581,6 +594,8 @@ class Guide:
         refs = sample_actions(eps_fn, torch.randn_like(batch.actions))
         logs = {"ref/clip_frac": (refs.abs() > 1).float().mean()}
         refs = refs.clamp(-1, 1)  # where data and Q are: D12
+        q_ref, q_row = (self.q_target(batch.obs, a).amin(0) for a in (refs, batch.actions))
+        logs |= {"ref/q_gain": (q_ref - q_row).mean(), "ref/q_std": q_row.std()}
         return alignment(self.args.score, batch.actions, refs, log_std), logs
 
 

@@ -79,7 +79,6 @@ def test_threshold_reference_values(off, on, tau, valid):
         out, logs = dare.gaussian_threshold(rows_with(*off, dtype), rows_with(*on, dtype))
         assert out.item() == pytest.approx(tau, abs=2e-6) and out.shape == ()
         assert bool(logs["split/root_valid"]) is valid and logs["split/tau"].item() == out.item()
-        assert logs["split/mu_gap"].item() == pytest.approx(on[0] - off[0], abs=1e-6)
         stds = [logs["split/off_std"].item(), logs["split/on_std"].item()]
         assert stds == pytest.approx([off[1], on[1]], rel=1e-5)
 
@@ -230,6 +229,9 @@ def test_exchange_counts_by_hand():
     ]:
         mask, pairs = dare.exchange(scores, off, torch.tensor(3.0), cap)
         assert pairs.item() == m and set(mask.nonzero()[:, 0].tolist()) == rows
+    logs = dare.gaps(scores, off, dare.exchange(scores, off, torch.tensor(3.0), -1)[0])
+    assert logs["split/gap"] == (3 + 2 + 0 + 2.5) / 4 - (1 + 3 + 5 + 4) / 4
+    assert logs["split/gap_after"] == (3 + 5 + 4 + 3) / 4 - (1 + 2 + 0 + 2.5) / 4
 
 
 def test_exchange_keeps_sizes_with_ties_and_extremes():
@@ -546,7 +548,9 @@ def test_log_has_what_the_docstring_promises(dataset, tmp_path):
     dare.train(tiny(dataset, tmp_path))
     rows = [r for r in log_rows(tmp_path) if r["phase"] == "online" and r["loss/q"]]
     assert [int(r["step"]) for r in rows] == [15, 20, 25, 30]
-    columns = [f"split/{n}" for n in ["exchanged", "root_valid", "mu_gap", "tau", "off_std", "on_std"]]
+    columns = [
+        f"split/{n}" for n in ["exchanged", "root_valid", "gap", "gap_after", "tau", "off_std", "on_std"]
+    ]
     columns += ["dare/awr_term", "dare/sac_term"]
     columns += ["energy/loss", "energy/label_entropy", "energy/std_bq", "ref/clip_frac"]
     for row in rows:
