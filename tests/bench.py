@@ -681,7 +681,9 @@ def whole_list(rates: dict[str, dict[str, float]]) -> str:
     jobs, once = [line.split()[-3:] for line in lines], {}
     jobs = [job for job in jobs if job[0] in rates]
     for stem, env, seed in jobs:
-        own = stem in ("iql", "calql") or stem.endswith("dual")  # as in run_all.sh: DUAL's actor is its own
+        own = stem in ("iql", "calql", "wsrl") or stem.endswith(
+            "dual"
+        )  # as in run_all.sh: DUAL's actor is its own
         backbone = stem if own else "iql" if stem == "pex" or stem.startswith("iql_") else "calql"
         module = importlib.import_module(f"algorithms.{stem}")
         a = run.with_presets(module.Args, module.ENV_PRESETS, env)
