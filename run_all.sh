@@ -55,7 +55,7 @@ method() { methods+="$1 " known+="${*:3} " cost[$1]=$2 tasks[$1]=${*:3}; } # NAM
 method iql             4 $twelve $antmaze $human $cloned
 method calql           85 $twelve $maze2d $antmaze $cloned $shifted
 method pex             5 $twelve $antmaze # CFDG Table 1; DARE Table 1
-method wsrl            70 $walker2d # AD2S Table 6
+method wsrl            20 $walker2d # AD2S Table 6
 method iql_dare        155 $nine $small # DARE Table 1
 method calql_dare      171 $nine $small
 method iql_stratdiff   137 $nine $small # StratDiff Table 1

@@ -30,7 +30,8 @@ Metrics  loss/{q,actor,alpha}; q/mean, q/std between critics; policy/log_prob of
 Run      python algorithms/wsrl.py --env walker2d-medium-v2 --seed 0
          data retained: --offline-frac 0.5 | --append-online | no warm-up: --warmup-steps 0
          RLPD: --offline-steps 0 --offline-frac 0.5; on AntMaze --critic-subset 1 too
-Cost     COSTLINE
+Cost     hopper-mini-v0: 190 CPU seconds on one core. Published sizes on one core: 6 offline steps, 7 online updates a
+         second; GPU not measured.
 """
 
 import math
