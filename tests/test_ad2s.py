@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import CPU, Killed, kill_after, log_rows, module, tiny_args
 
 from algorithms import calql_ad2s as ad2s
+from algorithms import iql_ad2s
 from common import buffer, edm, judge, run
 
 OBS, ACT = 2, 1  # of the hand-made rows [s, s, a, r, s', s', terminal]
@@ -28,7 +29,7 @@ def make_aligner(buffers, agent=None, **settings) -> ad2s.Aligner:
     """With identity moments; w_ψ and g_φ to be replaced."""
     args = ad2s.Args(scorer_hidden=4, diffusion_batch=64, cql_n_actions=3, **settings)
     r = SimpleNamespace(device=CPU, compiled=lambda f: f)
-    aligner = ad2s.Aligner(r, args, agent, buffers)
+    aligner = ad2s.CriticAligner(r, args, agent, buffers)
     aligner.moments.mean.zero_()
     aligner.moments.std.fill_(1)
     return aligner
@@ -140,7 +141,7 @@ def test_few_own_rows_are_not_memorised(capsys):
     buffers = [buffer.ReplayBuffer(n, 11, 3, CPU) for n in (20_000, 2_000)]
     for b, mean in zip(buffers, (0, shift), strict=True):
         b.append(F.pad(torch.randn(len(b.table), 26) + mean, (0, 1)))
-    aligner = ad2s.Aligner(SimpleNamespace(device=CPU, compiled=lambda f: f), preset, None, buffers)
+    aligner = ad2s.CriticAligner(SimpleNamespace(device=CPU, compiled=lambda f: f), preset, None, buffers)
     for _ in range(2_000):
         aligner.scorer_step()
     for b, mean in zip(buffers, (0, shift), strict=True):
@@ -335,6 +336,39 @@ def test_advantage_from_the_critics_by_hand():
     assert torch.allclose(s["log_u"] - s["log_w"], 10 * expected, atol=1e-5)
     agent["qf"] = lambda obs, a: torch.stack([obs[:, 0] + a[:, 0] ** 2, -100 + 3 * a[:, 0]])
     assert torch.allclose(aligner.scores()["advantage"], 3 * (actions - drawn.mean()), atol=1e-4)
+
+
+def test_on_iql_the_selection_by_its_value_network_by_hand():
+    """A = min Q̂(s, a) - V(s), of the targets, whatever the critics say: U88. Four rows, of which the best by u stay.
+
+    log w = s_0, e = |s' - s|², Q̂ = (2 a, 2 a + 5), V = s_1: A = 2 a - s_1; log u = s_0 + A; log y = 2 A + log e.
+    """
+    rows = [  # s, a, r, s', terminal
+        [0.5, 1.0, 0.5, 9.0, 0.5, 3.0, 0.0],  # A 0, log u 0.5, e 4, log y 1.39
+        [0.0, 0.0, 0.4, 0.0, 0.0, 1.0, 0.0],  # A 0.8, log u 0.8, e 1, log y 1.6
+        [0.3, -1.0, -0.2, 0.0, 0.3, -0.5, 0.0],  # A 0.6, log u 0.9, e 0.25, log y -0.19
+        [-1.0, 1.0, 0.9, 0.0, -1.0, 4.0, 0.0],  # A 0.8, log u -0.2, e 9, log y 3.80
+    ]
+    agent = {
+        "q_target": lambda _, a: torch.stack([2 * a[:, 0], 2 * a[:, 0] + 5]),
+        "qf": lambda _, a: torch.stack([-50 * a[:, 0]] * 2),
+        "vf": lambda obs: obs[:, 1],
+    }
+    settings = dict(scorer_hidden=4, advantage="q", beta_dr=1.0, beta_curi=2.0, p_dr=0.75, p_curi=2 / 3)
+    r, buffers = SimpleNamespace(device=CPU, compiled=lambda f: f), [table(rows[:3]), table(rows[3:])]
+    aligner = iql_ad2s.ValueAligner(r, iql_ad2s.Args(**settings), agent, buffers)
+    aligner.moments.mean.zero_()
+    aligner.moments.std.fill_(1)
+    aligner.nets["ratio"] = Function(lambda x: x[:, :1])
+    aligner.nets["dynamics"] = Function(lambda x: x[:, :OBS])
+    aligner.select()
+    s = aligner.scored
+    assert s["advantage"].tolist() == pytest.approx([0.0, 0.8, 0.6, 0.8], abs=1e-6)
+    assert s["log_u"].tolist() == pytest.approx([0.5, 0.8, 0.9, -0.2], abs=1e-6)
+    log_y = [math.log(4), 1.6, 1.2 + math.log(0.25), 1.6 + math.log(9)]
+    assert s["log_y"].tolist() == pytest.approx(log_y, abs=1e-5)
+    assert aligner.aligned.tolist() == [2, 1, 0]  # the own row, far from the policy, is out
+    assert aligner.chosen.tolist() == [0, 1] and torch.equal(aligner.reused, torch.tensor(rows[:2]))
 
 
 # ---- the conditioned model ----

@@ -311,6 +311,7 @@ PAPER = {
     "edis": [CAL_QL, EDIS_CALQL, EDIS_CALQL_TASKS, EDIS_CALQL_LEARNER],
     "iql_cfdg": [IQL, CFDG],
     "calql_ad2s": [CAL_QL, AD2S],
+    "iql_ad2s": [IQL, AD2S],
     "dual": [IQL, PLANNER, DUAL_IQL, FROZEN_LAKE],
     "calql_dual": [CAL_QL, PLANNER],
 }
@@ -329,12 +330,12 @@ DIFFERENCES = {
     ("wsrl", "locomotion adroit", "eval_episodes"): (10, "D80"),
     ("calql", "all", "calibrate_online"): (False, "D3: off online, as in the papers on CORL's code"),
     ("calql calql_stratdiff calql_dare synther", "all", "warmup_steps"): (5_000, "D4: else copies of one row"),
-    ("iql_synther synther iql_cfdg calql_ad2s iql_edis edis", "all", "terminal_flag"): (
+    ("iql_synther synther iql_cfdg calql_ad2s iql_ad2s iql_edis edis", "all", "terminal_flag"): (
         "classifier", "D21: the joint flag is hardly ever set"),
     ("iql_synther synther", "all", "utd"): (1, "D23: the backbone's"),
     ("iql_synther synther", "all", "diffusion_steps"): (50_000, "U30: AD2S's"),
     ("iql_synther synther", "all", "synthetic_rows"): (100_000, "U30: EDIS's"),
-    ("calql_ad2s", "all", "sample_churn"): (0.0, "D44: with churn nothing is left of the noised row"),
+    ("calql_ad2s iql_ad2s", "all", "sample_churn"): (0.0, "D44: with churn nothing is left of the noised row"),
     ("edis iql_edis", "all", "state_energy"): (1.0, "D41: the scales were tuned to another guidance"),
     ("edis iql_edis", "all", "policy_energy"): (1.0, "D41"),
     ("edis iql_edis", "all", "dynamics_energy"): (1.0, "D41"),
@@ -389,7 +390,7 @@ FROM_BACKBONE = {
     ("dual", "locomotion antmaze", "normalize_obs"): (True, "D59"),
     ("dual", "adroit", "dropout"): (0.0, "U55: the actor has none"),
     ("edis iql_edis", "all", "offline_frac"): (0.0, "D47: batches of own and generated rows"),
-    ("calql_ad2s", "all", "offline_frac"): (0.0, "U40: batches of own and generated rows"),
+    ("calql_ad2s iql_ad2s", "all", "offline_frac"): (0.0, "U40: batches of own and generated rows"),
 }
 BACKBONE = {stem: stem.split("_")[0] for stem in FILES if "_" in stem}
 BACKBONE |= {"synther": "calql", "edis": "calql", "dual": "iql", "pex": "iql"}
