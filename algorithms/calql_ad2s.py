@@ -343,6 +343,7 @@ class Aligner:
 
 
 # NEW: A from the critics, for --advantage q
+# --- shared: calql_ad2s.advantage ---
 class CriticAligner(Aligner):
     """An Aligner whose A from the critics is Q less its mean over uniform actions.  [§4.5]: U47"""
 
@@ -359,6 +360,9 @@ class CriticAligner(Aligner):
         obs, actions = rows[:, : self.obs_dim], rows[:, self.obs_dim : self.obs_dim + self.act_dim]
         q = [self.agent["qf"](obs, a.expand_as(actions)).amin(0) for a in self.random_actions]
         return self.agent["qf"](obs, actions).amin(0) - torch.stack(q).mean(0)
+
+
+# --- end shared: calql_ad2s.advantage ---
 
 
 # NEW: the diffusion model and what it generates, as in synther.py

@@ -123,6 +123,7 @@ NEEDS = {  # condition -> settings that have no effect without it: a flag for on
 }
 
 
+# --- shared: wsrl.networks ---
 def orthogonal(sizes: tuple, gains: list[float], copies: int) -> tuple[nn.ParameterList, nn.ParameterList]:
     """Weights (copies, in, out) orthogonal with the layer's gain, biases (copies, 1, out) zero.  [CORL]"""
     weights = [torch.empty(copies, i, o) for i, o in pairwise(sizes)]
@@ -216,6 +217,10 @@ def make_wsrl_nets(
     return nets
 
 
+# --- end shared: wsrl.networks ---
+
+
+# --- shared: wsrl.losses ---
 def q_of_drawn(qf: nn.Module, index: torch.Tensor, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
     """Q of M actions per state by the critics `index` (S,) alone: obs (B, O), actions (B, M, A) -> (S, B, M).
 
@@ -327,6 +332,10 @@ def losses(
     return td + cql_loss + lagrange_loss + policy_loss, {k: v.detach() for k, v in logs.items()}
 
 
+# --- end shared: wsrl.losses ---
+
+
+# --- shared: wsrl.returns ---
 def mc_returns(rewards: np.ndarray, ends: np.ndarray, gamma: float, failure: float | None) -> np.ndarray:
     """G_t = r_t + γ G_{t+1} within each episode, (N,) float32; rewards (N,) in training units.  [Cal-QL §5]
 
@@ -347,6 +356,10 @@ def mc_returns(rewards: np.ndarray, ends: np.ndarray, gamma: float, failure: flo
     return returns.astype(np.float32)
 
 
+# --- end shared: wsrl.returns ---
+
+
+# --- shared: wsrl.update ---
 def draw_critics(args: Args, device: torch.device) -> torch.Tensor:
     """Z for a target or a CQL term, (S,), uniform with replacement.  [REDQ Alg. 1; replacement: official code]"""
     return torch.randint(args.n_critics, (args.critic_subset,), device=device)
@@ -407,6 +420,9 @@ def update(
     loss, policy_logs = of_policy(nets, batch.obs, torch.randn_like(batch.actions))
     learn(opt, loss)
     return logs | policy_logs
+
+
+# --- end shared: wsrl.update ---
 
 
 def train(args: Args) -> dict[str, float]:

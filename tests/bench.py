@@ -735,6 +735,13 @@ def hours(stem: str, env: str, rates: dict[str, float]) -> dict[str, float]:
     return {k: v / rates.get(k.split()[0], math.nan) / 3600 for k, v in budget(stem, env).items()}
 
 
+def backbone_of(stem: str) -> str:
+    """Whose offline phase a method starts from, as in run_all.sh."""
+    if stem == "pex" or stem.startswith("iql_"):
+        return "iql"
+    return "wsrl" if stem.startswith("wsrl_") else "calql"
+
+
 def whole_list(rates: dict[str, dict[str, float]]) -> str:
     """Hours of the jobs of run_all.sh whose files have `rates`, with what they share counted once.
 
@@ -748,7 +755,7 @@ def whole_list(rates: dict[str, dict[str, float]]) -> str:
         own = stem in ("iql", "calql", "wsrl") or stem.endswith(
             "dual"
         )  # as in run_all.sh: DUAL's actor is its own
-        backbone = stem if own else "iql" if stem == "pex" or stem.startswith("iql_") else "calql"
+        backbone = stem if own else backbone_of(stem)
         module = importlib.import_module(f"algorithms.{stem}")
         a = run.with_presets(module.Args, module.ENV_PRESETS, env)
         for phase, time_taken in hours(stem, env, rates[stem]).items():

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from conftest import CPU, Killed, kill_after, log_rows, module, tiny_args
 
 from algorithms import calql_ad2s as ad2s
-from algorithms import iql_ad2s
+from algorithms import iql_ad2s, wsrl_ad2s
 from common import buffer, edm, judge, run
 
 OBS, ACT = 2, 1  # of the hand-made rows [s, s, a, r, s', s', terminal]
@@ -627,6 +628,50 @@ def test_who_sees_which_rows_and_when(frac, dataset, tmp_path, monkeypatch):
         assert len(obs) == 16 and set(obs[: 16 - n]) <= own and not set(obs[16 - n :]) & own
         if rows > 22:
             assert set(obs[16 - n :]) <= last
+
+
+@pytest.mark.parametrize(("algorithm", "step", "parts"), [(iql_ad2s, "losses", 1), (wsrl_ad2s, "update", 4)])
+def test_on_other_backbones_too_a_batch_is_own_and_generated_rows(
+    algorithm, step, parts, dataset, tmp_path, monkeypatch
+):
+    """A quarter of 16 rows, or of each of the four parts of WSRL's 64 (U89), is generated; none is the dataset's."""
+    seen, batches, original = {}, [], getattr(algorithm, step)
+    registered = run.Run.register
+
+    def register(self, **objects):
+        seen.update(objects)
+        registered(self, **objects)
+
+    def spied(nets, *rest):
+        batch = next(x for x in rest if isinstance(x, buffer.Batch))
+        if seen["online"].rows:
+            batches.append(batch)
+        return original(nets, *rest)
+
+    monkeypatch.setattr(run.Run, "register", register)
+    monkeypatch.setattr(algorithm, step, spied)
+    stem = algorithm.__name__.split(".")[1]
+    algorithm.train(tiny_args(stem, dataset=dataset, out_dir=tmp_path, synthetic_frac=0.25))
+    online = seen["online"]
+    own = {tuple(x) for x in online.table[: online.rows, : online.widths[0]].tolist()}
+    with h5py.File(dataset) as f:
+        theirs = {tuple(x) for x in f["observations"][()].tolist()}
+    assert len(batches) == 20
+    for batch in batches:
+        obs = [tuple(x) for x in batch.obs.tolist()]
+        assert len(obs) == 16 * parts and not set(obs) & theirs
+        assert [sum(x in own for x in obs[k::parts]) for k in range(parts)] == [12] * parts
+
+
+@pytest.mark.parametrize("algorithm", [iql_ad2s, wsrl_ad2s])
+@pytest.mark.parametrize("changes", [dict(advantage="q"), dict(noising_scale=1.0), dict(pgr=True)])
+def test_ablations_train_on_other_backbones(algorithm, changes, dataset, tmp_path):
+    stem = algorithm.__name__.split(".")[1]
+    settings = dict(dataset=dataset, online_steps=25, offline_steps=5, eval_every=25, eval_episodes=1)
+    result = algorithm.train(tiny_args(stem, out_dir=tmp_path, **settings | changes))
+    assert all(math.isfinite(result[k]) for k in ("offline_score", "final_score"))
+    reports = [int(row["step"]) for row in log_rows(tmp_path / stem) if row.get("syn/model_error")]
+    assert reports[:3] == [10, 11, 22]
 
 
 def test_generated_rows_have_no_bound(dataset, tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ BACKBONES = {stem: "iql" if stem.startswith("iql_") else "calql" for stem in FIL
     "dual": "iql",
     "pex": "iql",
     "wsrl": "wsrl",
+    "wsrl_ad2s": "wsrl",
 }
 STAND_IN = """#!/usr/bin/env bash
 here=${0%/*}
