@@ -39,7 +39,7 @@ Run      python algorithms/wsrl_ad2s.py --env walker2d-medium-v2 --seed 0
          Table 3: --advantage q | Tables 7, 8: --p-dr 0.3, --p-curi 0.3 | Table 9: --amplification 1.5
          Tables 10, 11: --beta-dr 1 --beta-curi 1 | the stochastic sampler --sample-churn 80 | PGR: --pgr
          the common start: --from-offline runs/wsrl/walker2d-medium-v2/seed0
-Cost     COSTLINE
+Cost     reacher-mini-v0 from WSRL's checkpoint: 190 CPU seconds; published sizes want a GPU (not measured there).
 """
 
 import math
