@@ -246,7 +246,7 @@ def frozen_q(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.T
 def td_loss(
     nets: nn.ModuleDict, batch: Batch, noise: torch.Tensor, index: torch.Tensor, gamma: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean over critics and rows of (Q_k - y)², y = r + γ (1 - terminated) max_a min_{k in Z} Q̂_k(s', a).  [REDQ Eq. 1]
+    """Mean over critics and rows of (Q_k - y)², y = r + γ (1 - terminated) max_a min_{k in Z} Q̂_k(s', a).  [REDQ Alg. 1]
 
     noise (B, M, A) N(0, I) for the M actions of π(s'), one without the max-target backup; index (S,) is Z; no entropy
     term [WSRL] -> loss (), Q (K, B).
@@ -500,7 +500,7 @@ def train(args: Args) -> dict[str, float]:
     for step in r.phase("online", args.online_steps):
         if episode := interaction.step(explore):
             r.record(step + 1, episode)
-        if step >= args.warmup_steps:  # before, the pre-trained policy collects [WSRL]
+        if step >= args.warmup_steps:  # before, the pre-trained policy collects [WSRL Alg. 1]
             r.log(step, step_fn())
         if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
             r.record(step + 1, evaluate(act, r.device))

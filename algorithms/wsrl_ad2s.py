@@ -768,7 +768,7 @@ def frozen_q(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.T
 def td_loss(
     nets: nn.ModuleDict, batch: Batch, noise: torch.Tensor, index: torch.Tensor, gamma: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean over critics and rows of (Q_k - y)², y = r + γ (1 - terminated) max_a min_{k in Z} Q̂_k(s', a).  [REDQ Eq. 1]
+    """Mean over critics and rows of (Q_k - y)², y = r + γ (1 - terminated) max_a min_{k in Z} Q̂_k(s', a).  [REDQ Alg. 1]
 
     noise (B, M, A) N(0, I) for the M actions of π(s'), one without the max-target backup; index (S,) is Z; no entropy
     term [WSRL] -> loss (), Q (K, B).
@@ -1038,7 +1038,7 @@ def train(args: Args) -> dict[str, float]:
             if episode := interaction.step(explore):
                 r.record(step + 1, episode)
             logs = scorer_fn()  # NEW [Algorithm 1, line 5]
-            if step >= args.warmup_steps:  # before, the pre-trained policy collects [WSRL]
+            if step >= args.warmup_steps:  # before, the pre-trained policy collects [WSRL Alg. 1]
                 logs = logs | step_fn()
             r.log(step, logs)
             if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
