@@ -768,10 +768,10 @@ def frozen_q(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.T
 def td_loss(
     nets: nn.ModuleDict, batch: Batch, noise: torch.Tensor, index: torch.Tensor, gamma: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean over critics and rows of (Q_k - y)², y = r + γ (1 - terminated) max_a min_{k in Z} Q̂_k(s', a).  [REDQ Alg. 1]
+    """Mean over critics and rows of (Q_k - y)², y = r + γ (1 - terminated) max_a min_{k in Z} Q̂_k(s', a).
 
     noise (B, M, A) N(0, I) for the M actions of π(s'), one without the max-target backup; index (S,) is Z; no entropy
-    term [WSRL] -> loss (), Q (K, B).
+    term [WSRL] -> loss (), Q (K, B).  [REDQ Alg. 1]
     """
     with torch.no_grad():
         mean, log_std = nets["actor"](batch.next_obs)
