@@ -43,6 +43,7 @@ printf -v large '%s ' antmaze-{medium,large}-{play,diverse}-v2
 printf -v antmaze '%s ' $small antmaze-large-{play,diverse}-v2
 printf -v human '%s ' {pen,door,relocate}-human-v1
 printf -v cloned '%s ' {pen,door,hammer,relocate}-cloned-v1
+printf -v walker2d '%s ' walker2d-{random,medium,medium-replay,medium-expert}-v2
 printf -v four '%s ' {hopper,halfcheetah,walker2d}-medium-v2 halfcheetah-medium-replay-v2
 printf -v shifted '%s ' halfcheetah-{friction,medium-replay-gravity}-2.0 hopper-kinematic-2.0 walker2d-morphology-2.0
 embedded="hopper-mini-v0 reacher-mini-v0"
@@ -54,6 +55,7 @@ method() { methods+="$1 " known+="${*:3} " cost[$1]=$2 tasks[$1]=${*:3}; } # NAM
 method iql             4 $twelve $antmaze $human $cloned
 method calql           85 $twelve $maze2d $antmaze $cloned $shifted
 method pex             5 $twelve $antmaze # CFDG Table 1; DARE Table 1
+method wsrl            20 $walker2d # AD2S Table 6
 method iql_dare        155 $nine $small # DARE Table 1
 method calql_dare      171 $nine $small
 method iql_stratdiff   137 $nine $small # StratDiff Table 1
@@ -64,11 +66,13 @@ method iql_edis        77 $twelve $antmaze $human $cloned # DARE 1; CFDG Figure 
 method edis            75 $twelve $maze2d $antmaze $cloned $shifted # DARE 1; AD2S 1, 5; DUAL 2, 3
 method iql_cfdg        79 $twelve $large $human # CFDG Tables 1, 4
 method calql_ad2s      101 $twelve $maze2d antmaze-umaze-diverse-v2 $large {pen,door}-cloned-v1 # AD2S Tables 1, 5
+method iql_ad2s        88 $walker2d # AD2S Table 6
+method wsrl_ad2s       95 $walker2d # AD2S Table 6
 method dual            80 $nine $antmaze $cloned hopper-friction-2.0 # DUAL Tables 1, 3, 4
 method calql_dual      254 $four $cloned $shifted # DUAL Tables 2, 3
 
 backbone() { # of a method: whose offline phase it can start from; both dual.py train an actor of their own
-  case $1 in iql | calql | *dual) ;; pex | iql_*) echo iql ;; *) echo calql ;; esac
+  case $1 in iql | calql | wsrl | *dual) ;; wsrl_*) echo wsrl ;; pex | iql_*) echo iql ;; *) echo calql ;; esac
 }
 refuse() { echo "error: $1: got $2; allowed: $3" >&2; exit 2; }
 among() { local p; for p in ${*:2}; do [[ $1 == $p ]] && return; done; return 1; } # NAME PATTERNS...

@@ -182,6 +182,7 @@ NEEDS = {  # condition -> settings that have no effect without it: a flag for on
 
 
 # NEW: AD2S's own, from here to calql.py's blocks: the two scorers, the scores, the selection; then the generator.
+# --- shared: calql_ad2s.aligner ---
 def scorer_net(
     inputs: int, hidden: int, outputs: int, activation: type[nn.Module], dropout: float
 ) -> nn.Module:
@@ -244,7 +245,8 @@ def amplified(c: torch.Tensor, amplification: float) -> torch.Tensor:
 class Aligner:
     """w_ψ and g_φ; the scores of all rows; D_re, the rows to regenerate, with their conditions.
 
-    `buffers` are the rows of the dataset and own rows: nothing else is learned from, scored or regenerated.
+    `buffers` are the rows of the dataset and own rows: nothing else is learned from, scored or regenerated. What A from
+    the critics of `agent` is, q_advantage says, of which each backbone has its own.
     """
 
     CHUNK = 100_000  # rows scored at once
@@ -264,12 +266,11 @@ class Aligner:
         self.opt = torch.optim.Adam(self.nets.parameters(), args.scorer_lr, **adam)
         self.moments = edm.Moments(width, 0, r.device)
         self.moments.fit([offline.table[: offline.rows, :width]])
-        self.random_actions = torch.rand(args.cql_n_actions, a, device=r.device) * 2 - 1  # once per run: U47
         self.loss = r.compiled(scorer_losses)
 
     def state(self) -> dict:
         """What a checkpoint holds, by name. Selections are not in it: they follow from the rest."""
-        return {f"aligner_{k}": getattr(self, k) for k in ("nets", "opt", "moments", "random_actions")}
+        return {f"aligner_{k}": getattr(self, k) for k in ("nets", "opt", "moments")}
 
     def inputs(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of a table (B, >= D) -> [s, a, r, s'] (B, D) in units of the dataset's moments, clipped: U44."""
@@ -286,12 +287,6 @@ class Aligner:
         loss.backward()
         self.opt.step()
         return logs
-
-    def q_advantage(self, rows: torch.Tensor) -> torch.Tensor:
-        """A = Q(s, a) - E[Q(s, ã)], ã uniform, Q the lesser critic: rows of a table (B, ...) -> (B,).  [§4.5]: U47"""
-        obs, actions = rows[:, : self.obs_dim], rows[:, self.obs_dim : self.obs_dim + self.act_dim]
-        q = [self.agent["qf"](obs, a.expand_as(actions)).amin(0) for a in self.random_actions]
-        return self.agent["qf"](obs, actions).amin(0) - torch.stack(q).mean(0)
 
     @torch.no_grad()
     def errors(self, rows: torch.Tensor) -> torch.Tensor:
@@ -342,6 +337,32 @@ class Aligner:
         both = self.scored["log_w"][n:], self.scored["log_w"][:n]
         aside = [set_aside(torch.arange(len(x), device=x.device)) for x in both]
         return tuple(x[i] if i.any() else x for x, i in zip(both, aside, strict=True))
+
+
+# --- end shared: calql_ad2s.aligner ---
+
+
+# NEW: A from the critics, for --advantage q
+# --- shared: calql_ad2s.advantage ---
+class CriticAligner(Aligner):
+    """An Aligner whose A from the critics is Q less its mean over uniform actions.  [§4.5]: U47"""
+
+    def __init__(self, r: run.Run, args: Args, agent: nn.ModuleDict, buffers: list[ReplayBuffer]):
+        super().__init__(r, args, agent, buffers)
+        uniform = torch.rand(args.cql_n_actions, self.act_dim, device=r.device)
+        self.random_actions = uniform * 2 - 1  # once per run: U47
+
+    def state(self) -> dict:
+        return super().state() | {"aligner_random_actions": self.random_actions}
+
+    def q_advantage(self, rows: torch.Tensor) -> torch.Tensor:
+        """A = Q(s, a) - E[Q(s, ã)], ã uniform, Q the least critic: rows of a table (B, ...) -> (B,).  [§4.5]: U47"""
+        obs, actions = rows[:, : self.obs_dim], rows[:, self.obs_dim : self.obs_dim + self.act_dim]
+        q = [self.agent["qf"](obs, a.expand_as(actions)).amin(0) for a in self.random_actions]
+        return self.agent["qf"](obs, actions).amin(0) - torch.stack(q).mean(0)
+
+
+# --- end shared: calql_ad2s.advantage ---
 
 
 # NEW: the diffusion model and what it generates, as in synther.py
@@ -566,6 +587,7 @@ def leaf_shares(tree: tuple | float, x: torch.Tensor) -> torch.Tensor:
 
 
 # NEW: the generator of D_re: told y, begun at the aligner's rows
+# --- shared: calql_ad2s.generator ---
 def first_step(sample_steps: int, noising_scale: float) -> int:
     """Index in the falling noise levels where partial noising starts: int(N (1 - μ)).  [§3.3; GTA]"""
     return min(int(sample_steps * (1 - noising_scale) + 1e-9), sample_steps - 1)
@@ -634,6 +656,9 @@ def method_settings(args: Args) -> Args:
         allowed = "less than 1, or --guidance-eta -1: else c is never learned"
         raise run.UsageError("--condition-dropout", dropout, allowed)
     return args
+
+
+# --- end shared: calql_ad2s.generator ---
 
 
 # From here to `train`: networks, losses, Monte-Carlo returns, optimizer of calql.py, as they are there.
@@ -950,7 +975,7 @@ def train(args: Args) -> dict[str, float]:
 
     # NEW: w_ψ and g_φ; the model, conditioned on y
     sources = [known, online]  # of all that follows
-    aligner = Aligner(r, args, nets, sources)
+    aligner = CriticAligner(r, args, nets, sources)
     features = Generator.features(args, offline)
     net = TransitionNet(features, args.diffusion_width, args.diffusion_depth, args.diffusion_time_dim)
     net = ConditionedNet(net, args.diffusion_time_dim)

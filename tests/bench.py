@@ -16,6 +16,8 @@ The textbooks follow public repositories, with the same networks, batches, numbe
   IQL      one module per network, an optimizer each, host-side numpy indices, fields gathered one by one, target update
            parameter by parameter, `.item()` of every loss at every step.
   Cal-QL   the same; critics one after the other, the ten actions of a kind together [CORL].
+  WSRL     the same, for one environment step: four steps of the critics, one of the actor; a module per critic, of the
+           targets the two drawn on the host alone, critics frozen in the actor's loss [REDQ].
   EDM      training: batches put together on the host, `.item()` of the loss, clipping, a schedule object, EMA parameter
            by parameter every 10th step. Sampling: three noise levels read back per step, noise drawn also where the
            churn is 0, a vector of sigmas filled for each evaluation [SynthER].
@@ -55,7 +57,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms import calql, iql, iql_dare, synther
+from algorithms import calql, iql, iql_dare, synther, wsrl
 from common import data, edm, run
 from common.buffer import Batch, ReplayBuffer, mix
 from common.run import CapturedStep, UsageError, pick_device
@@ -202,6 +204,59 @@ def calql_textbook(table: Batch, device: torch.device) -> Step:
             opt.step()
         follow(target1, q1)
         follow(target2, q2)
+
+    return step
+
+
+def wsrl_textbook(table: Batch, device: torch.device) -> Step:
+    """The update of WSRL for one environment step: 4 x 256 rows for ten critics, then 1,024 for the actor."""
+
+    def net(inputs: int, outputs: int) -> nn.Sequential:
+        first, second = (
+            nn.Sequential(nn.Linear(i, 256), nn.LayerNorm(256), nn.ReLU()) for i in (inputs, 256)
+        )
+        return nn.Sequential(first, second, nn.Linear(256, outputs)).to(device)
+
+    critics, pi = nn.ModuleList(net(OBS + ACT, 1) for _ in range(10)), net(OBS, 2 * ACT)
+    targets, raw_alpha = deepcopy(critics), torch.zeros(1, device=device, requires_grad=True)
+    q_opt = torch.optim.Adam(critics.parameters(), lr=3e-4)
+    pi_opt, alpha_opt = torch.optim.Adam(pi.parameters(), lr=1e-4), torch.optim.Adam([raw_alpha], lr=1e-4)
+    log = {}
+
+    def sample(obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_std = pi(obs).chunk(2, -1)
+        normal = torch.distributions.Normal(mean, log_std.exp().clamp(1e-5, 10))
+        squash = torch.distributions.transforms.TanhTransform(cache_size=1)
+        policy = torch.distributions.TransformedDistribution(normal, squash)
+        action = policy.rsample()
+        return action, policy.log_prob(action).sum(-1)
+
+    def step() -> None:
+        index = torch.as_tensor(np.random.randint(0, ROWS, size=1_024), device=device)
+        batch = [x[index] for x in table]
+        for s, a, r, s2, d in zip(*(x.split(256) for x in batch), strict=True):
+            with torch.no_grad():
+                s2a2 = torch.cat([s2, sample(s2)[0]], 1)
+                drawn = [targets[k](s2a2) for k in np.random.randint(0, 10, size=2)]
+                y = r + 0.99 * (1 - d) * torch.cat(drawn, 1).min(1).values
+            sa = torch.cat([s, a], 1)
+            q_loss = sum(F.mse_loss(q(sa).squeeze(1), y) for q in critics) / 10
+            log["q"] = q_loss.item()
+            learn(q_opt, q_loss)
+            for target, q in zip(targets, critics, strict=True):
+                follow(target, q)
+        new, log_pi = sample(batch[0])
+        critics.requires_grad_(False)
+        least = torch.cat([q(torch.cat([batch[0], new], 1)) for q in critics], 1).min(1).values
+        critics.requires_grad_(True)
+        alpha = F.softplus(raw_alpha)
+        pi_loss, alpha_loss = (
+            (alpha.detach() * log_pi - least).mean(),
+            -(alpha * (log_pi.detach() - ACT)).mean(),
+        )
+        log.update(pi=pi_loss.item(), alpha=alpha_loss.item())
+        learn(pi_opt, pi_loss)
+        learn(alpha_opt, alpha_loss)
 
     return step
 
@@ -382,6 +437,14 @@ def calql_step(offline: ReplayBuffer, device: torch.device, compiled: bool) -> S
     return step
 
 
+def wsrl_step(offline: ReplayBuffer, device: torch.device, compiled: bool) -> Step:
+    args, nets = wsrl.Args(), wsrl.make_wsrl_nets(OBS, ACT, 256, 2, 10, True).to(device)
+    opt = wsrl.make_wsrl_optimizer(nets, args.policy_lr, args.critic_lr, device)
+    losses = [torch.compile(f) if compiled else f for f in (wsrl.critic_losses, wsrl.policy_losses)]
+    rows = args.utd * args.batch_size
+    return lambda: wsrl.update(nets, opt, offline.sample(rows), *losses, args)
+
+
 def as_it_is(step: Step) -> Step:
     return step
 
@@ -436,6 +499,7 @@ def workloads(table: Batch, offline: ReplayBuffer, device: torch.device) -> dict
     both = [
         ("IQL update", partial(iql_textbook, *at), lambda c, capture: capture(iql_step(*on, c))),
         ("Cal-QL update", partial(calql_textbook, *at), lambda c, capture: capture(calql_step(*on, c))),
+        ("WSRL update", partial(wsrl_textbook, *at), lambda c, capture: capture(wsrl_step(*on, c))),
         ("EDM training step", partial(edm_textbook, *at), lambda c, capture: edm_step(*on, c, capture)),
         ("EDM sample", partial(sampling_textbook, device, chunk),
          lambda c, capture: capture(generator(*on, c).sample_step)),
@@ -671,6 +735,13 @@ def hours(stem: str, env: str, rates: dict[str, float]) -> dict[str, float]:
     return {k: v / rates.get(k.split()[0], math.nan) / 3600 for k, v in budget(stem, env).items()}
 
 
+def backbone_of(stem: str) -> str:
+    """Whose offline phase a method starts from, as in run_all.sh."""
+    if stem == "pex" or stem.startswith("iql_"):
+        return "iql"
+    return "wsrl" if stem.startswith("wsrl_") else "calql"
+
+
 def whole_list(rates: dict[str, dict[str, float]]) -> str:
     """Hours of the jobs of run_all.sh whose files have `rates`, with what they share counted once.
 
@@ -681,8 +752,10 @@ def whole_list(rates: dict[str, dict[str, float]]) -> str:
     jobs, once = [line.split()[-3:] for line in lines], {}
     jobs = [job for job in jobs if job[0] in rates]
     for stem, env, seed in jobs:
-        own = stem in ("iql", "calql") or stem.endswith("dual")  # as in run_all.sh: DUAL's actor is its own
-        backbone = stem if own else "iql" if stem == "pex" or stem.startswith("iql_") else "calql"
+        own = stem in ("iql", "calql", "wsrl") or stem.endswith(
+            "dual"
+        )  # as in run_all.sh: DUAL's actor is its own
+        backbone = stem if own else backbone_of(stem)
         module = importlib.import_module(f"algorithms.{stem}")
         a = run.with_presets(module.Args, module.ENV_PRESETS, env)
         for phase, time_taken in hours(stem, env, rates[stem]).items():

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from conftest import CPU, Killed, kill_after, log_rows, module, tiny_args
 
 from algorithms import calql_ad2s as ad2s
+from algorithms import iql_ad2s, wsrl_ad2s
 from common import buffer, edm, judge, run
 
 OBS, ACT = 2, 1  # of the hand-made rows [s, s, a, r, s', s', terminal]
@@ -28,7 +30,7 @@ def make_aligner(buffers, agent=None, **settings) -> ad2s.Aligner:
     """With identity moments; w_ψ and g_φ to be replaced."""
     args = ad2s.Args(scorer_hidden=4, diffusion_batch=64, cql_n_actions=3, **settings)
     r = SimpleNamespace(device=CPU, compiled=lambda f: f)
-    aligner = ad2s.Aligner(r, args, agent, buffers)
+    aligner = ad2s.CriticAligner(r, args, agent, buffers)
     aligner.moments.mean.zero_()
     aligner.moments.std.fill_(1)
     return aligner
@@ -140,7 +142,7 @@ def test_few_own_rows_are_not_memorised(capsys):
     buffers = [buffer.ReplayBuffer(n, 11, 3, CPU) for n in (20_000, 2_000)]
     for b, mean in zip(buffers, (0, shift), strict=True):
         b.append(F.pad(torch.randn(len(b.table), 26) + mean, (0, 1)))
-    aligner = ad2s.Aligner(SimpleNamespace(device=CPU, compiled=lambda f: f), preset, None, buffers)
+    aligner = ad2s.CriticAligner(SimpleNamespace(device=CPU, compiled=lambda f: f), preset, None, buffers)
     for _ in range(2_000):
         aligner.scorer_step()
     for b, mean in zip(buffers, (0, shift), strict=True):
@@ -335,6 +337,39 @@ def test_advantage_from_the_critics_by_hand():
     assert torch.allclose(s["log_u"] - s["log_w"], 10 * expected, atol=1e-5)
     agent["qf"] = lambda obs, a: torch.stack([obs[:, 0] + a[:, 0] ** 2, -100 + 3 * a[:, 0]])
     assert torch.allclose(aligner.scores()["advantage"], 3 * (actions - drawn.mean()), atol=1e-4)
+
+
+def test_on_iql_the_selection_by_its_value_network_by_hand():
+    """A = min Q̂(s, a) - V(s), of the targets, whatever the critics say: U88. Four rows, of which the best by u stay.
+
+    log w = s_0, e = |s' - s|², Q̂ = (2 a, 2 a + 5), V = s_1: A = 2 a - s_1; log u = s_0 + A; log y = 2 A + log e.
+    """
+    rows = [  # s, a, r, s', terminal
+        [0.5, 1.0, 0.5, 9.0, 0.5, 3.0, 0.0],  # A 0, log u 0.5, e 4, log y 1.39
+        [0.0, 0.0, 0.4, 0.0, 0.0, 1.0, 0.0],  # A 0.8, log u 0.8, e 1, log y 1.6
+        [0.3, -1.0, -0.2, 0.0, 0.3, -0.5, 0.0],  # A 0.6, log u 0.9, e 0.25, log y -0.19
+        [-1.0, 1.0, 0.9, 0.0, -1.0, 4.0, 0.0],  # A 0.8, log u -0.2, e 9, log y 3.80
+    ]
+    agent = {
+        "q_target": lambda _, a: torch.stack([2 * a[:, 0], 2 * a[:, 0] + 5]),
+        "qf": lambda _, a: torch.stack([-50 * a[:, 0]] * 2),
+        "vf": lambda obs: obs[:, 1],
+    }
+    settings = dict(scorer_hidden=4, advantage="q", beta_dr=1.0, beta_curi=2.0, p_dr=0.75, p_curi=2 / 3)
+    r, buffers = SimpleNamespace(device=CPU, compiled=lambda f: f), [table(rows[:3]), table(rows[3:])]
+    aligner = iql_ad2s.ValueAligner(r, iql_ad2s.Args(**settings), agent, buffers)
+    aligner.moments.mean.zero_()
+    aligner.moments.std.fill_(1)
+    aligner.nets["ratio"] = Function(lambda x: x[:, :1])
+    aligner.nets["dynamics"] = Function(lambda x: x[:, :OBS])
+    aligner.select()
+    s = aligner.scored
+    assert s["advantage"].tolist() == pytest.approx([0.0, 0.8, 0.6, 0.8], abs=1e-6)
+    assert s["log_u"].tolist() == pytest.approx([0.5, 0.8, 0.9, -0.2], abs=1e-6)
+    log_y = [math.log(4), 1.6, 1.2 + math.log(0.25), 1.6 + math.log(9)]
+    assert s["log_y"].tolist() == pytest.approx(log_y, abs=1e-5)
+    assert aligner.aligned.tolist() == [2, 1, 0]  # the own row, far from the policy, is out
+    assert aligner.chosen.tolist() == [0, 1] and torch.equal(aligner.reused, torch.tensor(rows[:2]))
 
 
 # ---- the conditioned model ----
@@ -593,6 +628,50 @@ def test_who_sees_which_rows_and_when(frac, dataset, tmp_path, monkeypatch):
         assert len(obs) == 16 and set(obs[: 16 - n]) <= own and not set(obs[16 - n :]) & own
         if rows > 22:
             assert set(obs[16 - n :]) <= last
+
+
+@pytest.mark.parametrize(("algorithm", "step", "parts"), [(iql_ad2s, "losses", 1), (wsrl_ad2s, "update", 4)])
+def test_on_other_backbones_too_a_batch_is_own_and_generated_rows(
+    algorithm, step, parts, dataset, tmp_path, monkeypatch
+):
+    """A quarter of 16 rows, or of each of the four parts of WSRL's 64 (U89), is generated; none is the dataset's."""
+    seen, batches, original = {}, [], getattr(algorithm, step)
+    registered = run.Run.register
+
+    def register(self, **objects):
+        seen.update(objects)
+        registered(self, **objects)
+
+    def spied(nets, *rest):
+        batch = next(x for x in rest if isinstance(x, buffer.Batch))
+        if seen["online"].rows:
+            batches.append(batch)
+        return original(nets, *rest)
+
+    monkeypatch.setattr(run.Run, "register", register)
+    monkeypatch.setattr(algorithm, step, spied)
+    stem = algorithm.__name__.split(".")[1]
+    algorithm.train(tiny_args(stem, dataset=dataset, out_dir=tmp_path, synthetic_frac=0.25))
+    online = seen["online"]
+    own = {tuple(x) for x in online.table[: online.rows, : online.widths[0]].tolist()}
+    with h5py.File(dataset) as f:
+        theirs = {tuple(x) for x in f["observations"][()].tolist()}
+    assert len(batches) == 20
+    for batch in batches:
+        obs = [tuple(x) for x in batch.obs.tolist()]
+        assert len(obs) == 16 * parts and not set(obs) & theirs
+        assert [sum(x in own for x in obs[k::parts]) for k in range(parts)] == [12] * parts
+
+
+@pytest.mark.parametrize("algorithm", [iql_ad2s, wsrl_ad2s])
+@pytest.mark.parametrize("changes", [dict(advantage="q"), dict(noising_scale=1.0), dict(pgr=True)])
+def test_ablations_train_on_other_backbones(algorithm, changes, dataset, tmp_path):
+    stem = algorithm.__name__.split(".")[1]
+    settings = dict(dataset=dataset, online_steps=25, offline_steps=5, eval_every=25, eval_episodes=1)
+    result = algorithm.train(tiny_args(stem, out_dir=tmp_path, **settings | changes))
+    assert all(math.isfinite(result[k]) for k in ("offline_score", "final_score"))
+    reports = [int(row["step"]) for row in log_rows(tmp_path / stem) if row.get("syn/model_error")]
+    assert reports[:3] == [10, 11, 22]
 
 
 def test_generated_rows_have_no_bound(dataset, tmp_path, monkeypatch):

@@ -200,7 +200,7 @@ def others(algorithm, name: str) -> list:
             with contextlib.suppress(run.UsageError):
                 run.check_limits(algorithm.Args(**{name: type(value)(x)}))
                 found.append(type(value)(x))
-        return [x for x in found if x != value]
+        return [x for x in found if x != value] or [0.5]
     return [Path("elsewhere")] if "Path" in str(hint) else []
 
 
@@ -312,7 +312,8 @@ def test_no_host_reads_in_updates(stem):
         "transition_step transition_loss null box "
         "rotate unroll take features read predict prediction_error observe gradient_step ensemble "
         "dual_losses boxed log_prob bounded_weight posterior_weight "
-        "pex_losses compose choice_probs"
+        "pex_losses compose choice_probs "
+        "normed q_of_drawn td_loss critic_losses policy_losses cql_gap draw_critics draw_offline learn follow"
     )
     reads = r"\.item\(|\.tolist\(|\.cpu\(|\.numpy\(|print\(|(?<!\.)\bfloat\(|nonzero"
     for node in ast.walk(tree):

@@ -102,6 +102,20 @@ PEX = dict(  # its code and README [B §3]; what DARE and StratDiff state of IQL
     expectile={"halfcheetah-random": 0.9}, inv_temp={"halfcheetah-random": 10.0},
 )  # fmt: skip
 
+# Its code [B §5, §2.6]: locomotion and AntMaze; Adroit, Maze2D: networks of its other Adroit, CORL: U80
+WSRL = dict(
+    offline_steps=(250_000, 1_000_000, 1_000_000, 250_000), online_steps=500_000, warmup_steps=5_000, utd=4,
+    batch_size=256, gamma=0.99, polyak=0.005, policy_lr=1e-4, critic_lr=3e-4,
+    n_critics=10, critic_subset=2, hidden=(256, 256, 512, 256), critic_layers=(2, 4, 3, 2),
+    state_std=(True, False, True, True),
+    calibrate=(False, True, True, False), cql_weight=(5.0, 5.0, 1.0, 5.0), cql_n_actions=10,
+    lagrange=(False, True, False, False), target_gap=(-1.0, 0.8, -1.0, -1.0),
+    max_target_backup=True, max_target_backup_online=(False, True, False, False), backup_entropy=False,
+    normalize_obs=False, reward_scale=(1.0, 10.0, 1.0, 1.0), reward_bias=(0.0, -5.0, 0.0, 0.0),
+    sparse_reward=(False, True, False, False), offline_frac=0.0, append_online=False,
+    eval_every=20_000, eval_episodes=20,
+)  # fmt: skip
+
 # ---- StratDiff, DARE ----
 
 GUIDED = dict(
@@ -286,6 +300,7 @@ PAPER = {
     "iql": [IQL, dict(normalize_reward={"locomotion": True})],  # IQL's own paper [B §1.4]
     "calql": [CAL_QL, dict(calibrate_online=True)],  # Cal-QL's own code [B §2.4]
     "pex": [IQL, PEX],
+    "wsrl": [WSRL],
     "iql_stratdiff": [IQL, STRATDIFF_IQL],
     "calql_stratdiff": [CAL_QL, STRATDIFF, REDUCED],
     "iql_dare": [IQL, DARE_IQL],
@@ -296,6 +311,8 @@ PAPER = {
     "edis": [CAL_QL, EDIS_CALQL, EDIS_CALQL_TASKS, EDIS_CALQL_LEARNER],
     "iql_cfdg": [IQL, CFDG],
     "calql_ad2s": [CAL_QL, AD2S],
+    "iql_ad2s": [IQL, AD2S],
+    "wsrl_ad2s": [WSRL, AD2S],
     "dual": [IQL, PLANNER, DUAL_IQL, FROZEN_LAKE],
     "calql_dual": [CAL_QL, PLANNER],
 }
@@ -307,14 +324,19 @@ DIFFERENCES = {
     ("pex", "all", "eval_random"): (0.0, "D71: deterministic evaluation, as in every file"),
     ("pex", "halfcheetah-random", "expectile"): (0.7, "D72: one offline phase with iql.py, for this and the next"),
     ("pex", "halfcheetah-random", "inv_temp"): (3.0, "D72"),
+    ("wsrl wsrl_ad2s", "all", "online_steps"): (200_000, "D80: AD2S's budget, for this and the next"),
+    ("wsrl wsrl_ad2s", "antmaze", "eval_every"): (10_000, "D80: as the other files"),
+    ("wsrl wsrl_ad2s", "antmaze maze2d", "eval_episodes"): (100, "D80"),
+    ("wsrl wsrl_ad2s", "locomotion adroit maze2d", "eval_every"): (5_000, "D80"),
+    ("wsrl wsrl_ad2s", "locomotion adroit", "eval_episodes"): (10, "D80"),
     ("calql", "all", "calibrate_online"): (False, "D3: off online, as in the papers on CORL's code"),
     ("calql calql_stratdiff calql_dare synther", "all", "warmup_steps"): (5_000, "D4: else copies of one row"),
-    ("iql_synther synther iql_cfdg calql_ad2s iql_edis edis", "all", "terminal_flag"): (
+    ("iql_synther synther iql_cfdg calql_ad2s iql_ad2s wsrl_ad2s iql_edis edis", "all", "terminal_flag"): (
         "classifier", "D21: the joint flag is hardly ever set"),
     ("iql_synther synther", "all", "utd"): (1, "D23: the backbone's"),
     ("iql_synther synther", "all", "diffusion_steps"): (50_000, "U30: AD2S's"),
     ("iql_synther synther", "all", "synthetic_rows"): (100_000, "U30: EDIS's"),
-    ("calql_ad2s", "all", "sample_churn"): (0.0, "D44: with churn nothing is left of the noised row"),
+    ("calql_ad2s iql_ad2s wsrl_ad2s", "all", "sample_churn"): (0.0, "D44: churn forgets the noised row"),
     ("edis iql_edis", "all", "state_energy"): (1.0, "D41: the scales were tuned to another guidance"),
     ("edis iql_edis", "all", "policy_energy"): (1.0, "D41"),
     ("edis iql_edis", "all", "dynamics_energy"): (1.0, "D41"),
@@ -369,7 +391,7 @@ FROM_BACKBONE = {
     ("dual", "locomotion antmaze", "normalize_obs"): (True, "D59"),
     ("dual", "adroit", "dropout"): (0.0, "U55: the actor has none"),
     ("edis iql_edis", "all", "offline_frac"): (0.0, "D47: batches of own and generated rows"),
-    ("calql_ad2s", "all", "offline_frac"): (0.0, "U40: batches of own and generated rows"),
+    ("calql_ad2s iql_ad2s", "all", "offline_frac"): (0.0, "U40: batches of own and generated rows"),
 }
 BACKBONE = {stem: stem.split("_")[0] for stem in FILES if "_" in stem}
 BACKBONE |= {"synther": "calql", "edis": "calql", "dual": "iql", "pex": "iql"}

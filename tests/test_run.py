@@ -44,7 +44,7 @@ def test_a_killed_run_resumes_to_the_same_result(stem, dataset, tmp_path, monkey
     deaths = 0
     for life in range(20):
         with monkeypatch.context() as patch:
-            kill_after(patch, buffer.ReplayBuffer, "draw", 13 + 7 * life)
+            kill_after(patch, buffer.ReplayBuffer, "draw", 7 + 5 * life)
             try:
                 module(stem).train(args)
                 break

@@ -16,7 +16,7 @@ from conftest import CPU
 from test_iql import CountDispatches
 from torch.utils.flop_counter import FlopCounterMode
 
-from algorithms import calql, iql, iql_dare, synther
+from algorithms import calql, iql, iql_dare, synther, wsrl
 from common import edm, run
 from common.buffer import Batch, ReplayBuffer
 
@@ -52,6 +52,7 @@ def small_batch(monkeypatch) -> None:
 OURS: dict[str, Callable] = {
     "IQL": lambda offline: bench.iql_step(offline, CPU, False),
     "Cal-QL": lambda offline: bench.calql_step(offline, CPU, False),
+    "WSRL": lambda offline: bench.wsrl_step(offline, CPU, False),
     "EDM": lambda offline: bench.edm_step(offline, CPU, False),
     "EDM sample": lambda offline: bench.generator(offline, CPU, False).sample_step,
     "behavior": lambda offline: bench.guide(offline, CPU, False).behavior_step,
@@ -60,6 +61,7 @@ OURS: dict[str, Callable] = {
 TEXTBOOKS: dict[str, Callable] = {
     "IQL": lambda: bench.iql_textbook(rows_of(11, 3), CPU),
     "Cal-QL": lambda: bench.calql_textbook(rows_of(11, 3), CPU),
+    "WSRL": lambda: bench.wsrl_textbook(rows_of(11, 3), CPU),
     "EDM": lambda: bench.edm_textbook(rows_of(11, 3), CPU),
     "behavior": lambda: bench.behavior_textbook(rows_of(11, 3), CPU),
 }
@@ -87,7 +89,7 @@ def flop(step: Callable) -> int:
     ("name", "most"),
     # As counted, a little rounded up; a sample is 255 evaluations, references are 15. Cal-QL's has 22 in the
     # density of the data, which is only logged, EDM's 18 in drawing from several buffers and normalising.
-    [("IQL", 150), ("Cal-QL", 265), ("EDM", 150), ("EDM sample", 12_500), ("behavior", 220),
+    [("IQL", 150), ("Cal-QL", 265), ("WSRL", 800), ("EDM", 150), ("EDM sample", 12_500), ("behavior", 220),
      ("references", 1_600)],
 )  # fmt: skip
 def test_operators_of_a_step_and_nothing_read_back(name, most, offline):
@@ -233,7 +235,27 @@ def edm_case(device: torch.device) -> tuple[Callable, Callable, Callable]:
     return edm.loss, call, learn
 
 
-CASES = {"IQL": iql_case, "Cal-QL": calql_case, "EDM": edm_case}
+def wsrl_case(device: torch.device) -> tuple[Callable, Callable, Callable]:
+    """The offline losses, which have those of an online update in them."""
+    nets, args = wsrl.make_wsrl_nets(5, 2, 8, 2, 4, True).double().to(device), wsrl.Args(cql_n_actions=1)
+    opt = wsrl.make_wsrl_optimizer(nets, 1e-3, 3e-3, device)
+    table = Batch(*(x.to(device) for x in rows_of(5, 2, torch.float64)))
+    critics = torch.tensor([0, 2], device=device), torch.tensor([1, 1], device=device)
+
+    def call(losses: Callable, index: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        batch = Batch(*(x.index_select(0, index) for x in table))
+        uniform, policy, backup, actor = noise[:, :10].split([2, 4, 2, 2], 1)
+        normal = policy.unflatten(1, (2, 2)), backup[:, None], actor
+        return losses(nets, batch, batch.rewards, (*critics, uniform[:, None].tanh(), *normal), args)[0]
+
+    def learn(loss: torch.Tensor) -> None:
+        wsrl.learn(opt, loss)
+        wsrl.follow(nets, 0.005)
+
+    return wsrl.losses, call, learn
+
+
+CASES = {"IQL": iql_case, "Cal-QL": calql_case, "WSRL": wsrl_case, "EDM": edm_case}
 UPDATES = 200
 
 
