@@ -682,7 +682,7 @@ def whole_list(rates: dict[str, dict[str, float]]) -> str:
     jobs = [job for job in jobs if job[0] in rates]
     for stem, env, seed in jobs:
         own = stem in ("iql", "calql") or stem.endswith("dual")  # as in run_all.sh: DUAL's actor is its own
-        backbone = stem if own else "iql" if stem == "pex" or stem.startswith("iql_") else "calql"
+        backbone = stem if own else "iql" if stem.startswith(("iql_", "pex")) else "calql"
         module = importlib.import_module(f"algorithms.{stem}")
         a = run.with_presets(module.Args, module.ENV_PRESETS, env)
         for phase, time_taken in hours(stem, env, rates[stem]).items():

@@ -295,6 +295,7 @@ PAPER = {
     "iql_edis": [IQL, EDIS_IQL, EDIS_IQL_TASKS, EDIS_IQL_LEARNER],
     "edis": [CAL_QL, EDIS_CALQL, EDIS_CALQL_TASKS, EDIS_CALQL_LEARNER],
     "iql_cfdg": [IQL, CFDG],
+    "pex_cfdg": [IQL, PEX, CFDG],
     "calql_ad2s": [CAL_QL, AD2S],
     "dual": [IQL, PLANNER, DUAL_IQL, FROZEN_LAKE],
     "calql_dual": [CAL_QL, PLANNER],
@@ -304,12 +305,12 @@ PAPER = {
 
 DIFFERENCES = {
     ("iql", "locomotion", "normalize_reward"): (False, "D2: raw rewards, as PEX and CORL"),
-    ("pex", "all", "eval_random"): (0.0, "D71: deterministic evaluation, as in every file"),
-    ("pex", "halfcheetah-random", "expectile"): (0.7, "D72: one offline phase with iql.py, for this and the next"),
-    ("pex", "halfcheetah-random", "inv_temp"): (3.0, "D72"),
+    ("pex pex_cfdg", "all", "eval_random"): (0.0, "D71: deterministic evaluation, as in every file"),
+    ("pex pex_cfdg", "halfcheetah-random", "expectile"): (0.7, "D72: iql.py's offline phase, for this and the next"),
+    ("pex pex_cfdg", "halfcheetah-random", "inv_temp"): (3.0, "D72"),
     ("calql", "all", "calibrate_online"): (False, "D3: off online, as in the papers on CORL's code"),
     ("calql calql_stratdiff calql_dare synther", "all", "warmup_steps"): (5_000, "D4: else copies of one row"),
-    ("iql_synther synther iql_cfdg calql_ad2s iql_edis edis", "all", "terminal_flag"): (
+    ("iql_synther synther iql_cfdg pex_cfdg calql_ad2s iql_edis edis", "all", "terminal_flag"): (
         "classifier", "D21: the joint flag is hardly ever set"),
     ("iql_synther synther", "all", "utd"): (1, "D23: the backbone's"),
     ("iql_synther synther", "all", "diffusion_steps"): (50_000, "U30: AD2S's"),
@@ -363,7 +364,7 @@ DIFFERENCES = {
 # (files, tasks, setting of the backbone) -> (the method's value, the note that says why); the first that fits holds
 RELEASE = "calql_dare calql_stratdiff iql_dare iql_stratdiff"
 FROM_BACKBONE = {
-    ("iql_cfdg", "all", "online_steps"): (1_000_000, "D40: the paper's budget"),
+    ("iql_cfdg pex_cfdg", "all", "online_steps"): (1_000_000, "D40: the paper's budget"),
     ("dual calql_dual", "all", "online_steps"): (1_000_000, "D59: the paper's budget"),
     ("dual", "all", "append_online"): (True, "D59: CORL's flavour"),
     ("dual", "locomotion antmaze", "normalize_obs"): (True, "D59"),

@@ -19,10 +19,7 @@ from conftest import FILES, ROOT, module
 from common import data, run
 
 SCRIPT = ROOT / "run_all.sh"
-BACKBONES = {stem: "iql" if stem.startswith("iql_") else "calql" for stem in FILES} | {
-    "dual": "iql",
-    "pex": "iql",
-}
+BACKBONES = {stem: "iql" if stem.startswith(("iql_", "pex")) else "calql" for stem in FILES} | {"dual": "iql"}
 STAND_IN = """#!/usr/bin/env bash
 here=${0%/*}
 if [[ $1 == -c ]]; then cat "$here/gpu"; exit; fi
