@@ -54,6 +54,7 @@ method() { methods+="$1 " known+="${*:3} " cost[$1]=$2 tasks[$1]=${*:3}; } # NAM
 method iql             4 $twelve $antmaze $human $cloned
 method calql           85 $twelve $maze2d $antmaze $cloned $shifted
 method pex             5 $twelve $antmaze # CFDG Table 1; DARE Table 1
+method apl             99 $twelve # CFDG Table 1
 method iql_dare        155 $nine $small # DARE Table 1
 method calql_dare      171 $nine $small
 method iql_stratdiff   137 $nine $small # StratDiff Table 1
@@ -69,7 +70,7 @@ method dual            80 $nine $antmaze $cloned hopper-friction-2.0 # DUAL Tabl
 method calql_dual      254 $four $cloned $shifted # DUAL Tables 2, 3
 
 backbone() { # of a method: whose offline phase it can start from; both dual.py train an actor of their own
-  case $1 in iql | calql | *dual) ;; pex* | iql_*) echo iql ;; *) echo calql ;; esac
+  case $1 in iql | calql | apl | *dual) ;; pex* | iql_*) echo iql ;; apl_*) echo apl ;; *) echo calql ;; esac
 }
 refuse() { echo "error: $1: got $2; allowed: $3" >&2; exit 2; }
 among() { local p; for p in ${*:2}; do [[ $1 == $p ]] && return; done; return 1; } # NAME PATTERNS...

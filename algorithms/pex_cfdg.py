@@ -28,7 +28,7 @@ Run      python algorithms/pex_cfdg.py --env hopper-medium-v2 --seed 0
          Table 3: no guidance --guidance-w 0 | nor labels --no-labels | no offline augmentation --online-label-frac 1
          the common start: --from-offline runs/iql/hopper-medium-v2/seed0
          a table with 200,000 online steps: --online-steps 200000 | cheaper sampling --sample-steps 32 --sample-churn 0
-Cost     reacher-mini-v0 from an offline phase: two and a half CPU minutes; published sizes want a GPU (not measured there).
+Cost     reacher-mini-v0 from an offline phase: two and a half CPU minutes; published sizes want a GPU (unmeasured).
 """
 
 import math

@@ -312,7 +312,8 @@ def test_no_host_reads_in_updates(stem):
         "transition_step transition_loss null box "
         "rotate unroll take features read predict prediction_error observe gradient_step ensemble "
         "dual_losses boxed log_prob bounded_weight posterior_weight "
-        "pex_losses compose choice_probs"
+        "pex_losses compose choice_probs "
+        "draw_oorb draw_pair learn"
     )
     reads = r"\.item\(|\.tolist\(|\.cpu\(|\.numpy\(|print\(|(?<!\.)\bfloat\(|nonzero"
     for node in ast.walk(tree):

@@ -102,6 +102,16 @@ PEX = dict(  # its code and README [B §3]; what DARE and StratDiff state of IQL
     expectile={"halfcheetah-random": 0.9}, inv_temp={"halfcheetah-random": 10.0},
 )  # fmt: skip
 
+APL = dict(  # its code, the form GCQL, which CFDG stands on [B §4]
+    offline_steps=1_000_000,  # CFDG §4.1; the code 100,000
+    online_steps=100_000,  # CFDG §4.1; code
+    batch_size=256, gamma=0.99, polyak=0.005, policy_lr=1e-4, critic_lr=3e-4, hidden=256, critic_layers=3,
+    critics=5, backup_critics=2, cql_weight=5.0, cql_n_actions=10, normalize_obs=False,
+    warmup_steps=1_000, utd=10,  # blocks of 1,000 environment and 10,000 gradient steps
+    fifo_prob=0.5, fifo_rows=20_000, fifo_from=10_000,
+    **EVALUATION | dict(eval_episodes=5),
+)  # fmt: skip
+
 # ---- StratDiff, DARE ----
 
 GUIDED = dict(
@@ -286,6 +296,7 @@ PAPER = {
     "iql": [IQL, dict(normalize_reward={"locomotion": True})],  # IQL's own paper [B §1.4]
     "calql": [CAL_QL, dict(calibrate_online=True)],  # Cal-QL's own code [B §2.4]
     "pex": [IQL, PEX],
+    "apl": [APL],
     "iql_stratdiff": [IQL, STRATDIFF_IQL],
     "calql_stratdiff": [CAL_QL, STRATDIFF, REDUCED],
     "iql_dare": [IQL, DARE_IQL],
@@ -308,6 +319,8 @@ DIFFERENCES = {
     ("pex pex_cfdg", "all", "eval_random"): (0.0, "D71: deterministic evaluation, as in every file"),
     ("pex pex_cfdg", "halfcheetah-random", "expectile"): (0.7, "D72: iql.py's offline phase, for this and the next"),
     ("pex pex_cfdg", "halfcheetah-random", "inv_temp"): (3.0, "D72"),
+    ("apl", "locomotion adroit", "eval_episodes"): (10, "D94: as every file"),
+    ("apl", "antmaze maze2d", "eval_episodes"): (100, "D94: as every file"),
     ("calql", "all", "calibrate_online"): (False, "D3: off online, as in the papers on CORL's code"),
     ("calql calql_stratdiff calql_dare synther", "all", "warmup_steps"): (5_000, "D4: else copies of one row"),
     ("iql_synther synther iql_cfdg pex_cfdg calql_ad2s iql_edis edis", "all", "terminal_flag"): (

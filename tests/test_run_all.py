@@ -19,7 +19,8 @@ from conftest import FILES, ROOT, module
 from common import data, run
 
 SCRIPT = ROOT / "run_all.sh"
-BACKBONES = {stem: "iql" if stem.startswith(("iql_", "pex")) else "calql" for stem in FILES} | {"dual": "iql"}
+BACKBONES = {stem: "iql" if stem.startswith(("iql_", "pex")) else "calql" for stem in FILES}
+BACKBONES |= {"dual": "iql"} | {stem: "apl" for stem in FILES if stem.startswith("apl")}
 STAND_IN = """#!/usr/bin/env bash
 here=${0%/*}
 if [[ $1 == -c ]]; then cat "$here/gpu"; exit; fi
@@ -179,7 +180,7 @@ def test_every_import_is_one_that_the_method_accepts(bench, monkeypatch):
         stem, env = Path(path).stem, flags[1]
         equal = offline_settings(stem, env) == offline_settings(BACKBONES[stem], env)
         given = {k: v for k, v in zip(flags[::2], flags[1::2], strict=True)}.get("--from-offline")
-        if stem in ("iql", "calql"):
+        if stem in ("iql", "calql", "apl"):
             assert given is None
         elif equal:
             assert given == f"{bench.out}/{BACKBONES[stem]}/{env}/seed0"

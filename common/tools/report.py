@@ -36,7 +36,7 @@ from common import data, judge, run
 PUBLISHED = Path(data.__file__).with_name("published.csv")
 METHODS = {  # file and what makes it another method -> method and backbone in published.csv
     "iql": ("base", "IQL"), "calql": ("base", "Cal-QL"), "calql calibrate=False": ("base", "CQL"),
-    "pex": ("base", "PEX"),
+    "pex": ("base", "PEX"), "apl": ("base", "APL"),
     "iql_dare": ("DARE", "IQL"), "calql_dare": ("DARE", "Cal-QL"),
     "iql_stratdiff": ("StratDiff", "IQL"), "calql_stratdiff": ("StratDiff", "Cal-QL"),
     "iql_synther": ("SynthER", "IQL"), "synther": ("SynthER", "Cal-QL"),
