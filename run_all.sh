@@ -65,6 +65,7 @@ method iql_edis        77 $twelve $antmaze $human $cloned # DARE 1; CFDG Figure 
 method edis            75 $twelve $maze2d $antmaze $cloned $shifted # DARE 1; AD2S 1, 5; DUAL 2, 3
 method iql_cfdg        79 $twelve $large $human # CFDG Tables 1, 4
 method pex_cfdg        80 $twelve $large # CFDG Table 1
+method apl_cfdg        170 $twelve # CFDG Table 1
 method calql_ad2s      101 $twelve $maze2d antmaze-umaze-diverse-v2 $large {pen,door}-cloned-v1 # AD2S Tables 1, 5
 method dual            80 $nine $antmaze $cloned hopper-friction-2.0 # DUAL Tables 1, 3, 4
 method calql_dual      254 $four $cloned $shifted # DUAL Tables 2, 3

@@ -106,6 +106,7 @@ NEEDS = {  # condition -> settings that have no effect without it: a flag for on
 }
 
 
+# --- shared: apl.critics ---
 def orthogonal(sizes: tuple, gains: list[float], copies: int) -> tuple[nn.ParameterList, nn.ParameterList]:
     """Weights (copies, in, out) orthogonal with the layer's gain, biases (copies, 1, out) zero.  [CORL]"""
     weights = [torch.empty(copies, i, o) for i, o in pairwise(sizes)]
@@ -129,6 +130,9 @@ class EnsembleQ(nn.Module):
         for weight, bias in hidden:
             x = torch.baddbmm(bias, x, weight).relu_()
         return torch.baddbmm(bias_out, x, weight_out).squeeze(-1)
+
+
+# --- end shared: apl.critics ---
 
 
 # --- shared: calql.actor ---
@@ -172,6 +176,7 @@ def squashed_log_prob(mean: torch.Tensor, log_std: torch.Tensor, actions: torch.
 # --- end shared: calql.actor ---
 
 
+# --- shared: apl.networks ---
 def make_apl_nets(obs_dim: int, act_dim: int, args: Args) -> nn.ModuleDict:
     """actor, qf, q_target (a frozen copy of qf: D90), and log_alpha as the parameter of `weights`."""
     nets, sizes = nn.ModuleDict(), (args.hidden, args.critic_layers, args.critics)
@@ -182,6 +187,9 @@ def make_apl_nets(obs_dim: int, act_dim: int, args: Args) -> nn.ModuleDict:
     nets["q_target"].load_state_dict(nets["qf"].state_dict())
     nets["q_target"].requires_grad_(False)
     return nets
+
+
+# --- end shared: apl.networks ---
 
 
 # --- shared: calql.losses ---
@@ -232,6 +240,7 @@ def draw_noise(rows: int, act_dim: int, n: int, device: torch.device) -> tuple[t
 # --- end shared: calql.losses ---
 
 
+# --- shared: apl.training ---
 def draw_pair(critics: int, backup_critics: int, device: torch.device) -> torch.Tensor:
     """Different critics for a TD target, (backup_critics,); every choice is as likely as any other.  [REDQ Alg. 1]"""
     return torch.rand(critics, device=device).topk(backup_critics).indices
@@ -309,6 +318,9 @@ def make_apl_optimizer(
     policy = {"params": [*nets["actor"].parameters(), nets["weights"]["log_alpha"]], "lr": policy_lr}
     critic = {"params": [*nets["qf"].parameters()], "lr": critic_lr}
     return torch.optim.Adam([policy, critic], fused=True, capturable=device.type == "cuda")
+
+
+# --- end shared: apl.training ---
 
 
 def train(args: Args) -> dict[str, float]:

@@ -12,7 +12,7 @@ from conftest import CPU, equal_states, final_state, log_rows, module, tiny_args
 from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
-from algorithms import apl
+from algorithms import apl, apl_cfdg
 from common import run
 from common.buffer import Batch, ReplayBuffer
 
@@ -260,3 +260,43 @@ def test_wrong_settings_are_refused(wrong, random_rows, tmp_path):
     name = "backup_critics" if "critics" in wrong else list(wrong)[-1]
     with pytest.raises(run.UsageError, match=run.flag(name)):
         apl.train(tiny_args("apl", dataset=random_rows, out_dir=tmp_path, **wrong))
+
+
+# ---- CFDG on APL ----
+
+
+def test_batches_have_a_third_of_generated_rows_of_both_labels_in_both_branches(
+    random_rows, tmp_path, monkeypatch
+):
+    """256 rows: all real until there are generated ones, then 171 and 68 + 17; weight 0 with newest own rows alone."""
+    seen, batches = {}, []
+    losses, init = apl_cfdg.losses, apl_cfdg.LabelledGenerator.__init__
+
+    def spy_init(g, r, args, offline, online):
+        init(g, r, args, offline, online)
+        seen.update(online=online, generator=g)
+
+    def spy(nets, batch, weight, draws, args):
+        end, kept, own = int(seen["generator"].boundary), seen["generator"].synthetic.obs, seen["online"].obs
+        known = [{tuple(row) for row in x.tolist()} for x in (kept[:end], kept[end:], own[-8:])]
+        rows = [tuple(row) for row in batch.obs.tolist()]
+        n_first, n_second, n_newest = (sum(row in x for row in rows) for x in known)
+        n_real = len(rows) - n_first - n_second
+        batches.append((n_real, n_first, n_second, float(weight), n_newest == n_real))
+        assert len(draws[0]) == len(rows)  # pessimism, where it is felt, is on generated rows too
+        return losses(nets, batch, weight, draws, args)
+
+    monkeypatch.setattr(apl_cfdg.LabelledGenerator, "__init__", spy_init)
+    monkeypatch.setattr(apl_cfdg, "losses", spy)
+    settings = dict(dataset=random_rows, out_dir=tmp_path, batch_size=256, warmup_steps=5, utd=2)
+    apl_cfdg.train(tiny_args("apl_cfdg", **settings))
+    assert [b[:3] for b in batches] == [(256, 0, 0)] * (20 + 10) + [(171, 68, 17)] * 40
+    assert all(newest == (weight == 0) for *_, weight, newest in batches[30:])
+    assert {b[3] for b in batches[:30]} == {5.0} and {b[3] for b in batches[30:]} == {0.0, 5.0}
+
+
+def test_without_a_regeneration_the_run_is_that_of_apl(random_rows, tmp_path):
+    ours = apl_cfdg.train(tiny_args("apl_cfdg", dataset=random_rows, out_dir=tmp_path / "a", regenerations=1))
+    theirs = apl.train(tiny_args("apl", dataset=random_rows, out_dir=tmp_path / "b"))
+    assert all(ours[k] == theirs[k] for k in ("offline_score", "final_score", "score_last4"))
+    assert log_rows(tmp_path / "a") == log_rows(tmp_path / "b")

@@ -307,6 +307,7 @@ PAPER = {
     "edis": [CAL_QL, EDIS_CALQL, EDIS_CALQL_TASKS, EDIS_CALQL_LEARNER],
     "iql_cfdg": [IQL, CFDG],
     "pex_cfdg": [IQL, PEX, CFDG],
+    "apl_cfdg": [APL, CFDG, dict(online_steps=100_000)],
     "calql_ad2s": [CAL_QL, AD2S],
     "dual": [IQL, PLANNER, DUAL_IQL, FROZEN_LAKE],
     "calql_dual": [CAL_QL, PLANNER],
@@ -319,11 +320,11 @@ DIFFERENCES = {
     ("pex pex_cfdg", "all", "eval_random"): (0.0, "D71: deterministic evaluation, as in every file"),
     ("pex pex_cfdg", "halfcheetah-random", "expectile"): (0.7, "D72: iql.py's offline phase, for this and the next"),
     ("pex pex_cfdg", "halfcheetah-random", "inv_temp"): (3.0, "D72"),
-    ("apl", "locomotion adroit", "eval_episodes"): (10, "D94: as every file"),
-    ("apl", "antmaze maze2d", "eval_episodes"): (100, "D94: as every file"),
+    ("apl apl_cfdg", "locomotion adroit", "eval_episodes"): (10, "D94: as every file"),
+    ("apl apl_cfdg", "antmaze maze2d", "eval_episodes"): (100, "D94: as every file"),
     ("calql", "all", "calibrate_online"): (False, "D3: off online, as in the papers on CORL's code"),
     ("calql calql_stratdiff calql_dare synther", "all", "warmup_steps"): (5_000, "D4: else copies of one row"),
-    ("iql_synther synther iql_cfdg pex_cfdg calql_ad2s iql_edis edis", "all", "terminal_flag"): (
+    ("iql_synther synther iql_cfdg pex_cfdg apl_cfdg calql_ad2s iql_edis edis", "all", "terminal_flag"): (
         "classifier", "D21: the joint flag is hardly ever set"),
     ("iql_synther synther", "all", "utd"): (1, "D23: the backbone's"),
     ("iql_synther synther", "all", "diffusion_steps"): (50_000, "U30: AD2S's"),

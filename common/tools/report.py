@@ -41,7 +41,7 @@ METHODS = {  # file and what makes it another method -> method and backbone in p
     "iql_stratdiff": ("StratDiff", "IQL"), "calql_stratdiff": ("StratDiff", "Cal-QL"),
     "iql_synther": ("SynthER", "IQL"), "synther": ("SynthER", "Cal-QL"),
     "iql_edis": ("EDIS", "IQL"), "edis": ("EDIS", "Cal-QL"), "iql_cfdg": ("CFDG", "IQL"),
-    "pex_cfdg": ("CFDG", "PEX"),
+    "pex_cfdg": ("CFDG", "PEX"), "apl_cfdg": ("CFDG", "APL"),
     "calql_ad2s": ("AD2S", "Cal-QL"), "calql_ad2s pgr=True": ("PGR", "Cal-QL"),
     "dual": ("DUAL", "IQL"), "calql_dual": ("DUAL", "Cal-QL"),
 }  # fmt: skip
