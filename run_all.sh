@@ -54,7 +54,7 @@ method() { methods+="$1 " known+="${*:3} " cost[$1]=$2 tasks[$1]=${*:3}; } # NAM
 method iql             4 $twelve $antmaze $human $cloned
 method calql           85 $twelve $maze2d $antmaze $cloned $shifted
 method pex             5 $twelve $antmaze # CFDG Table 1; DARE Table 1
-method apl             99 $twelve # CFDG Table 1
+method apl             337 $twelve # CFDG Table 1
 method iql_dare        155 $nine $small # DARE Table 1
 method calql_dare      171 $nine $small
 method iql_stratdiff   137 $nine $small # StratDiff Table 1
@@ -65,7 +65,7 @@ method iql_edis        77 $twelve $antmaze $human $cloned # DARE 1; CFDG Figure 
 method edis            75 $twelve $maze2d $antmaze $cloned $shifted # DARE 1; AD2S 1, 5; DUAL 2, 3
 method iql_cfdg        79 $twelve $large $human # CFDG Tables 1, 4
 method pex_cfdg        80 $twelve $large # CFDG Table 1
-method apl_cfdg        170 $twelve # CFDG Table 1
+method apl_cfdg        243 $twelve # CFDG Table 1
 method calql_ad2s      101 $twelve $maze2d antmaze-umaze-diverse-v2 $large {pen,door}-cloned-v1 # AD2S Tables 1, 5
 method dual            80 $nine $antmaze $cloned hopper-friction-2.0 # DUAL Tables 1, 3, 4
 method calql_dual      254 $four $cloned $shifted # DUAL Tables 2, 3

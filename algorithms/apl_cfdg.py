@@ -28,7 +28,7 @@ Metrics  those of apl.py; loss/diffusion (< 1); syn/* of each regeneration: comm
 Run      python algorithms/apl_cfdg.py --env hopper-medium-v2 --seed 0
          no guidance --guidance-w 0 | nor labels --no-labels | no offline augmentation --online-label-frac 1
          the common start: --from-offline runs/apl/hopper-medium-v2/seed0 | cheaper: --sample-steps 32 --sample-churn 0
-Cost     reacher-mini-v0 from an offline phase: @@ CPU minutes; published sizes want a GPU (unmeasured).
+Cost     reacher-mini-v0 from an offline phase: four CPU minutes; published sizes want a GPU (unmeasured).
 """
 
 import math
@@ -113,7 +113,7 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
         diffusion_time_dim=64, diffusion_lr=1e-3, sample_steps=32, sample_churn=0.0, sample_batch=5_000,
     ) for k in ("hopper-mini", "reacher-mini")},
     "hopper-mini-v0": dict(offline_steps=8_000, eval_episodes=20),
-    "reacher-mini-v0": dict(offline_steps=4_000, eval_episodes=50),
+    "reacher-mini-v0": dict(offline_steps=4_000, eval_episodes=50, cql_weight=2.0),
 }  # fmt: skip
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
     "offline_steps", "batch_size", "gamma", "polyak", "policy_lr", "critic_lr", "hidden", "critic_layers",
@@ -633,6 +633,7 @@ def draw_oorb(offline: ReplayBuffer, online: ReplayBuffer, n: int, args: Args) -
     coin = torch.rand((), device=own.device) < args.fifo_prob
     recent = coin & (own > args.fifo_from)
     back = offline.draw(n, torch.where(recent, own.clamp(max=args.fifo_rows), everything))
+    # one of the two is meant; the other's index need only exist
     from_own = online.take((own - 1 - back).clamp(min=0))
     from_dataset = offline.take((everything - 1 - back).minimum(offline.size - 1))
     mine = back < own
