@@ -30,8 +30,8 @@ Metrics  loss/{q,actor,alpha}; cql/gap is logsumexp - Q on data, of every batch,
          of recent rows, half of the lines later on; alpha/entropy; policy/log_prob; policy/data_log_prob of the data.
 Run      python algorithms/apl.py --env hopper-medium-v2 --seed 0
          always pessimistic: --fifo-prob 0 | as released: --offline-steps 100000 | one update per step: --utd 1
-Cost     reacher-mini-v0: two and a half minutes on one CPU core. Published sizes: 2.5 gradient steps a second on one core,
-         of 2M in all; the pessimism that recent batches do not feel is computed all the same. GPU not measured.
+Cost     reacher-mini-v0: two and a half minutes on one CPU core. Published sizes: 2.5 gradient steps a second on a
+         core, of 2M in all; the pessimism that recent batches do not feel is computed all the same. GPU not measured.
 Fails    AntMaze: calql.py's deeper critics, reward scale and backup are what CQL needs there.
 """
 
