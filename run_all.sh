@@ -56,6 +56,7 @@ method iql             4 $twelve $antmaze $human $cloned
 method calql           85 $twelve $maze2d $antmaze $cloned $shifted
 method pex             5 $twelve $antmaze # CFDG Table 1; DARE Table 1
 method wsrl            20 $walker2d # AD2S Table 6
+method apl             337 $twelve # CFDG Table 1
 method iql_dare        155 $nine $small # DARE Table 1
 method calql_dare      171 $nine $small
 method iql_stratdiff   137 $nine $small # StratDiff Table 1
@@ -65,6 +66,8 @@ method synther         84 $twelve $maze2d # AD2S Table 1
 method iql_edis        77 $twelve $antmaze $human $cloned # DARE 1; CFDG Figure 3, Table 4; DUAL Tables 1, 3
 method edis            75 $twelve $maze2d $antmaze $cloned $shifted # DARE 1; AD2S 1, 5; DUAL 2, 3
 method iql_cfdg        79 $twelve $large $human # CFDG Tables 1, 4
+method pex_cfdg        80 $twelve $large # CFDG Table 1
+method apl_cfdg        243 $twelve # CFDG Table 1
 method calql_ad2s      101 $twelve $maze2d antmaze-umaze-diverse-v2 $large {pen,door}-cloned-v1 # AD2S Tables 1, 5
 method iql_ad2s        88 $walker2d # AD2S Table 6
 method wsrl_ad2s       95 $walker2d # AD2S Table 6
@@ -72,7 +75,12 @@ method dual            80 $nine $antmaze $cloned hopper-friction-2.0 # DUAL Tabl
 method calql_dual      254 $four $cloned $shifted # DUAL Tables 2, 3
 
 backbone() { # of a method: whose offline phase it can start from; both dual.py train an actor of their own
-  case $1 in iql | calql | wsrl | *dual) ;; wsrl_*) echo wsrl ;; pex | iql_*) echo iql ;; *) echo calql ;; esac
+  case $1 in
+    iql | calql | apl | wsrl | *dual) ;;
+    pex* | iql_*) echo iql ;;
+    apl_* | wsrl_*) echo "${1%%_*}" ;;
+    *) echo calql ;;
+  esac
 }
 refuse() { echo "error: $1: got $2; allowed: $3" >&2; exit 2; }
 among() { local p; for p in ${*:2}; do [[ $1 == $p ]] && return; done; return 1; } # NAME PATTERNS...

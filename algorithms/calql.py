@@ -201,7 +201,7 @@ def make_calql_nets(obs_dim: int, act_dim: int, hidden: int, critic_layers: int)
 
 # --- shared: calql.losses ---
 def q_of_many(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """Q of M actions per state: obs (B, O), actions (B, M, A) -> (2, B, M).
+    """Q of M actions per state: obs (B, O), actions (B, M, A) -> (K, B, M) of K critics.
 
     One evaluation on a GPU; on a CPU some states at a time, so that what lies between the layers stays in its cache.
     """
@@ -211,7 +211,7 @@ def q_of_many(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.
         qf(o.repeat_interleave(many, 0), a.flatten(0, 1))
         for o, a in zip(obs.split(states), actions.split(states), strict=True)
     ]
-    return torch.cat(parts, 1).view(2, rows, many)
+    return torch.cat(parts, 1).view(-1, rows, many)
 
 
 def conservative_gap(

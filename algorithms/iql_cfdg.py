@@ -136,18 +136,17 @@ NEEDS = {  # condition -> settings that have no effect without it: a flag for on
 
 
 # NEW: CFDG's own, from here to iql.py's blocks: shares of a batch, labels; then the generator.
+# --- shared: iql_cfdg.labels ---
 def online_label_share(args: Args) -> float:
     """Of generated rows; all of them if there are no labels."""
     return args.online_label_frac if args.labels else 1.0
 
 
-def batch_counts(args: Args) -> tuple[int, int, int, int]:
-    """Rows of a batch once there are generated ones: own, dataset, online label, offline label.  [§4.1], U44"""
+def label_counts(args: Args) -> tuple[int, int]:
+    """Generated rows of a batch: online label, offline label.  [§4.1]"""
     n_synthetic = round(args.synthetic_frac * args.batch_size)
-    n_real = args.batch_size - n_synthetic
-    n_offline = math.ceil(args.offline_frac * n_real - 0.5)  # own experience has the odd row
     n_first = round(online_label_share(args) * n_synthetic)
-    return n_real - n_offline, n_offline, n_first, n_synthetic - n_first
+    return n_first, n_synthetic - n_first
 
 
 OFFLINE, ONLINE, NULL = 0, 1, 2  # labels; ∅ stands for either
@@ -163,6 +162,21 @@ class LabelledNet(nn.Module):
 
     def forward(self, x: torch.Tensor, c_noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return self.net(x, c_noise, self.rows(labels))
+
+
+# --- end shared: iql_cfdg.labels ---
+
+
+# --- shared: iql_cfdg.counts ---
+def batch_counts(args: Args) -> tuple[int, int, int, int]:
+    """Rows of a batch once there are generated ones: own, dataset, online label, offline label.  [§4.1], U44"""
+    n_labels = label_counts(args)
+    n_real = args.batch_size - sum(n_labels)
+    n_offline = math.ceil(args.offline_frac * n_real - 0.5)  # own experience has the odd row
+    return n_real - n_offline, n_offline, *n_labels
+
+
+# --- end shared: iql_cfdg.counts ---
 
 
 # NEW: the diffusion model and what it generates, as in synther.py
@@ -387,6 +401,7 @@ def leaf_shares(tree: tuple | float, x: torch.Tensor) -> torch.Tensor:
 
 
 # NEW: the generator of both labels
+# --- shared: iql_cfdg.generator ---
 class LabelledGenerator(Generator):
     """A Generator of both labels. Of the rows it keeps, the first `boundary` have the online label, the rest the other.
 
@@ -435,7 +450,7 @@ class LabelledGenerator(Generator):
     def refill(self, k: int, gradient: edm.Denoiser | None = None) -> None:
         super().refill(k, gradient)
         end, rows = int(self.boundary), self.synthetic.rows
-        if not end or (rows == end and batch_counts(self.args)[3]):
+        if not end or (rows == end and label_counts(self.args)[1]):
             raise FloatingPointError("no generated row of one label is finite")
 
     def sample(self, n_online: int, n_offline: int) -> Batch:
@@ -445,6 +460,9 @@ class LabelledGenerator(Generator):
             others = self.synthetic.draw(n_offline, self.synthetic.size - self.boundary)
             index = torch.cat([index, self.boundary + others])
         return self.synthetic.take(index)
+
+
+# --- end shared: iql_cfdg.generator ---
 
 
 # From here to `train`: networks, losses, optimizer of iql.py, as they are there.

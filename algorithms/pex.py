@@ -268,6 +268,7 @@ def restart_optimizer(opt: torch.optim.Adam, lr: float) -> None:
 
 
 # NEW: the method. Outside the NEW sections this file is algorithms/iql.py.
+# --- shared: pex.composition ---
 def choice_probs(q: torch.Tensor, choice_inv_temp: float) -> torch.Tensor:
     """P_w[i] = exp(κ Q(s, a_i)) / Σ_j exp(κ Q(s, a_j)), q (K, B) of K policies -> (K, B).  [PEX, composition]"""
     return torch.softmax(choice_inv_temp * q, 0)
@@ -323,6 +324,9 @@ def pex_losses(
     logs |= {"q/mean": q.mean(), "adv/mean": adv.mean(), "log_std/mean": log_std.mean()}
     logs |= {"pex/online_share": chosen.to(q).mean(), "pex/adv": adv_composed.mean()}
     return v_loss + q_loss + actor_loss, {k: x.detach() for k, x in logs.items()}
+
+
+# --- end shared: pex.composition ---
 
 
 def train(args: Args) -> dict[str, float]:

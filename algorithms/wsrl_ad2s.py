@@ -669,7 +669,7 @@ def norms(hidden: int, layers: int, copies: int) -> tuple[nn.ParameterList, nn.P
     return nn.ParameterList(gains), nn.ParameterList([torch.zeros_like(x) for x in gains])
 
 
-class EnsembleQ(nn.Module):
+class NormedEnsembleQ(nn.Module):
     """K critics as stacked weights, one batched matmul per layer: obs (B, O), actions (B, A) -> (K, B).  [WSRL]"""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: int, layers: int, copies: int):
@@ -731,8 +731,8 @@ def make_wsrl_nets(
     """actor, qf, q_target (a frozen copy of qf); `weights`, whose softplus is α and α', 1 at first."""
     nets, one = nn.ModuleDict(), math.log(math.e - 1)
     nets["actor"] = NormedActor(obs_dim, act_dim, hidden, state_std)
-    nets["qf"] = EnsembleQ(obs_dim, act_dim, hidden, critic_layers, n_critics)
-    nets["q_target"] = EnsembleQ(obs_dim, act_dim, hidden, critic_layers, n_critics)
+    nets["qf"] = NormedEnsembleQ(obs_dim, act_dim, hidden, critic_layers, n_critics)
+    nets["q_target"] = NormedEnsembleQ(obs_dim, act_dim, hidden, critic_layers, n_critics)
     nets["weights"] = nn.ParameterDict({k: torch.tensor(one) for k in ("raw_alpha", "raw_alpha_prime")})
     nets["q_target"].load_state_dict(nets["qf"].state_dict())
     nets["q_target"].requires_grad_(False)

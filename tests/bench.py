@@ -18,6 +18,8 @@ The textbooks follow public repositories, with the same networks, batches, numbe
   Cal-QL   the same; critics one after the other, the ten actions of a kind together [CORL].
   WSRL     the same, for one environment step: four steps of the critics, one of the actor; a module per critic, of the
            targets the two drawn on the host alone, critics frozen in the actor's loss [REDQ].
+  APL      as Cal-QL, five critics and an optimizer each; a batch of recent rows, every other one, has no pessimism to
+           compute. Ours computes it for all batches, so that one graph serves both [APL0].
   EDM      training: batches put together on the host, `.item()` of the loss, clipping, a schedule object, EMA parameter
            by parameter every 10th step. Sampling: three noise levels read back per step, noise drawn also where the
            churn is 0, a vector of sigmas filled for each evaluation [SynthER].
@@ -57,7 +59,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms import calql, iql, iql_dare, synther, wsrl
+from algorithms import apl, calql, iql, iql_dare, synther, wsrl
 from common import data, edm, run
 from common.buffer import Batch, ReplayBuffer, mix
 from common.run import CapturedStep, UsageError, pick_device
@@ -261,6 +263,61 @@ def wsrl_textbook(table: Batch, device: torch.device) -> Step:
     return step
 
 
+def apl_textbook(table: Batch, device: torch.device) -> Step:
+    """One gradient step of APL online: every other one on recent rows, by TD alone."""
+    critics = [relu_mlp(OBS + ACT, 3, 1, device) for _ in range(5)]
+    pi, targets = relu_mlp(OBS, 3, 2 * ACT, device), deepcopy(critics)
+    log_alpha = torch.zeros(1, device=device, requires_grad=True)
+    q_opts = [torch.optim.Adam(q.parameters(), lr=3e-4) for q in critics]
+    pi_opt, alpha_opt = torch.optim.Adam(pi.parameters(), lr=1e-4), torch.optim.Adam([log_alpha], lr=1e-4)
+    log, steps = {}, count()
+
+    def sample(obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_std = pi(obs).chunk(2, -1)
+        normal = torch.distributions.Normal(mean, log_std.clamp(-5, 2).exp())
+        u = normal.rsample()
+        action = torch.tanh(u)
+        return action, (normal.log_prob(u) - torch.log(1 - action**2 + 1e-6)).sum(-1)
+
+    def step() -> None:
+        recent = next(steps) % 2 == 1
+        first = ROWS - 20_000 if recent else 0
+        index = torch.as_tensor(np.random.randint(first, ROWS, size=256), device=device)
+        s, a, r, s2, d = (x[index] for x in table)
+        new, log_pi = sample(s)
+        alpha_loss = -(log_alpha * (log_pi.detach() - ACT)).mean()
+        log["alpha"] = alpha_loss.item()
+        learn(alpha_opt, alpha_loss)
+        sn = torch.cat([s, new], 1)
+        values = torch.stack([q(sn).squeeze(1) for q in critics])
+        pi_loss = (log_alpha.exp().detach() * log_pi - values.mean(0)).mean()
+        pi_opt.zero_grad()
+        pi_loss.backward()
+        with torch.no_grad():
+            s2a2 = torch.cat([s2, sample(s2)[0]], 1)
+            pair = np.random.choice(5, 2, replace=False)
+            y = r + 0.99 * (1 - d) * torch.min(*(targets[k](s2a2) for k in pair)).squeeze(1)
+            now, later = (x[:, None].repeat(1, 10, 1).view(-1, OBS) for x in (s, s2))
+            uniform = torch.rand(2_560, ACT, device=device) * 2 - 1
+            drawn = [(uniform, torch.full((2_560,), -ACT * math.log(2), device=device))]
+            drawn += [] if recent else [sample(now), sample(later)]
+        losses = []
+        for q in critics:
+            q_data = q(torch.cat([s, a], 1)).squeeze(1)
+            losses.append(F.mse_loss(q_data, y))
+            if not recent:
+                terms = [(q(torch.cat([now, b], 1)).squeeze(1) - p).view(256, 10) for b, p in drawn]
+                losses[-1] = losses[-1] + 5.0 * (torch.logsumexp(torch.cat(terms, 1), 1) - q_data).mean()
+        for opt, loss in zip(q_opts, losses, strict=True):
+            learn(opt, loss)
+        pi_opt.step()
+        log.update(pi=pi_loss.item(), q=[x.item() for x in losses])
+        for target, q in zip(targets, critics, strict=True):
+            follow(target, q)
+
+    return step
+
+
 def transition_net(device: torch.device) -> nn.Module:
     """The textbooks' EDM network: ours, for the same arithmetic."""
     a, features = synther.Args(), 2 * OBS + ACT + 2
@@ -445,6 +502,25 @@ def wsrl_step(offline: ReplayBuffer, device: torch.device, compiled: bool) -> St
     return lambda: wsrl.update(nets, opt, offline.sample(rows), *losses, args)
 
 
+def apl_step(offline: ReplayBuffer, device: torch.device, compiled: bool) -> Step:
+    args = apl.Args()
+    nets = apl.make_apl_nets(OBS, ACT, args).to(device)
+    opt = apl.make_apl_optimizer(nets, args.policy_lr, args.critic_lr, device)
+    losses = torch.compile(apl.losses) if compiled else apl.losses
+    online = offline.like(args.fifo_rows)
+    online.append(offline.table[: args.fifo_rows])
+
+    def step() -> dict:
+        batch, recent = apl.draw_oorb(offline, online, args.batch_size, args)
+        noise = apl.draw_noise(args.batch_size, ACT, args.cql_n_actions, device)
+        draws = *noise, apl.draw_pair(args.n_critics, args.critic_subset, device)
+        loss, logs = losses(nets, batch, args.cql_weight * ~recent, draws, args)
+        apl.update(nets, opt, loss, args.polyak)
+        return logs
+
+    return step
+
+
 def as_it_is(step: Step) -> Step:
     return step
 
@@ -500,6 +576,7 @@ def workloads(table: Batch, offline: ReplayBuffer, device: torch.device) -> dict
         ("IQL update", partial(iql_textbook, *at), lambda c, capture: capture(iql_step(*on, c))),
         ("Cal-QL update", partial(calql_textbook, *at), lambda c, capture: capture(calql_step(*on, c))),
         ("WSRL update", partial(wsrl_textbook, *at), lambda c, capture: capture(wsrl_step(*on, c))),
+        ("APL update", partial(apl_textbook, *at), lambda c, capture: capture(apl_step(*on, c))),
         ("EDM training step", partial(edm_textbook, *at), lambda c, capture: edm_step(*on, c, capture)),
         ("EDM sample", partial(sampling_textbook, device, chunk),
          lambda c, capture: capture(generator(*on, c).sample_step)),
@@ -737,9 +814,8 @@ def hours(stem: str, env: str, rates: dict[str, float]) -> dict[str, float]:
 
 def backbone_of(stem: str) -> str:
     """Whose offline phase a method starts from, as in run_all.sh."""
-    if stem == "pex" or stem.startswith("iql_"):
-        return "iql"
-    return "wsrl" if stem.startswith("wsrl_") else "calql"
+    starts = {"iql": "iql", "pex": "iql", "apl": "apl", "wsrl": "wsrl"}
+    return starts.get(stem.split("_")[0], "calql")
 
 
 def whole_list(rates: dict[str, dict[str, float]]) -> str:
@@ -752,9 +828,7 @@ def whole_list(rates: dict[str, dict[str, float]]) -> str:
     jobs, once = [line.split()[-3:] for line in lines], {}
     jobs = [job for job in jobs if job[0] in rates]
     for stem, env, seed in jobs:
-        own = stem in ("iql", "calql", "wsrl") or stem.endswith(
-            "dual"
-        )  # as in run_all.sh: DUAL's actor is its own
+        own = stem.endswith("dual")  # as in run_all.sh: DUAL's actor is its own
         backbone = stem if own else backbone_of(stem)
         module = importlib.import_module(f"algorithms.{stem}")
         a = run.with_presets(module.Args, module.ENV_PRESETS, env)

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from conftest import Killed, equal_states, final_state, kill_after, log_rows, module, tiny_args
 
-from algorithms import pex
+from algorithms import pex, pex_cfdg
 from common import data, run
 from common.buffer import Batch
 
@@ -163,3 +163,58 @@ def test_it_starts_from_iql(dataset, tmp_path):
 def test_wrong_settings_are_refused(wrong, dataset, tmp_path):
     with pytest.raises(run.UsageError, match=run.flag(next(iter(wrong)))):
         pex.train(tiny_args("pex", dataset=dataset, out_dir=tmp_path, **wrong))
+
+
+# ---- CFDG on PEX ----
+
+
+def test_the_new_policy_sees_only_the_states_of_generated_rows():
+    """Other actions, rewards and successors of a batch leave its gradient as it is, and move the critics'."""
+    torch.manual_seed(0)
+    obs, draws = torch.randn(8, 2), (torch.randn(8, 1), torch.rand(8))
+    gradients = []
+    for shift in (0.0, 1.0):
+        nets = toy()
+        batch = Batch(obs, torch.full((8, 1), shift), torch.full((8,), shift), obs + shift, torch.zeros(8))
+        pex_cfdg.pex_losses(nets, Mean(0.1), batch, draws, pex_cfdg.Args())[0].backward()
+        gradients.append([nets["actor"].mean.grad.item(), nets["qf"].slope.grad.item()])
+    assert gradients[0][0] == gradients[1][0] != 0 and gradients[0][1] != gradients[1][1]
+
+
+def test_batches_are_thirds_and_the_diffusion_model_learns_from_dataset_and_own_rows(
+    random_rows, tmp_path, monkeypatch
+):
+    """256 rows: half dataset, half own, until there are generated ones; then 86 own, 85 dataset, 68 + 17 generated."""
+    seen, batches, sources = {}, [], []
+    losses, restart = pex_cfdg.pex_losses, pex_cfdg.Generator.restart
+    init = pex_cfdg.LabelledGenerator.__init__
+
+    def spy_init(g, r, args, offline, online):
+        init(g, r, args, offline, online)
+        seen.update(offline=offline, online=online, generator=g)
+
+    def spy_losses(nets, offline_actor, batch, draws, args):
+        end, kept = int(seen["generator"].boundary), seen["generator"].synthetic.obs
+        tables = seen["online"].obs, seen["offline"].obs, kept[:end], kept[end:]
+        known = [{tuple(row) for row in x.tolist()} for x in tables]
+        batches.append([sum(tuple(row) in x for row in batch.obs.tolist()) for x in known])
+        return losses(nets, offline_actor, batch, draws, args)
+
+    monkeypatch.setattr(pex_cfdg.LabelledGenerator, "__init__", spy_init)
+
+    def spy_restart(g, buffers, weights):
+        sources.append(len(buffers))
+        restart(g, buffers, weights)
+
+    monkeypatch.setattr(pex_cfdg.Generator, "restart", spy_restart)
+    monkeypatch.setattr(pex_cfdg, "pex_losses", spy_losses)
+    args = tiny_args("pex_cfdg", dataset=random_rows, out_dir=tmp_path, batch_size=256, warmup_steps=5)
+    pex_cfdg.train(args)
+    assert batches == [[128, 128, 0, 0]] * 5 + [[86, 85, 68, 17]] * 20 and sources == [2, 2]
+
+
+def test_without_a_regeneration_the_run_is_that_of_pex(random_rows, tmp_path):
+    ours = pex_cfdg.train(tiny_args("pex_cfdg", dataset=random_rows, out_dir=tmp_path / "a", regenerations=1))
+    theirs = pex.train(tiny_args("pex", dataset=random_rows, out_dir=tmp_path / "b"))
+    assert all(ours[k] == theirs[k] for k in ("offline_score", "final_score", "score_last4"))
+    assert log_rows(tmp_path / "a") == log_rows(tmp_path / "b")

@@ -116,6 +116,16 @@ WSRL = dict(
     eval_every=20_000, eval_episodes=20,
 )  # fmt: skip
 
+APL = dict(  # its code, the form GCQL, which CFDG stands on [B §4]
+    offline_steps=1_000_000,  # CFDG §4.1; the code 100,000
+    online_steps=100_000,  # CFDG §4.1; code
+    batch_size=256, gamma=0.99, polyak=0.005, policy_lr=1e-4, critic_lr=3e-4, hidden=256, critic_layers=3,
+    n_critics=5, critic_subset=2, cql_weight=5.0, cql_n_actions=10, normalize_obs=False,
+    warmup_steps=1_000, utd=10,  # blocks of 1,000 environment and 10,000 gradient steps
+    fifo_prob=0.5, fifo_rows=20_000, fifo_from=10_000,
+    **EVALUATION | dict(eval_episodes=5),
+)  # fmt: skip
+
 # ---- StratDiff, DARE ----
 
 GUIDED = dict(
@@ -301,6 +311,7 @@ PAPER = {
     "calql": [CAL_QL, dict(calibrate_online=True)],  # Cal-QL's own code [B §2.4]
     "pex": [IQL, PEX],
     "wsrl": [WSRL],
+    "apl": [APL],
     "iql_stratdiff": [IQL, STRATDIFF_IQL],
     "calql_stratdiff": [CAL_QL, STRATDIFF, REDUCED],
     "iql_dare": [IQL, DARE_IQL],
@@ -310,6 +321,8 @@ PAPER = {
     "iql_edis": [IQL, EDIS_IQL, EDIS_IQL_TASKS, EDIS_IQL_LEARNER],
     "edis": [CAL_QL, EDIS_CALQL, EDIS_CALQL_TASKS, EDIS_CALQL_LEARNER],
     "iql_cfdg": [IQL, CFDG],
+    "pex_cfdg": [IQL, PEX, CFDG],
+    "apl_cfdg": [APL, CFDG, dict(online_steps=100_000)],
     "calql_ad2s": [CAL_QL, AD2S],
     "iql_ad2s": [IQL, AD2S],
     "wsrl_ad2s": [WSRL, AD2S],
@@ -319,20 +332,22 @@ PAPER = {
 
 # ---- where we differ on purpose: (files, tasks, setting) -> (our value, the note that says why) ----
 
+GENERATORS = "iql_synther synther iql_cfdg pex_cfdg apl_cfdg calql_ad2s iql_ad2s wsrl_ad2s iql_edis edis"
 DIFFERENCES = {
     ("iql", "locomotion", "normalize_reward"): (False, "D2: raw rewards, as PEX and CORL"),
-    ("pex", "all", "eval_random"): (0.0, "D71: deterministic evaluation, as in every file"),
-    ("pex", "halfcheetah-random", "expectile"): (0.7, "D72: one offline phase with iql.py, for this and the next"),
-    ("pex", "halfcheetah-random", "inv_temp"): (3.0, "D72"),
+    ("pex pex_cfdg", "all", "eval_random"): (0.0, "D71: deterministic evaluation, as in every file"),
+    ("pex pex_cfdg", "halfcheetah-random", "expectile"): (0.7, "D72: iql.py's offline phase, for this and the next"),
+    ("pex pex_cfdg", "halfcheetah-random", "inv_temp"): (3.0, "D72"),
     ("wsrl wsrl_ad2s", "all", "online_steps"): (200_000, "D80: AD2S's budget, for this and the next"),
     ("wsrl wsrl_ad2s", "antmaze", "eval_every"): (10_000, "D80: as the other files"),
     ("wsrl wsrl_ad2s", "antmaze maze2d", "eval_episodes"): (100, "D80"),
     ("wsrl wsrl_ad2s", "locomotion adroit maze2d", "eval_every"): (5_000, "D80"),
     ("wsrl wsrl_ad2s", "locomotion adroit", "eval_episodes"): (10, "D80"),
+    ("apl apl_cfdg", "locomotion adroit", "eval_episodes"): (10, "D94: as every file"),
+    ("apl apl_cfdg", "antmaze maze2d", "eval_episodes"): (100, "D94: as every file"),
     ("calql", "all", "calibrate_online"): (False, "D3: off online, as in the papers on CORL's code"),
     ("calql calql_stratdiff calql_dare synther", "all", "warmup_steps"): (5_000, "D4: else copies of one row"),
-    ("iql_synther synther iql_cfdg calql_ad2s iql_ad2s wsrl_ad2s iql_edis edis", "all", "terminal_flag"): (
-        "classifier", "D21: the joint flag is hardly ever set"),
+    (GENERATORS, "all", "terminal_flag"): ("classifier", "D21: the joint flag is hardly ever set"),
     ("iql_synther synther", "all", "utd"): (1, "D23: the backbone's"),
     ("iql_synther synther", "all", "diffusion_steps"): (50_000, "U30: AD2S's"),
     ("iql_synther synther", "all", "synthetic_rows"): (100_000, "U30: EDIS's"),
@@ -385,7 +400,7 @@ DIFFERENCES = {
 # (files, tasks, setting of the backbone) -> (the method's value, the note that says why); the first that fits holds
 RELEASE = "calql_dare calql_stratdiff iql_dare iql_stratdiff"
 FROM_BACKBONE = {
-    ("iql_cfdg", "all", "online_steps"): (1_000_000, "D40: the paper's budget"),
+    ("iql_cfdg pex_cfdg", "all", "online_steps"): (1_000_000, "D40: the paper's budget"),
     ("dual calql_dual", "all", "online_steps"): (1_000_000, "D59: the paper's budget"),
     ("dual", "all", "append_online"): (True, "D59: CORL's flavour"),
     ("dual", "locomotion antmaze", "normalize_obs"): (True, "D59"),

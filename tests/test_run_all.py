@@ -19,11 +19,9 @@ from conftest import FILES, ROOT, module
 from common import data, run
 
 SCRIPT = ROOT / "run_all.sh"
-BACKBONES = {stem: "iql" if stem.startswith("iql_") else "calql" for stem in FILES} | {
-    "dual": "iql",
-    "pex": "iql",
-    "wsrl": "wsrl",
-    "wsrl_ad2s": "wsrl",
+BACKBONES = {stem: "iql" if stem.startswith(("iql_", "pex")) else "calql" for stem in FILES}
+BACKBONES |= {"dual": "iql"} | {
+    stem: stem.split("_")[0] for stem in FILES if stem.startswith(("apl", "wsrl"))
 }
 STAND_IN = """#!/usr/bin/env bash
 here=${0%/*}

@@ -36,12 +36,12 @@ from common import data, judge, run
 PUBLISHED = Path(data.__file__).with_name("published.csv")
 METHODS = {  # file and what makes it another method -> method and backbone in published.csv
     "iql": ("base", "IQL"), "calql": ("base", "Cal-QL"), "calql calibrate=False": ("base", "CQL"),
-    "pex": ("base", "PEX"),
-    "wsrl": ("base", "WSRL"),
+    "pex": ("base", "PEX"), "apl": ("base", "APL"), "wsrl": ("base", "WSRL"),
     "iql_dare": ("DARE", "IQL"), "calql_dare": ("DARE", "Cal-QL"),
     "iql_stratdiff": ("StratDiff", "IQL"), "calql_stratdiff": ("StratDiff", "Cal-QL"),
     "iql_synther": ("SynthER", "IQL"), "synther": ("SynthER", "Cal-QL"),
     "iql_edis": ("EDIS", "IQL"), "edis": ("EDIS", "Cal-QL"), "iql_cfdg": ("CFDG", "IQL"),
+    "pex_cfdg": ("CFDG", "PEX"), "apl_cfdg": ("CFDG", "APL"),
     "calql_ad2s": ("AD2S", "Cal-QL"), "iql_ad2s": ("AD2S", "IQL"), "wsrl_ad2s": ("AD2S", "WSRL"),
     "calql_ad2s pgr=True": ("PGR", "Cal-QL"),
     "dual": ("DUAL", "IQL"), "calql_dual": ("DUAL", "Cal-QL"),
