@@ -22,7 +22,7 @@ Notes    D1 all losses from the parameters before the step; one backward, one op
             makes 100,000: --offline-steps 100000.
          D94 evaluations as in every file, over 10 episodes; the code's are over 5.
          U1 embedded tasks: sizes for minutes on one core, 2 updates per step, and FIFO and its start as large a part of
-            6,000 online steps as published (a fifth, a tenth, which is less than the warm-up); not a published setting.
+            6,000 online steps as published (a fifth; a tenth, before updates begin); α_cql 2 on Reacher; unpublished.
          U3 optimizers and temperature go on unchanged at the switch [code].
          U90 AntMaze, Adroit, Maze2D: neither APL nor CFDG has APL there; the same settings, without much hope.
 Metrics  loss/{q,actor,alpha}; cql/gap is logsumexp - Q on data, of every batch, recent ones that do not feel it too;
