@@ -115,7 +115,7 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
         diffusion_time_dim=64, diffusion_lr=1e-3, sample_steps=32, sample_churn=0.0, sample_batch=5_000,
     ) for k in ("hopper-mini", "reacher-mini")},
     "hopper-mini-v0": dict(offline_steps=15_000, eval_episodes=20),
-    "reacher-mini-v0": dict(offline_steps=4_000, eval_episodes=50),
+    "reacher-mini-v0": dict(offline_steps=4_000, eval_episodes=50, choice_inv_temp=0.1),  # U70
 }  # fmt: skip
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
     "offline_steps", "batch_size", "gamma", "polyak", "expectile", "inv_temp", "lr", "hidden",
