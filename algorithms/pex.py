@@ -29,7 +29,8 @@ Run      python algorithms/pex.py --env hopper-medium-v2 --seed 0
          CFDG's budget: --online-steps 1000000 | the choice by chance: --choice-inv-temp 0
 Cost     reacher-mini-v0 from an offline phase: half a CPU minute. Three more passes of critics and actors than iql.py.
 Fails    where Q ranks noise above π_β (few rows, narrow data), a_θ of standard deviation 1 is taken and scores fall in
-         the first steps, the more the harder the choice: κ = 10 ends 9 points below IQL on Reacher, 0.1 ends 2 below; AntMaze with τ = 0.7 (default of the code) learns nothing: its README has 0.9.
+         the first steps, the more the harder the choice: κ = 10 ends 9 points below IQL on Reacher, 0.1 ends 2 below;
+         AntMaze with τ = 0.7 (default of the code) learns nothing: its README has 0.9.
 """
 
 import math
