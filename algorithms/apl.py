@@ -74,7 +74,7 @@ class Args:
     hidden: Count = 256  # width of the hidden layers [code]
     critic_layers: Count = 3  # hidden layers of each critic [code]
     n_critics: Count = 5  # K, in the ensemble [code]
-    critic_subset: Count = 2  # |Z|, critics drawn for a TD target, whose least counts [code]
+    critic_subset: Count = 2  # |Z|, critics drawn for a target [code]
     cql_weight: Weight = 5.0  # α_cql offline; online too, on batches of the growing buffer [code]
     cql_n_actions: Count = 10  # of each of three kinds: uniform, π(s), π(s') [code]
     normalize_obs: bool = False  # (obs - mean) / (std + 1e-3) of the dataset [CORL]

@@ -82,7 +82,7 @@ class Args:
     hidden: Count = 256  # width of the hidden layers [WSRL]
     critic_layers: Count = 2  # hidden layers of each critic [WSRL]; the actor has 2
     n_critics: Count = 10  # K, in the ensemble [WSRL]
-    critic_subset: Count = 2  # |Z|, critics drawn for a target and for the CQL term [WSRL, REDQ]
+    critic_subset: Count = 2  # |Z|, critics drawn for a target [WSRL, REDQ]; WSRL: for the CQL term too
     state_std: bool = True  # σ depends on the state; else one number per action dimension [WSRL: AntMaze]
     cql_weight: Weight = 5.0  # α_cql offline [WSRL]
     cql_n_actions: Count = 10  # of each of three kinds: uniform, π(s), π(s') [WSRL]
