@@ -471,13 +471,13 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def look(name: str) -> dict[str, Any]:
-    """Colour by method, solid on Cal-QL, dashed on IQL."""
+    """Colour by method, backbones thick and grey; dashed on IQL."""
     kind, backbone = METHODS.get(name, (name, "IQL" if name.startswith("iql") else "Cal-QL"))
     known = ("base", "DARE", "StratDiff", "EDIS", "AD2S", "DUAL", "CFDG")
     color = f"C{order([k for k, _ in METHODS.values()] + [kind], known).index(kind)}"
     style = "--" if backbone == "IQL" else "-"
     color = {"CQL": "black"}.get(backbone, "0.5" if kind == "base" else color)
-    return {"color": color, "linestyle": style, "linewidth": 1.3, "label": name}
+    return {"color": color, "linestyle": style, "linewidth": 2.5 if kind == "base" else 1.3, "label": name}
 
 
 def line_of(runs: list[Found], phase: str, column: str) -> tuple[list[float], np.ndarray, np.ndarray]:
