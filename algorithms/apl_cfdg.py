@@ -641,7 +641,7 @@ def toss(args: Args, online: ReplayBuffer, update: int) -> bool:
     they do not feel.
     """
     coin = np.random.default_rng((args.seed, update)).random()
-    return online.rows > args.fifo_from and coin < args.fifo_prob
+    return coin < args.fifo_prob and online.rows > args.fifo_from
 
 
 def draw_oorb(offline: ReplayBuffer, online: ReplayBuffer, n: int, recent: bool, args: Args) -> Batch:
