@@ -25,22 +25,24 @@ Notes    D1 all losses from the parameters before the step; one backward, one op
             6,000 online steps as published (a fifth; a tenth, before updates begin); α_cql 2 on Reacher; unpublished.
          U3 optimizers and temperature go on unchanged at the switch [code].
          U90 AntMaze, Adroit, Maze2D: neither APL nor CFDG has APL there; the same settings, without much hope.
-Metrics  loss/{q,actor,alpha}; cql/gap is logsumexp - Q on data, of every batch, recent ones that do not feel it too;
+Metrics  loss/{q,actor,alpha}; cql/gap is logsumexp - Q on data, of batches that feel it;
          q/mean; q/spread, standard deviation over the five: large where data are few; apl/recent: 1 if the batch was
          of recent rows, half of the lines later on; alpha/entropy; policy/log_prob; policy/data_log_prob of the data.
 Run      python algorithms/apl.py --env hopper-medium-v2 --seed 0
          always pessimistic: --fifo-prob 0 | as released: --offline-steps 100000 | one update per step: --utd 1
-Cost     reacher-mini-v0: two and a half minutes on one CPU core. Published sizes: 2.5 gradient steps a second on a
-         core, of 2M in all; the pessimism that recent batches do not feel is computed all the same. GPU not measured.
+Cost     reacher-mini-v0: two CPU minutes. Published sizes: 3 gradient steps a second on one core online, of 2M in all.
+         GPU not measured.
 Fails    AntMaze: calql.py's deeper critics, reward scale and backup are what CQL needs there.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -248,60 +250,75 @@ def draw_pair(n_critics: int, critic_subset: int, device: torch.device) -> torch
 
 
 def losses(
-    nets: nn.ModuleDict, batch: Batch, weight: float | torch.Tensor, draws: tuple, args: Args
+    nets: nn.ModuleDict, batch: Batch, weight: float, draws: tuple, args: Args
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Sum of the losses of critics, actor and α, which share no parameter; from the old parameters: D1.
 
-    weight = α_cql, a number or (), 0 for recent rows; draws: the two of draw_noise, and the pair of draw_pair.
+    weight = α_cql, 0 for recent rows: what it would weigh is not computed then. draws: the two of draw_noise, and the
+    pair of draw_pair.
     """
     n, (uniform, normal, pair) = args.cql_n_actions, draws
     rows, act_dim = batch.actions.shape
     of_both = nets["actor"](torch.cat([batch.obs, batch.next_obs]))  # one pass, (2B, A) each
-    (mean, next_mean), (log_std, next_log_std) = (x[:, None].split(rows) for x in of_both)
+    of_each = [x[:, None].split(rows) for x in of_both]
+    (mean, next_mean), (log_std, next_log_std) = of_each
     # the actor's own action (B, 1, A) and its log π (B, 1), with gradient
     new_actions, log_pi = squash(mean, log_std, normal[:, 3 * n :])
-    with torch.no_grad():  # n of π(s), n of π(s'), the backup's of π(s')
-        means = torch.cat([mean.expand(-1, n, -1), next_mean.expand(-1, n + 1, -1)], 1)
-        log_stds = torch.cat([log_std.expand(-1, n, -1), next_log_std.expand(-1, n + 1, -1)], 1)
-        sampled, sampled_log_prob = squash(means, log_stds, normal[:, : 2 * n + 1])
-        q_all = nets["q_target"](batch.next_obs, sampled[:, 2 * n])  # (K, B)
+    with torch.no_grad():
+        next_actions, _ = squash(next_mean, next_log_std, normal[:, 2 * n : 2 * n + 1])
+        q_all = nets["q_target"](batch.next_obs, next_actions[:, 0])  # (K, B)
         q_next = q_all.index_select(0, pair).amin(0)  # no entropy term [code]
         target = batch.rewards + args.gamma * (1 - batch.terminations) * q_next
-        log_uniform = torch.full((rows, n), -act_dim * math.log(2), device=target.device)
-        log_probs = torch.cat([log_uniform, sampled_log_prob[:, : 2 * n]], 1)
-    actions = torch.cat([batch.actions[:, None], uniform, sampled[:, : 2 * n]], 1)
-    q = q_of_many(nets["qf"], batch.obs, actions)  # (K, B, 1 + 3n)
+    actions = batch.actions[:, None]
+    if weight:
+        with torch.no_grad():  # n of π(s), n of π(s')
+            means, log_stds = ((x.expand(-1, n, -1), y.expand(-1, n, -1)) for x, y in of_each)
+            sampled, sampled_log_prob = squash(
+                torch.cat(means, 1), torch.cat(log_stds, 1), normal[:, : 2 * n]
+            )
+            log_uniform = torch.full((rows, n), -act_dim * math.log(2), device=target.device)
+            log_probs = torch.cat([log_uniform, sampled_log_prob], 1)
+        actions = torch.cat([actions, uniform, sampled], 1)
+    q = q_of_many(nets["qf"], batch.obs, actions)  # (K, B, 1 + 3n), or (K, B, 1)
     td_loss = (q[..., 0] - target).square().mean(1).sum()  # one MSE per critic: D2
-    gap, _ = conservative_gap(q[..., 1:], q[..., 0], log_probs, None, -math.inf)
-    cql_loss = weight * gap.mean(1).sum()  # λ R [CFDG Eqs. 2, 3]
+    cql_loss, logs = 0.0, {"loss/q": td_loss}
+    if weight:
+        gap, _ = conservative_gap(q[..., 1:], q[..., 0], log_probs, None, -math.inf)
+        cql_loss, logs["cql/gap"] = weight * gap.mean(1).sum(), gap.mean()  # R [CFDG Eqs. 2, 3]
     log_alpha = nets["weights"]["log_alpha"]
     missing = log_pi.detach() - act_dim  # of the target entropy, -A
     alpha_loss = -(log_alpha * missing).mean()  # [SAC, arXiv 1812.05905 §5]
     q_new = frozen_q(nets["qf"], batch.obs, new_actions[:, 0]).mean(0)  # of all critics [REDQ Alg. 1; code]
     actor_loss = (log_alpha.detach().exp() * log_pi[:, 0] - q_new).mean()  # [SAC §4.2]
-    logs = {"loss/q": td_loss, "loss/actor": actor_loss, "loss/alpha": alpha_loss, "cql/gap": gap.mean()}
+    logs |= {"loss/actor": actor_loss, "loss/alpha": alpha_loss}
     logs |= {"q/mean": q[..., 0].mean(), "q/spread": q[..., 0].std(0, correction=0).mean()}
     logs |= {"policy/log_prob": log_pi.mean(), "alpha/entropy": log_alpha.exp()}
     logs["policy/data_log_prob"] = squashed_log_prob(mean[:, 0], log_std[:, 0], batch.actions).mean()
     return td_loss + cql_loss + alpha_loss + actor_loss, {k: v.detach() for k, v in logs.items()}
 
 
-def draw_oorb(offline: ReplayBuffer, online: ReplayBuffer, n: int, args: Args) -> tuple[Batch, torch.Tensor]:
-    """n rows, all of the FIFO or all of the growing buffer, and whether they are of the FIFO, () bool.  [OORB]
+def toss(args: Args, online: ReplayBuffer, update: int) -> bool:
+    """Whether the online update of this number is on recent rows.  [OORB]
 
-    Rows are counted back from the newest, through own rows to the dataset's, so that the FIFO and the growing buffer
-    differ in one number on the device: how far. No shape depends on the coin, and nothing is read back.
+    A coin per update that does not depend on what was drawn before, so that a stopped run goes on with the same ones.
+    It falls on the host, where the number of rows is known, too: recent batches are a step of their own, without what
+    they do not feel.
     """
-    own, everything = online.size, online.size + offline.size
-    coin = torch.rand((), device=own.device) < args.fifo_prob
-    recent = coin & (own > args.fifo_from)
-    back = offline.draw(n, torch.where(recent, own.clamp(max=args.fifo_rows), everything))
+    coin = np.random.default_rng((args.seed, update)).random()
+    return coin < args.fifo_prob and online.rows > args.fifo_from
+
+
+def draw_oorb(offline: ReplayBuffer, online: ReplayBuffer, n: int, recent: bool, args: Args) -> Batch:
+    """n rows of the FIFO, the newest own rows, or of the growing buffer, which has all there are.  [OORB]"""
+    if recent:
+        back = online.draw(n, online.size.clamp(max=args.fifo_rows))
+        return online.take(online.size - 1 - back)
+    index = offline.draw(n, offline.size + online.size)  # own rows come after the dataset's
+    own = index >= offline.size
     # one of the two is meant; the other's index need only exist
-    from_own = online.take((own - 1 - back).clamp(min=0))
-    from_dataset = offline.take((everything - 1 - back).minimum(offline.size - 1))
-    mine = back < own
-    pairs = zip(from_own, from_dataset, strict=True)
-    return Batch(*(torch.where(mine if a.ndim == 1 else mine[:, None], a, b) for a, b in pairs)), recent
+    pairs = offline.take(index.minimum(offline.size - 1)), online.take((index - offline.size).clamp(min=0))
+    choose = (torch.where(own if a.ndim == 1 else own[:, None], b, a) for a, b in zip(*pairs, strict=True))
+    return Batch(*choose)
 
 
 def update(nets: nn.ModuleDict, opt: torch.optim.Optimizer, loss: torch.Tensor, polyak: float) -> None:
@@ -357,7 +374,7 @@ def train(args: Args) -> dict[str, float]:
     compiled_losses = r.compiled(losses)
     offline_settings = r.settings(OFFLINE_SETTINGS)
 
-    def learn(batch: Batch, weight: float | torch.Tensor) -> dict[str, torch.Tensor]:
+    def learn(batch: Batch, weight: float) -> dict[str, torch.Tensor]:
         noise = draw_noise(args.batch_size, task.act_dim, args.cql_n_actions, r.device)
         draws = *noise, draw_pair(args.n_critics, args.critic_subset, r.device)
         loss, logs = compiled_losses(nets, batch, weight, draws, args)
@@ -380,19 +397,19 @@ def train(args: Args) -> dict[str, float]:
         r.export_phase("offline", offline_settings, nets=nets, opt=opt)  # U3
 
     # online: one environment step, then utd gradient steps, each on recent own rows or on all there are
-    def online_step() -> dict[str, torch.Tensor]:
-        batch, recent = draw_oorb(offline, online, args.batch_size, args)
-        weight = args.cql_weight * ~recent  # no pessimism on recent rows [CFDG Eq. 3]
-        return learn(batch, weight) | {"apl/recent": recent}
+    def online_step(recent: bool) -> dict[str, torch.Tensor]:
+        batch = draw_oorb(offline, online, args.batch_size, recent, args)
+        return learn(batch, 0.0 if recent else args.cql_weight)  # no pessimism on recent rows [CFDG Eq. 3]
 
-    step_fn = r.capture(online_step)
+    step_fns = {recent: r.capture(partial(online_step, recent)) for recent in (True, False)}
     for step in r.phase("online", args.online_steps):
         if episode := interaction.step(explore):
             r.record(step + 1, episode)
         if step >= args.warmup_steps:
-            for _ in range(args.utd):
-                logs = step_fn()
-            r.log(step, logs)
+            for k in range(args.utd):
+                recent = toss(args, online, step * args.utd + k)
+                logs = step_fns[recent]()
+            r.log(step, logs | {"apl/recent": float(recent)})
         if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
             r.record(step + 1, evaluate(act, r.device))
     return r.finish()

@@ -19,7 +19,7 @@ The textbooks follow public repositories, with the same networks, batches, numbe
   WSRL     the same, for one environment step: four steps of the critics, one of the actor; a module per critic, of the
            targets the two drawn on the host alone, critics frozen in the actor's loss [REDQ].
   APL      as Cal-QL, five critics and an optimizer each; a batch of recent rows, every other one, has no pessimism to
-           compute. Ours computes it for all batches, so that one graph serves both [APL0].
+           compute, in either [APL0].
   EDM      training: batches put together on the host, `.item()` of the loss, clipping, a schedule object, EMA parameter
            by parameter every 10th step. Sampling: three noise levels read back per step, noise drawn also where the
            churn is 0, a vector of sigmas filled for each evaluation [SynthER].
@@ -502,23 +502,24 @@ def wsrl_step(offline: ReplayBuffer, device: torch.device, compiled: bool) -> St
     return lambda: wsrl.update(nets, opt, offline.sample(rows), *losses, args)
 
 
-def apl_step(offline: ReplayBuffer, device: torch.device, compiled: bool) -> Step:
+def apl_step(offline: ReplayBuffer, device: torch.device, compiled: bool, capture: Callable) -> Step:
     args = apl.Args()
     nets = apl.make_apl_nets(OBS, ACT, args).to(device)
     opt = apl.make_apl_optimizer(nets, args.policy_lr, args.critic_lr, device)
     losses = torch.compile(apl.losses) if compiled else apl.losses
-    online = offline.like(args.fifo_rows)
+    online, turns = offline.like(args.fifo_rows), count()
     online.append(offline.table[: args.fifo_rows])
 
-    def step() -> dict:
-        batch, recent = apl.draw_oorb(offline, online, args.batch_size, args)
+    def update(recent: bool) -> dict:
+        batch = apl.draw_oorb(offline, online, args.batch_size, recent, args)
         noise = apl.draw_noise(args.batch_size, ACT, args.cql_n_actions, device)
         draws = *noise, apl.draw_pair(args.n_critics, args.critic_subset, device)
-        loss, logs = losses(nets, batch, args.cql_weight * ~recent, draws, args)
+        loss, logs = losses(nets, batch, 0.0 if recent else args.cql_weight, draws, args)
         apl.update(nets, opt, loss, args.polyak)
         return logs
 
-    return step
+    steps = [capture(partial(update, recent)) for recent in (False, True)]
+    return lambda: steps[next(turns) % 2]()
 
 
 def as_it_is(step: Step) -> Step:
@@ -576,7 +577,7 @@ def workloads(table: Batch, offline: ReplayBuffer, device: torch.device) -> dict
         ("IQL update", partial(iql_textbook, *at), lambda c, capture: capture(iql_step(*on, c))),
         ("Cal-QL update", partial(calql_textbook, *at), lambda c, capture: capture(calql_step(*on, c))),
         ("WSRL update", partial(wsrl_textbook, *at), lambda c, capture: capture(wsrl_step(*on, c))),
-        ("APL update", partial(apl_textbook, *at), lambda c, capture: capture(apl_step(*on, c))),
+        ("APL update", partial(apl_textbook, *at), lambda c, capture: apl_step(*on, c, capture)),
         ("EDM training step", partial(edm_textbook, *at), lambda c, capture: edm_step(*on, c, capture)),
         ("EDM sample", partial(sampling_textbook, device, chunk),
          lambda c, capture: capture(generator(*on, c).sample_step)),
@@ -615,14 +616,15 @@ def prepare(make: Callable[[], Step], cuda: bool, wait: Callable[[], None]) -> t
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if cuda else 0
     step = make()
-    for _ in range(60 if cuda else 1):  # the average of the EDM is captured at its fourth call, the 31st step
+    # APL has steps of two kinds, in turn; the average of the EDM is captured at its fourth call, the 31st step
+    for _ in range(60 if cuda else 2):
         step()
     wait()
     memory = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else 0.0
     start = time.perf_counter()
-    step()
+    step(), step()
     wait()
-    return step, time.perf_counter() - start, memory
+    return step, (time.perf_counter() - start) / 2, memory
 
 
 def measure(args: Args, device: torch.device) -> list[Row]:
@@ -649,7 +651,7 @@ def measure(args: Args, device: torch.device) -> list[Row]:
     for _ in range(args.rounds):
         for (what, name), (step, seconds, _) in ready.items():
             torch.set_float32_matmul_precision("highest" if "textbook" in name else own)
-            calls = max(round(args.seconds / seconds), 1)
+            calls = 2 * max(round(args.seconds / seconds / 2), 1)
             wait()
             start = time.perf_counter()
             for _ in range(calls):
