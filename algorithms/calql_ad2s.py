@@ -57,8 +57,8 @@ Run      python algorithms/calql_ad2s.py --env hopper-medium-v2 --seed 0
          the stochastic sampler --sample-churn 80 | four times cheaper sampling --sample-steps 32
          the common start: --from-offline runs/calql/hopper-medium-v2/seed0
 Cost     hopper-mini-v0: 249 CPU seconds beside other jobs; published sizes want a GPU (not measured there).
-Fails    where reward is high at the goal alone: D_re, the rows of highest reward, leaves out the way there, and no other
-         row of the dataset is seen. Reacher, seed 100: 70.4; Cal-QL 79.1; all rows regenerated, --p-dr 1 --p-curi 1, 82.9.
+Fails    where reward is high at the goal alone: D_re, rows of the highest reward, leaves out the way there, and no
+         other row of the dataset is seen. Reacher, seed 100: 70.4; Cal-QL 79.1; --p-dr 1 --p-curi 1, all rows, 82.9.
 """
 
 import math
