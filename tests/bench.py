@@ -15,6 +15,7 @@ of it on a CPU, `captured` either as a CUDA graph (`compiled, captured`: a file'
 The textbooks follow public repositories, with the same networks, batches, numbers of evaluations and arithmetic:
   IQL      one module per network, an optimizer each, host-side numpy indices, fields gathered one by one, target update
            parameter by parameter, `.item()` of every loss at every step.
+  PEX      the same, online: each policy's action has its Q from the twins, one call after the other [PEX].
   Cal-QL   the same; critics one after the other, the ten actions of a kind together [CORL].
   WSRL     the same, for one environment step: four steps of the critics, one of the actor; a module per critic, of the
            targets the two drawn on the host alone, critics frozen in the actor's loss [REDQ].
@@ -59,7 +60,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms import apl, calql, iql, iql_dare, synther, wsrl
+from algorithms import apl, calql, iql, iql_dare, pex, synther, wsrl
 from common import data, edm, run
 from common.buffer import Batch, ReplayBuffer, mix
 from common.run import CapturedStep, UsageError, pick_device
@@ -113,17 +114,24 @@ def follow(target: nn.Module, q: nn.Module) -> None:
         tp.data.copy_(0.995 * tp.data + 0.005 * p.data)
 
 
-def iql_textbook(table: Batch, device: torch.device) -> Step:
-    """One gradient step of IQL."""
+def iql_textbook(table: Batch, device: torch.device, expanded: bool = False) -> Step:
+    """One gradient step of IQL; `expanded`, of PEX online."""
     q1, q2 = (relu_mlp(OBS + ACT, 2, 1, device) for _ in range(2))
     v, mean = relu_mlp(OBS, 2, 1, device), relu_mlp(OBS, 2, ACT, device)
     log_std = nn.Parameter(torch.zeros(ACT, device=device))
-    target1, target2 = deepcopy(q1), deepcopy(q2)
+    target1, target2, offline_mean = deepcopy(q1), deepcopy(q2), deepcopy(mean)
     v_opt = torch.optim.Adam(v.parameters(), lr=3e-4)
     q_opt = torch.optim.Adam([*q1.parameters(), *q2.parameters()], lr=3e-4)
     pi_opt = torch.optim.Adam([*mean.parameters(), log_std], lr=3e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(pi_opt, 1_000_000)
     log = {}
+
+    def compose(s: torch.Tensor, policy: torch.distributions.Normal) -> torch.Tensor:
+        actions = [torch.tanh(offline_mean(s)), policy.sample().clamp(-1, 1)]
+        pairs = [torch.cat([s, a], 1) for a in actions]
+        values = torch.cat([torch.min(q1(sa), q2(sa)) for sa in pairs], 1)
+        chosen = torch.distributions.Categorical(logits=10.0 * values).sample()
+        return torch.stack(actions)[chosen, torch.arange(len(s), device=device)]
 
     def step() -> None:
         rows = torch.as_tensor(np.random.randint(0, ROWS, size=256), device=device)
@@ -143,11 +151,17 @@ def iql_textbook(table: Batch, device: torch.device) -> Step:
         follow(target1, q1)
         follow(target2, q2)
         policy = torch.distributions.Normal(torch.tanh(mean(s)), log_std.clamp(-5, 2).exp())
+        if expanded:
+            with torch.no_grad():
+                a = compose(s, policy)
+                sa = torch.cat([s, a], 1)
+                adv = (torch.min(target1(sa), target2(sa)) - v(s)).squeeze(1)
         weight = torch.exp(3.0 * adv.detach()).clamp(max=100.0)
         pi_loss = torch.mean(-weight * policy.log_prob(a).sum(-1))
         log["pi"] = pi_loss.item()
         learn(pi_opt, pi_loss)
-        schedule.step()
+        if not expanded:
+            schedule.step()
 
     return step
 
@@ -478,6 +492,22 @@ def iql_step(offline: ReplayBuffer, device: torch.device, compiled: bool) -> Ste
     return step
 
 
+def pex_step(offline: ReplayBuffer, device: torch.device, compiled: bool) -> Step:
+    args, nets = pex.Args(), pex.make_nets(OBS, ACT, 256).to(device)
+    offline_actor = pex.GaussianActor(OBS, ACT, 256).to(device).requires_grad_(False)
+    opt = pex.make_optimizer(nets, args.lr, device)
+    losses = torch.compile(pex.pex_losses) if compiled else pex.pex_losses
+
+    def step() -> dict:
+        batch = offline.sample(args.batch_size)
+        draws = torch.randn_like(batch.actions), torch.rand_like(batch.rewards)
+        loss, logs = losses(nets, offline_actor, batch, draws, args)
+        pex.update(nets, opt, loss, args.polyak)
+        return logs
+
+    return step
+
+
 def calql_step(offline: ReplayBuffer, device: torch.device, compiled: bool) -> Step:
     args, nets = calql.Args(), calql.make_calql_nets(OBS, ACT, 256, 3).to(device)
     opt = calql.make_calql_optimizer(nets, args.policy_lr, args.critic_lr, device)
@@ -575,6 +605,7 @@ def workloads(table: Batch, offline: ReplayBuffer, device: torch.device) -> dict
     at, on, chunk = (table, device), (offline, device), CHUNK[device.type]
     both = [
         ("IQL update", partial(iql_textbook, *at), lambda c, capture: capture(iql_step(*on, c))),
+        ("PEX update", partial(iql_textbook, *at, expanded=True), lambda c, capture: capture(pex_step(*on, c))),
         ("Cal-QL update", partial(calql_textbook, *at), lambda c, capture: capture(calql_step(*on, c))),
         ("WSRL update", partial(wsrl_textbook, *at), lambda c, capture: capture(wsrl_step(*on, c))),
         ("APL update", partial(apl_textbook, *at), lambda c, capture: apl_step(*on, c, capture)),
