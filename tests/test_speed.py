@@ -93,8 +93,8 @@ def flop(step: Callable) -> int:
     ("name", "most"),
     # As counted, a little rounded up; a sample is 255 evaluations, references are 15. Only logged: 22 of Cal-QL's, the
     # density of the data, and as many of the references', their Q. EDM's has 18 in drawing and normalising.
-    [("IQL", 150), ("PEX", 230), ("Cal-QL", 265), ("APL", 300), ("WSRL", 800), ("EDM", 150), ("EDM sample", 12_500), ("behavior", 220),
-     ("references", 1_620)],
+    [("IQL", 150), ("PEX", 230), ("Cal-QL", 265), ("APL", 300), ("WSRL", 800), ("EDM", 150), ("EDM sample", 12_500),
+     ("behavior", 220), ("references", 1_620)],
 )  # fmt: skip
 def test_operators_of_a_step_and_nothing_read_back(name, most, offline):
     counted = count(OURS[name](offline))
