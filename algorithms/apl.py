@@ -7,7 +7,7 @@ Idea     Pessimism is for what data do not say. A policy's own recent rows say w
          them needs none; one of all rows, most of them the dataset's, still does. A coin per gradient step chooses.
 Symbols  Q qf, five of them | Q̂ q_target | π actor | α entropy weight exp(log_alpha) | α_cql cql_weight | p fifo_prob |
          R the regulariser | OORB the growing buffer (dataset and own rows) and the FIFO (the newest own rows)
-Read     Args, ENV_PRESETS, networks, losses, draw_oorb, update, train
+Read     Args, ENV_PRESETS, networks, losses, toss (the coin), draw_oorb, update, train
          From calql.py: the actor, q_of_many, conservative_gap, frozen_q, draw_noise.
 Notes    D1 all losses from the parameters before the step; one backward, one optimizer step. The code steps α first,
             then the critics one by one, and the actor's gradient goes through critics that were already stepped.
@@ -215,21 +215,21 @@ def conservative_gap(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """R per row: logsumexp of importance-weighted Q, minus Q on data.  [CQL Eq. 4; Cal-QL §5; DARE Eq. 1]
 
-    q (2, B, 3n): uniform actions, then those of π(s), then of π(s'), all at s; log_probs (B, 3n) their log-densities;
+    q (K, B, 3n): uniform actions, then those of π(s), then of π(s'), all at s; log_probs (B, 3n) their log-densities;
     bound (B,) the return G below which policy actions are not pushed, None for CQL; R is at least `floor`
-    -> R (2, B), share below G ().
+    -> R (K, B), share below G ().
     """
     policy = torch.arange(q.shape[-1], device=q.device) >= q.shape[-1] // 3
     share = torch.zeros((), device=q.device)
     if bound is not None:
         below = policy & (q < bound[:, None])
-        share = below.sum() / (2 * len(bound) * (2 * q.shape[-1] // 3))
+        share = below.sum() / (below.numel() * 2 // 3)
         q = torch.where(below, bound[:, None], q)  # no gradient where G wins
     return ((q - log_probs).logsumexp(-1) - q_data).clamp(min=floor), share
 
 
 def frozen_q(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """qf(obs, actions) (2, B) with gradients to the actions but none to the critic."""
+    """qf(obs, actions) (K, B) with gradients to the actions but none to the critic."""
     weights = {k: p.detach() for k, p in qf.named_parameters()}
     return torch.func.functional_call(qf, weights, (obs, actions))
 

@@ -701,21 +701,21 @@ def conservative_gap(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """R per row: logsumexp of importance-weighted Q, minus Q on data.  [CQL Eq. 4; Cal-QL §5; DARE Eq. 1]
 
-    q (2, B, 3n): uniform actions, then those of π(s), then of π(s'), all at s; log_probs (B, 3n) their log-densities;
+    q (K, B, 3n): uniform actions, then those of π(s), then of π(s'), all at s; log_probs (B, 3n) their log-densities;
     bound (B,) the return G below which policy actions are not pushed, None for CQL; R is at least `floor`
-    -> R (2, B), share below G ().
+    -> R (K, B), share below G ().
     """
     policy = torch.arange(q.shape[-1], device=q.device) >= q.shape[-1] // 3
     share = torch.zeros((), device=q.device)
     if bound is not None:
         below = policy & (q < bound[:, None])
-        share = below.sum() / (2 * len(bound) * (2 * q.shape[-1] // 3))
+        share = below.sum() / (below.numel() * 2 // 3)
         q = torch.where(below, bound[:, None], q)  # no gradient where G wins
     return ((q - log_probs).logsumexp(-1) - q_data).clamp(min=floor), share
 
 
 def frozen_q(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """qf(obs, actions) (2, B) with gradients to the actions but none to the critic."""
+    """qf(obs, actions) (K, B) with gradients to the actions but none to the critic."""
     weights = {k: p.detach() for k, p in qf.named_parameters()}
     return torch.func.functional_call(qf, weights, (obs, actions))
 

@@ -285,7 +285,7 @@ def max_target_q(q_target: nn.Module, obs: torch.Tensor, actions: torch.Tensor) 
 
 
 def frozen_q(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """qf(obs, actions) (2, B) with gradients to the actions but none to the critic."""
+    """qf(obs, actions) (K, B) with gradients to the actions but none to the critic."""
     weights = {k: p.detach() for k, p in qf.named_parameters()}
     return torch.func.functional_call(qf, weights, (obs, actions))
 

@@ -14,7 +14,7 @@ Read     Args; NEW: batch_counts, LabelledNet; TransitionNet, Generator; Labelle
 Notes    As in iql.py: D1 one step for all losses, D2 raw rewards, D3 learning rates, D4 clipped actions, D5 the target
             goes on, U1 sizes of the embedded tasks.
          As in pex.py: D70 a_θ is clipped in the loss of π_θ too, D71 evaluation takes the mode and the larger Q, D72
-            one τ and β for locomotion, U70 κ is 10 on all tasks, U71 Adroit and Maze2D have iql.py's settings.
+            one τ and β for locomotion, U70 κ is 10, on Reacher 0.1, U71 Adroit and Maze2D have iql.py's settings.
          As in every file with generated rows, reasons in iql_cfdg.py: D20 all but the flag is normalised, D21 the flag
             is drawn with what a tree says of s', D22 actions clipped to the box, rewards to the range learned from,
             D24 rows without a known s' are not learned from, U31 each training is from scratch, U35 bfloat16 on a GPU.

@@ -760,7 +760,7 @@ def q_of_drawn(qf: nn.Module, index: torch.Tensor, obs: torch.Tensor, actions: t
 
 
 def frozen_q(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """qf(obs, actions) (2, B) with gradients to the actions but none to the critic."""
+    """qf(obs, actions) (K, B) with gradients to the actions but none to the critic."""
     weights = {k: p.detach() for k, p in qf.named_parameters()}
     return torch.func.functional_call(qf, weights, (obs, actions))
 
@@ -807,21 +807,22 @@ def policy_losses(
     return actor_loss + alpha_loss, {k: v.detach() for k, v in logs.items()}
 
 
-def cql_gap(
-    q: torch.Tensor, q_data: torch.Tensor, log_probs: torch.Tensor, bound: torch.Tensor | None
+def conservative_gap(
+    q: torch.Tensor, q_data: torch.Tensor, log_probs: torch.Tensor, bound: torch.Tensor | None, floor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """R per row: logsumexp of importance-weighted Q, minus Q on data.  [CQL Eq. 4; Cal-QL §5]
+    """R per row: logsumexp of importance-weighted Q, minus Q on data.  [CQL Eq. 4; Cal-QL §5; DARE Eq. 1]
 
-    q (S, B, 3n): uniform actions, then those of π(s), then of π(s'), all at s; log_probs (B, 3n) their log-densities;
-    bound (B,) the return G below which policy actions are not pushed, None for CQL -> R (S, B), share below G ().
+    q (K, B, 3n): uniform actions, then those of π(s), then of π(s'), all at s; log_probs (B, 3n) their log-densities;
+    bound (B,) the return G below which policy actions are not pushed, None for CQL; R is at least `floor`
+    -> R (K, B), share below G ().
     """
     policy = torch.arange(q.shape[-1], device=q.device) >= q.shape[-1] // 3
     share = torch.zeros((), device=q.device)
     if bound is not None:
         below = policy & (q < bound[:, None])
-        share = below.sum() / policy.expand_as(q).sum()
+        share = below.sum() / (below.numel() * 2 // 3)
         q = torch.where(below, bound[:, None], q)  # no gradient where G wins
-    return (q - log_probs).logsumexp(-1) - q_data, share
+    return ((q - log_probs).logsumexp(-1) - q_data).clamp(min=floor), share
 
 
 def losses(
@@ -841,7 +842,7 @@ def losses(
         log_uniform = torch.full((rows, n), -act_dim * math.log(2), device=sampled.device)
         log_probs = torch.cat([log_uniform, sampled_log_prob], 1)
     q_sampled = q_of_drawn(nets["qf"], for_gap, batch.obs, torch.cat([uniform, sampled], 1))  # (S, B, 3n)
-    gap, share = cql_gap(q_sampled, q.index_select(0, for_gap), log_probs, bound)
+    gap, share = conservative_gap(q_sampled, q.index_select(0, for_gap), log_probs, bound, -math.inf)
     alpha_prime, lagrange_loss = F.softplus(nets["weights"]["raw_alpha_prime"]), 0.0
     if args.lagrange:  # α' in place of α_cql
         cql_loss = (alpha_prime.detach() * (gap - args.target_gap)).mean()

@@ -313,7 +313,7 @@ def test_no_host_reads_in_updates(stem):
         "rotate unroll take features read predict prediction_error observe gradient_step ensemble "
         "dual_losses boxed log_prob bounded_weight posterior_weight "
         "pex_losses compose choice_probs "
-        "normed q_of_drawn td_loss critic_losses policy_losses cql_gap draw_critics draw_offline learn follow "
+        "normed q_of_drawn td_loss critic_losses policy_losses draw_critics draw_offline learn follow "
         "draw_oorb draw_pair"
     )
     reads = r"\.item\(|\.tolist\(|\.cpu\(|\.numpy\(|print\(|(?<!\.)\bfloat\(|nonzero"

@@ -254,10 +254,12 @@ def test_regulariser_of_constant_critics_and_a_uniform_policy(act_dim):
     """d ln 2 + ln 30; a bound of minus infinity changes nothing, one above all leaves the uniform actions free."""
     log_probs = torch.full((4, 30), -act_dim * math.log(2))
     q, q_data = torch.full((2, 4, 30), 7.0, requires_grad=True), torch.full((2, 4), 7.0)
-    gap, share = wsrl.cql_gap(q, q_data, log_probs, None)
+    gap, share = wsrl.conservative_gap(q, q_data, log_probs, None, -math.inf)
     assert torch.allclose(gap, torch.full((2, 4), act_dim * math.log(2) + math.log(30))) and share == 0
-    assert torch.equal(gap, wsrl.cql_gap(q, q_data, log_probs, torch.full((4,), -math.inf))[0])
-    gap, share = wsrl.cql_gap(q, q_data, log_probs, torch.full((4,), 9.0))
+    assert torch.equal(
+        gap, wsrl.conservative_gap(q, q_data, log_probs, torch.full((4,), -math.inf), -math.inf)[0]
+    )
+    gap, share = wsrl.conservative_gap(q, q_data, log_probs, torch.full((4,), 9.0), -math.inf)
     gap.sum().backward()
     assert share == 1 and not q.grad[..., 10:].any() and (q.grad[..., :10] > 0).all()
 

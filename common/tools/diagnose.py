@@ -6,7 +6,8 @@
 
 A claim is that one logged number is above another (or 0), of one method or of two with the same seeds. Over the seeds
 of a task: mean difference [95% bootstrap interval]; runs agree with the paper if the interval is above 0, disagree if
-it is below, else they cannot tell. What is logged: files' docstrings and common/judge.py; of each run its last value.
+it is below, else they cannot tell. What is logged: files' docstrings and common/judge.py; of each run its last value,
+of split/* and ref/*, which are a batch's, the mean.
 """
 
 import csv
@@ -54,7 +55,7 @@ claim(CFDG, "states: nearer than EDIS's, 0.50 < 0.56", "iql_edis syn/js_states",
 claim(CFDG, "actions: the same, 0.27 < 0.31", "iql_edis syn/js_actions", "iql_cfdg syn/js_actions")
 claim(CFDG, "transitions: the same, 0.61 < 0.64", "iql_edis syn/js_rows", "iql_cfdg syn/js_rows")
 for file in ("edis", "iql_edis"):
-    EDIS = f"EDIS §4, `{file}`"
+    EDIS = f"EDIS, `{file}`"
     claim(EDIS, "guidance brings states nearer to own rows' (JS)",
           f"{file} energy/unguided_js_states", f"{file} energy/guided_js_states")
     claim(EDIS, "guidance brings actions nearer to the policy's (rms)",
@@ -75,7 +76,7 @@ for name, file in [("DARE", "iql_dare"), ("DARE", "calql_dare"),
     source = f"{name}, `{file}`"
     claim(source, "guided references have a higher Q than the rows' actions", f"{file} ref/q_gain")
     claim(source, "own rows are less aligned with references than the dataset's (mean d)", f"{file} split/gap")
-    claim(source, "exchanges part the halves more than as many random ones (mean d)",
+    claim(source, "exchanges part the halves more than as many random ones (mean d; so made)",
           f"{file} split/gap_after", f"{file} split/gap_random")
 for file in ("iql_dare", "calql_dare"):
     claim(f"DARE Fig. 1c, `{file}`", "scores of the halves overlap (ours: means within one standard deviation)",
@@ -93,25 +94,24 @@ Values = dict[tuple[str, str, str, str], float]  # (file, env, seed, metric) -> 
 # ---- reading ----
 
 
-def logged(folder: Path) -> dict[str, float]:
-    """Last finite value of every column of log.csv; of split/* and ref/*, which are a batch's, the mean."""
-    series: dict[str, list[float]] = defaultdict(list)
+def logged(folder: Path) -> list[dict[str, float]]:
+    """The finite numbers of every line of log.csv."""
     with open(folder / "log.csv", newline="") as f:
-        for line in csv.DictReader(f):
-            for k, text in line.items():
-                if k not in ("phase", "step") and text and math.isfinite(value := float(text)):
-                    series[k].append(value)
-    return {k: float(np.mean(v)) if k.startswith(("split/", "ref/")) else v[-1] for k, v in series.items()}
+        texts = [{k: v for k, v in line.items() if k != "phase" and v} for line in csv.DictReader(f)]
+    return [{k: x for k, v in line.items() if math.isfinite(x := float(v))} for line in texts]
 
 
 def derived(found: report.Found) -> dict[str, float]:
     """What claims name, of a run: logged values and those made of them."""
-    x = logged(found.folder)
-    args = found.settings
-    if "split/gap" in x:
-        n_off = round(args["offline_frac"] * args["batch_size"])
-        pairs = x["split/exchanged"]
-        x["split/gap_random"] = x["split/gap"] * (1 - pairs / n_off - pairs / (args["batch_size"] - n_off))
+    args, series = found.settings, defaultdict(list)
+    for line in logged(found.folder):
+        if "split/gap" in line:
+            n_off = round(args["offline_frac"] * args["batch_size"])
+            left = 1 - line["split/exchanged"] * (1 / n_off + 1 / (args["batch_size"] - n_off))
+            line["split/gap_random"] = line["split/gap"] * left
+        for k, v in line.items():
+            series[k].append(v)
+    x = {k: float(np.mean(v)) if k.startswith(("split/", "ref/")) else v[-1] for k, v in series.items()}
     if "split/off_std" in x and "split/gap" in x:
         pooled = math.sqrt((x["split/off_std"] ** 2 + x["split/on_std"] ** 2) / 2)
         x["split/overlap"] = 1 - abs(x["split/gap"]) / pooled

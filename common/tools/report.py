@@ -46,7 +46,7 @@ METHODS = {  # file and what makes it another method -> method and backbone in p
     "calql_ad2s pgr=True": ("PGR", "Cal-QL"),
     "dual": ("DUAL", "IQL"), "calql_dual": ("DUAL", "Cal-QL"),
 }  # fmt: skip
-ON = {"PEX": "IQL"}  # backbone that is itself a method on another one
+ON = {"PEX": "IQL", "APL": "Cal-QL", "WSRL": "Cal-QL"}  # a backbone beside the one it comes from
 SECTIONS = {
     "d4rl": "D4RL",
     "shifted": "Shifted dynamics (data of D4RL, scores with the shift's reference returns)",
