@@ -398,7 +398,8 @@ def test_figures_are_the_same_twice_and_a_damaged_archive_is_named(tmp_path, cap
 def test_a_run_as_it_is_written_counts(dataset, tmp_path):
     """Whole: the report's numbers are final.json's, its generated rows are drawn. Cut short: unfinished."""
     longer = dict(offline_steps=400, eval_every=100)  # final.json has tenths of a second
-    result = module("iql_synther").train(tiny_args("iql_synther", dataset=dataset, out_dir=tmp_path, **longer))
+    args = tiny_args("iql_synther", dataset=dataset, out_dir=tmp_path, **longer)
+    result = module("iql_synther").train(args)
     (row,), (found,) = report.find(tmp_path)
     names = ("offline_score", "final_score", "score_last4", "score_online_mean")
     keys = dict(zip(report.SCORES, names, strict=True))
