@@ -343,7 +343,7 @@ def make_so2_optimizer(
 
 # balanced replay
 class Ratio(nn.Module):
-    """log w(s, a) of own rows to the dataset's: obs (B, O), actions (B, A) -> (B,); 0 at first.: D102"""
+    """log w(s, a) of own rows to the dataset's: obs (B, O), actions (B, A) -> (B,); 0 at first: D102"""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: int):
         super().__init__()
