@@ -420,7 +420,8 @@ def test_ratio_batches_are_of_either_kind_and_priorities_are_kept(random_rows, t
 def test_so2_alone_has_own_rows_and_rows_of_all(random_rows, tmp_path, monkeypatch):
     """batch_size own rows first, then mixed_rows of everything; no ratio is learned."""
     values = spied(monkeypatch, "value_losses")
-    so2.train(tiny_args("so2", dataset=random_rows, out_dir=tmp_path, utd=2, balanced_replay=False))
+    settings = dict(utd=2, balanced_replay=False, mixed_rows=24)
+    so2.train(tiny_args("so2", dataset=random_rows, out_dir=tmp_path, **settings))
     state = final_state(tmp_path)
     assert "ratio" not in state and "priorities" not in state
     own = {tuple(x) for x in state["replay"]["rows"][:, :11].tolist()}
