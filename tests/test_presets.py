@@ -136,7 +136,7 @@ SO2 = dict(  # SO2's code, its branch of the paper; OFF2ON's code [B §6]
     batch_size=256, policy_lr=3e-4, critic_lr=3e-4,  # OFF2ON
     balanced_replay=True, own_frac=0.5, ratio_batch=256, ratio_lr=3e-4, ratio_hidden=256, ratio_temperature=5.0,
     cql_weight=5.0, cql_n_actions=10,  # CQL's code, whose checkpoints OFF2ON starts from
-    **EVALUATION | dict(eval_every=1_000),
+    **EVALUATION | dict(eval_every=1_000, eval_episodes=8),
 )  # fmt: skip
 
 # ---- StratDiff, DARE ----
@@ -362,6 +362,8 @@ DIFFERENCES = {
     ("so2", " ".join(HOPPER), "n_critics"): (10, "D103: CQL is pessimistic by itself"),
     ("so2", "locomotion adroit maze2d", "eval_every"): (5_000, "D105: as every file"),
     ("so2", "antmaze", "eval_every"): (10_000, "D105: as every file"),
+    ("so2", "locomotion adroit", "eval_episodes"): (10, "D105: as every file"),
+    ("so2", "antmaze maze2d", "eval_episodes"): (100, "D105: as every file"),
     ("calql", "all", "calibrate_online"): (False, "D3: off online, as in the papers on CORL's code"),
     ("calql calql_stratdiff calql_dare synther", "all", "warmup_steps"): (5_000, "D4: else copies of one row"),
     (GENERATORS, "all", "terminal_flag"): ("classifier", "D21: the joint flag is hardly ever set"),
