@@ -76,7 +76,7 @@ class Args:
     policy_lr: Positive = 3e-4  # Adam, actor and entropy weight [OFF2ON]; offline
     critic_lr: Positive = 3e-4  # Adam, critics and Lagrange multiplier [OFF2ON]; there is none; offline
     hidden: Count = 256  # width of the hidden layers [SO2, OFF2ON]
-    critic_layers: Count = 3  # hidden layers of each critic [EDAC, as the actor's]; OFF2ON 2
+    critic_layers: Count = 3  # hidden layers of each critic [SO2; the actor has 3 too]; OFF2ON 2
     n_critics: Count = 10  # K, in the ensemble [SO2; OFF2ON: five pairs]: D103
     cql_weight: Weight = 5.0  # α_cql offline [CQL's code]; online there is none [SO2, OFF2ON]
     cql_n_actions: Count = 10  # of each of three kinds: uniform, π(s), π(s') [CORL]

@@ -130,7 +130,7 @@ HOPPER = [re.sub(r"-v\d$", "", env) for env in data.TASKS if env.startswith("hop
 SO2 = dict(  # SO2's code, its branch of the paper; OFF2ON's code [B §6]
     offline_steps=1_000_000,  # OFF2ON's checkpoints; SO2's are EDAC's
     online_steps=150_000, warmup_steps=5_000, utd=10, gamma=0.99, polyak=0.005, hidden=256, normalize_obs=False,
-    n_critics=dict.fromkeys(FAMILY, 10) | dict.fromkeys(HOPPER, 50), critic_layers=3,  # SO2: EDAC's networks
+    n_critics=dict.fromkeys(FAMILY, 10) | dict.fromkeys(HOPPER, 50), critic_layers=3,  # SO2
     policy_lr_online=1e-3, critic_lr_online=1e-3, entropy_weight=0.2,  # SO2
     perturbation=True, perturbation_std=0.3, perturbation_clip=0.6, mixed_rows=2_304,  # SO2: 2,560 less 256
     batch_size=256, policy_lr=3e-4, critic_lr=3e-4,  # OFF2ON
