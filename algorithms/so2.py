@@ -11,7 +11,8 @@ Symbols  Q_k qf, K critics | Q̂_k q_target | π actor | α entropy weight | α_
          w(s, a) density ratio of own rows to the dataset's: the net `ratio` is log w | f own_frac
 Read     Args, ENV_PRESETS, networks, targets and losses, balanced replay, update, train
 Notes    D1 offline, all losses from the parameters before the step; one backward, one optimizer step.
-         D2 TD loss is a sum of MSEs, one per critic, not half of it: α_cql goes with that, as in calql.py.
+         D2 TD loss is a sum of MSEs, one per critic, not half of it: α_cql goes with that, as in calql.py. SO2 has the
+            mean over the critics, which is the same to Adam.
          D5 log π of the data is that of the data's action; it is only logged. D6 the last layer's gain is 1e-2.
          D92 networks and their start are calql.py's (orthogonal; log σ is a trained scale and offset of the output).
          D100 offline is CQL, OFF2ON's; SO2 starts from checkpoints of EDAC. The targets are independent there too.
