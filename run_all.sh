@@ -57,6 +57,7 @@ method calql           85 $twelve $maze2d $antmaze $cloned $shifted
 method pex             5 $twelve $antmaze # CFDG Table 1; DARE Table 1
 method wsrl            20 $walker2d # AD2S Table 6
 method apl             337 $twelve # CFDG Table 1
+method so2             330 $four $shifted # DUAL Table 2
 method iql_dare        155 $nine $small # DARE Table 1
 method calql_dare      171 $nine $small
 method iql_stratdiff   137 $nine $small # StratDiff Table 1
@@ -76,7 +77,7 @@ method calql_dual      254 $four $cloned $shifted # DUAL Tables 2, 3
 
 backbone() { # of a method: whose offline phase it can start from; both dual.py train an actor of their own
   case $1 in
-    iql | calql | apl | wsrl | *dual) ;;
+    iql | calql | apl | wsrl | so2 | *dual) ;;
     pex* | iql_*) echo iql ;;
     apl_* | wsrl_*) echo "${1%%_*}" ;;
     *) echo calql ;;

@@ -389,6 +389,10 @@ def make_wsrl_optimizer(
     return torch.optim.Adam([policy, critic], fused=True, capturable=device.type == "cuda")
 
 
+# --- end shared: wsrl.update ---
+
+
+# --- shared: wsrl.step ---
 def learn(opt: torch.optim.Optimizer, loss: torch.Tensor) -> None:
     """One gradient step of the parameters that the loss depends on."""
     opt.zero_grad(set_to_none=True)
@@ -402,6 +406,10 @@ def follow(nets: nn.ModuleDict, polyak: float) -> None:
         torch._foreach_lerp_([*nets["q_target"].parameters()], [*nets["qf"].parameters()], polyak)
 
 
+# --- end shared: wsrl.step ---
+
+
+# --- shared: wsrl.utd ---
 def update(
     nets: nn.ModuleDict, opt: torch.optim.Optimizer, batch: Batch, of_critics, of_policy, args: Args
 ) -> dict[str, torch.Tensor]:
@@ -423,7 +431,7 @@ def update(
     return logs | policy_logs
 
 
-# --- end shared: wsrl.update ---
+# --- end shared: wsrl.utd ---
 
 
 def train(args: Args) -> dict[str, float]:

@@ -314,7 +314,8 @@ def test_no_host_reads_in_updates(stem):
         "dual_losses boxed log_prob bounded_weight posterior_weight "
         "pex_losses compose choice_probs "
         "normed q_of_drawn td_loss critic_losses policy_losses draw_critics draw_offline learn follow "
-        "draw_oorb draw_pair"
+        "draw_oorb draw_pair "
+        "own_targets value_losses actor_losses ratio_losses draw_perturbation draw_own draw_plain assign _find"
     )
     reads = r"\.item\(|\.tolist\(|\.cpu\(|\.numpy\(|print\(|(?<!\.)\bfloat\(|nonzero"
     for node in ast.walk(tree):

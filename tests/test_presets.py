@@ -126,6 +126,19 @@ APL = dict(  # its code, the form GCQL, which CFDG stands on [B §4]
     **EVALUATION | dict(eval_episodes=5),
 )  # fmt: skip
 
+HOPPER = [re.sub(r"-v\d$", "", env) for env in data.TASKS if env.startswith("hopper-")]
+SO2 = dict(  # SO2's code, its branch of the paper; OFF2ON's code [B §6]
+    offline_steps=1_000_000,  # OFF2ON's checkpoints; SO2's are EDAC's
+    online_steps=150_000, warmup_steps=5_000, utd=10, gamma=0.99, polyak=0.005, hidden=256, normalize_obs=False,
+    n_critics=dict.fromkeys(FAMILY, 10) | dict.fromkeys(HOPPER, 50), critic_layers=3,  # SO2
+    policy_lr_online=1e-3, critic_lr_online=1e-3, entropy_weight=0.2,  # SO2
+    perturbation=True, perturbation_std=0.3, perturbation_clip=0.6, mixed_rows=2_304,  # SO2: 2,560 less 256
+    batch_size=256, policy_lr=3e-4, critic_lr=3e-4,  # OFF2ON
+    balanced_replay=True, own_frac=0.5, ratio_batch=256, ratio_lr=3e-4, ratio_hidden=256, ratio_temperature=5.0,
+    cql_weight=5.0, cql_n_actions=10,  # CQL's code, whose checkpoints OFF2ON starts from
+    **EVALUATION | dict(eval_every=1_000, eval_episodes=8),
+)  # fmt: skip
+
 # ---- StratDiff, DARE ----
 
 GUIDED = dict(
@@ -312,6 +325,7 @@ PAPER = {
     "pex": [IQL, PEX],
     "wsrl": [WSRL],
     "apl": [APL],
+    "so2": [SO2],
     "iql_stratdiff": [IQL, STRATDIFF_IQL],
     "calql_stratdiff": [CAL_QL, STRATDIFF, REDUCED],
     "iql_dare": [IQL, DARE_IQL],
@@ -345,6 +359,11 @@ DIFFERENCES = {
     ("wsrl wsrl_ad2s", "locomotion adroit", "eval_episodes"): (10, "D80"),
     ("apl apl_cfdg", "locomotion adroit", "eval_episodes"): (10, "D94: as every file"),
     ("apl apl_cfdg", "antmaze maze2d", "eval_episodes"): (100, "D94: as every file"),
+    ("so2", " ".join(HOPPER), "n_critics"): (10, "D103: CQL is pessimistic by itself"),
+    ("so2", "locomotion adroit maze2d", "eval_every"): (5_000, "D105: as every file"),
+    ("so2", "antmaze", "eval_every"): (10_000, "D105: as every file"),
+    ("so2", "locomotion adroit", "eval_episodes"): (10, "D105: as every file"),
+    ("so2", "antmaze maze2d", "eval_episodes"): (100, "D105: as every file"),
     ("calql", "all", "calibrate_online"): (False, "D3: off online, as in the papers on CORL's code"),
     ("calql calql_stratdiff calql_dare synther", "all", "warmup_steps"): (5_000, "D4: else copies of one row"),
     (GENERATORS, "all", "terminal_flag"): ("classifier", "D21: the joint flag is hardly ever set"),

@@ -37,6 +37,7 @@ PUBLISHED = Path(data.__file__).with_name("published.csv")
 METHODS = {  # file and what makes it another method -> method and backbone in published.csv
     "iql": ("base", "IQL"), "calql": ("base", "Cal-QL"), "calql calibrate=False": ("base", "CQL"),
     "pex": ("base", "PEX"), "apl": ("base", "APL"), "wsrl": ("base", "WSRL"),
+    "so2": ("base", "SO2+OFF2ON"),
     "iql_dare": ("DARE", "IQL"), "calql_dare": ("DARE", "Cal-QL"),
     "iql_stratdiff": ("StratDiff", "IQL"), "calql_stratdiff": ("StratDiff", "Cal-QL"),
     "iql_synther": ("SynthER", "IQL"), "synther": ("SynthER", "Cal-QL"),
