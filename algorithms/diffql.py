@@ -410,6 +410,7 @@ def train(args: Args) -> dict[str, float]:
         r.export_phase("offline", offline_settings, nets=nets, opt=opt)  # all goes on: U110
 
     # online: one environment step, then utd gradient steps
+    step_fn = r.capture(gradient_step)
     for step in r.phase("online", args.online_steps):
         if episode := interaction.step(explore):
             r.record(step + 1, episode)
