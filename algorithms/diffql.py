@@ -71,9 +71,7 @@ class Args:
     eta: Weight = 1.0  # η, weight of Q beside behavior cloning [code, per task]
     max_q_backup: bool = False  # TD target from the best of backup_actions next actions [code, per task]
     backup_actions: Count = 10  # next actions per row of such a target [code]
-    grad_clip: Weight = (
-        9.0  # largest gradient norm of the denoiser, and of the critics; 0 = none [code, per task]
-    )
+    grad_clip: Weight = 9.0  # largest gradient norm of denoiser and of critics; 0: none [code, per task]
     ema_decay: Portion = 0.995  # of the denoiser's average, whose actions the TD target takes [code]
     ema_start: Natural = 1_000  # gradient steps until which the average stays at its start [code]
     ema_every: Count = 5  # gradient steps from one move of the average to the next [code]
@@ -81,9 +79,7 @@ class Args:
     normalize_obs: bool = False  # (obs - mean) / (std + 1e-3) of the dataset
     normalize_reward: bool = False  # r · 1000 / (largest - smallest episode return)
     standardize_reward: bool = False  # (r - mean) / std of the dataset [code: Adroit]
-    reward_scale: Positive = (
-        1.0  # rewards in training: scale · r + bias, r from above [code: AntMaze 4 (r - 0.5)]
-    )
+    reward_scale: Positive = 1.0  # rewards in training: scale · r + bias, r from above [code: AntMaze]
     reward_bias: Number = 0.0  # added to rewards in training, after scaling [code: AntMaze]
     # online: U110
     warmup_steps: Natural = 5_000  # environment steps without updates, counted in online_steps
