@@ -20,18 +20,24 @@ Notes    D110 order of updates: in the code the actor learns from critics that h
             ones each time.
          U112 tasks without a row in the code: Adroit as pen-cloned, others as medium of their robot, mazes as AntMaze
             medium but for the reward; the paper's optional cosine decay is off.
+         U113 --distill: five steps cannot be halved and the chain's noise cannot be distilled; so v, cosine schedule,
+            eight steps without noise or clipping on the way, halved before the online phase as dual.py does, around
+            the policy's own actions; online, loss and average are those of a chain of one step.
          U1 hopper-mini-v0: sizes that finish in minutes on two CPU cores; not a published setting.
 Metrics  loss/q; loss/bc, the denoising loss, by which the paper picks checkpoints; loss/actor; q/mean on the batch;
          q/policy of own actions; actor/data_gap, mean square of own less data's actions; eval/score normalised.
 Run      python algorithms/diffql.py --env hopper-medium-v2 --seed 0
          behavior cloning --eta 0 | acting without the critic --candidates 1 | the paper's T: --denoise-steps 2 to 20
+         D-Diff-QL: --distill
 Cost     not measured yet.
 Fails    not known yet.
 """
 
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -68,6 +74,12 @@ class Args:
     qf_lr: Positive = 3e-4  # Adam, critics [code]
     hidden: Count = 256  # width of the hidden layers [App. C]
     denoise_steps: Count = 5  # T, of the chain [§3]
+    distill: bool = False  # a chain that halves to one step before the online phase [DUAL: D-Diff-QL]: U113
+    distill_from: Several = 8  # T of that chain, a power of two
+    halving_steps: Count = (
+        20_000  # gradient steps per halving, twice as many to 2 and 1 denoising steps [dual.py]
+    )
+    distill_lr: Positive = 3e-4  # Adam, linear to 0 in each halving [dual.py]
     eta: Weight = 1.0  # η, weight of Q beside behavior cloning [code, per task]
     max_q_backup: bool = False  # TD target from the best of backup_actions next actions [code, per task]
     backup_actions: Count = 10  # next actions per row of such a target [code]
@@ -111,18 +123,21 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     **{k: dict(  # sizes for minutes on one core: U1
         online_steps=6_000, warmup_steps=2_000, eval_every=1_000, hidden=64, batch_size=128,
         actor_lr=1e-3, qf_lr=1e-3, polyak=0.02, ema_start=0, ema_every=1, ema_decay=0.98, candidates=20,
-        normalize_obs=True, normalize_reward=True,
+        halving_steps=300, distill_lr=1e-3, normalize_obs=True, normalize_reward=True,
     ) for k in ("hopper-mini", "reacher-mini")},
     "hopper-mini-v0": dict(offline_steps=8_000, eval_episodes=20),
     "reacher-mini-v0": dict(offline_steps=4_000, eval_episodes=50),
 }  # fmt: skip
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
-    "offline_steps", "batch_size", "gamma", "polyak", "actor_lr", "qf_lr", "hidden", "denoise_steps", "eta",
-    "max_q_backup", "backup_actions", "grad_clip", "ema_decay", "ema_start", "ema_every",
+    "offline_steps", "batch_size", "gamma", "polyak", "actor_lr", "qf_lr", "hidden",
+    "denoise_steps", "distill", "distill_from", "eta", "max_q_backup", "backup_actions",
+    "grad_clip", "ema_decay", "ema_start", "ema_every",
     "normalize_obs", "normalize_reward", "standardize_reward", "reward_scale", "reward_bias",
 )  # fmt: skip
 NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
-    "max_q_backup": ("backup_actions",)
+    "max_q_backup": ("backup_actions",),
+    "distill": ("distill_from", "halving_steps", "distill_lr"),
+    "not distill": ("denoise_steps",),
 }
 
 
@@ -137,7 +152,8 @@ class Denoiser(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: int, steps: int):
         super().__init__()
-        self.act_dim, self.alphas = act_dim, vp_alphas(steps)
+        self.act_dim, self.levels, self.draws = act_dim, steps, steps  # draws: normal numbers of a chain
+        self.alphas = vp_alphas(steps)
         alpha_bar = torch.tensor(self.alphas, dtype=torch.float64).cumprod(0)
         self.register_buffer("alpha_bar", alpha_bar.float())  # of rows that each have a t of their own
         self.register_buffer("frequencies", 10_000.0 ** (-torch.arange(8) / 7))
@@ -153,13 +169,13 @@ class Denoiser(nn.Module):
 
 
 def draw_chain(
-    rows: int, act_dim: int, steps: int, device: torch.device, generator: torch.Generator | None = None
+    actor: nn.Module, rows: int, device: torch.device, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """N(0, I) (T, rows, A): where the chain starts, and what it adds after each step but the last."""
-    return torch.randn(steps, rows, act_dim, device=device, generator=generator)
+    """N(0, I) (T, rows, A): where the chain starts, and what it adds after each step but the last, if it adds any."""
+    return torch.randn(actor.draws, rows, actor.act_dim, device=device, generator=generator)
 
 
-def run_chain(actor: Denoiser, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def noisy_chain(actor: Denoiser, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Actions (B, A) in [-1, 1] of the reverse process, with gradient: obs (B, O), noise (T, B, A).  [Eq. 1]
 
     Each step's estimate of the clean action is clipped to the box [code]; with it the step is the mean of
@@ -186,6 +202,77 @@ def bc_loss(
     return (actor(obs, left.sqrt() * actions + (1 - left).sqrt() * eps, t) - eps).square().mean()
 
 
+# The chain that can be halved: x = cos φ a + sin φ ε at φ = π u / 2, v = cos φ ε - sin φ a, no noise on the way.
+
+
+class VDenoiser(nn.Module):
+    """v̂(x, t, s) at u = (t + 1) / levels, arguments and layers as Denoiser's; `levels`, T, changes with a halving."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int, steps: int):
+        super().__init__()
+        self.act_dim, self.levels, self.draws, self.finest = act_dim, steps, 1, steps
+        self.eps = Denoiser(obs_dim, act_dim, hidden, steps)  # its layers, not its chain
+
+    def forward(self, obs: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.eps(obs, x, (t + 1) * (self.finest / self.levels) - 1)
+
+
+def rotate(z: torch.Tensor, v: torch.Tensor, angle: float) -> torch.Tensor:
+    """One DDIM step by `angle`: cos z - sin v; from φ = angle it is the clean estimate.  [Salimans & Ho]"""
+    return math.cos(angle) * z - math.sin(angle) * v
+
+
+def quiet_chain(actor: nn.Module, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Actions (B, A) of the deterministic sampler from noise (1, B, A), clipped to the box at the end only: U113."""
+    x = noise[0]
+    for t in reversed(range(actor.levels)):
+        v = actor(obs, x, torch.full((1,), t, device=x.device))
+        x = rotate(x, v, 0.5 * math.pi / actor.levels)
+    return x.clamp(-1, 1)
+
+
+def v_loss(
+    actor: nn.Module, obs: torch.Tensor, actions: torch.Tensor, t: torch.Tensor, eps: torch.Tensor
+) -> torch.Tensor:
+    """E (v - v̂(cos φ a + sin φ ε, t, s))², mean over rows and dimensions: as bc_loss -> ().  [Salimans & Ho]"""
+    cos, sin = (f(0.5 * math.pi * (t[:, None] + 1) / actor.levels) for f in (torch.cos, torch.sin))
+    return (actor(obs, cos * actions + sin * eps, t) - (cos * eps - sin * actions)).square().mean()
+
+
+def run_chain(actor: nn.Module, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The actor's actions (B, A) in [-1, 1] for obs (B, O) and what draw_chain drew."""
+    return (quiet_chain if isinstance(actor, VDenoiser) else noisy_chain)(actor, obs, noise)
+
+
+def clone_loss(actor: nn.Module, *batch: torch.Tensor) -> torch.Tensor:
+    """Behavior cloning: the loss of the actor's kind of chain."""
+    return (v_loss if isinstance(actor, VDenoiser) else bc_loss)(actor, *batch)
+
+
+def halved_target(
+    teacher: nn.Module, obs: torch.Tensor, x: torch.Tensor, t: torch.Tensor, levels: int
+) -> torch.Tensor:
+    """The v that takes x in one step of `levels` where the teacher, of twice as many, gets in two.  [Salimans & Ho]
+
+    v* = (cos 2δ x - x₂) / sin 2δ, δ = π / (4 levels); t (B,) of the student, 2 t + 1 and 2 t of the teacher.
+    """
+    delta = 0.25 * math.pi / levels
+    x1 = rotate(x, teacher(obs, x, 2 * t + 1), delta)
+    x2 = rotate(x1, teacher(obs, x1, 2 * t), delta)
+    return (math.cos(2 * delta) * x - x2) / math.sin(2 * delta)
+
+
+def halving_loss(student: nn.Module, teacher: nn.Module, obs: torch.Tensor) -> torch.Tensor:
+    """E (v̂ - v*)² at levels t of the student, around actions of the teacher's own: they are not the data's now. U113"""
+    t = torch.randint(student.levels, (len(obs),), device=obs.device)
+    with torch.no_grad():
+        actions = run_chain(teacher, obs, draw_chain(teacher, len(obs), obs.device))
+        cos, sin = (f(0.5 * math.pi * (t[:, None] + 1) / student.levels) for f in (torch.cos, torch.sin))
+        x = cos * actions + sin * torch.randn_like(actions)
+        target = halved_target(teacher, obs, x, t, student.levels)
+    return (student(obs, x, t) - target).square().mean()
+
+
 class MishTwinQ(nn.Module):
     """Two critics as stacked weights, one batched matmul per layer: obs (B, O), actions (B, A) -> (2, B).  [App. C]"""
 
@@ -208,7 +295,10 @@ class MishTwinQ(nn.Module):
 def make_diffql_nets(obs_dim: int, act_dim: int, args: Args) -> nn.ModuleDict:
     """actor, average (of it), qf, q_target (a frozen copy of qf); `updates`, how many, is a buffer beside them."""
     nets = nn.ModuleDict()
-    nets["actor"] = Denoiser(obs_dim, act_dim, args.hidden, args.denoise_steps)
+    if args.distill:
+        nets["actor"] = VDenoiser(obs_dim, act_dim, args.hidden, args.distill_from)
+    else:
+        nets["actor"] = Denoiser(obs_dim, act_dim, args.hidden, args.denoise_steps)
     nets["qf"] = MishTwinQ(obs_dim, act_dim, args.hidden)
     for copy, of in {"average": "actor", "q_target": "qf"}.items():
         nets[copy] = deepcopy(nets[of]).requires_grad_(False)
@@ -273,14 +363,13 @@ class Draws(NamedTuple):
     coin: torch.Tensor  # () which critic the actor follows; on the device, so that nothing waits for it
 
 
-def draw_step(act_dim: int, args: Args, device: torch.device) -> Draws:
-    rows, steps = args.batch_size, args.denoise_steps
-    many = args.backup_actions if args.max_q_backup else 1
+def draw_step(actor: nn.Module, args: Args, device: torch.device) -> Draws:
+    rows, many = args.batch_size, args.backup_actions if args.max_q_backup else 1
     return Draws(
-        t=torch.randint(steps, (rows,), device=device),
-        eps=torch.randn(rows, act_dim, device=device),
-        own=draw_chain(rows, act_dim, steps, device),
-        following=draw_chain(rows * many, act_dim, steps, device),
+        t=torch.randint(actor.levels, (rows,), device=device),
+        eps=torch.randn(rows, actor.act_dim, device=device),
+        own=draw_chain(actor, rows, device),
+        following=draw_chain(actor, rows * many, device),
         coin=torch.rand((), device=device),
     )
 
@@ -294,7 +383,7 @@ def losses(
         target = td_target(batch.rewards, batch.terminations, q_next, args.gamma)
     q = nets["qf"](batch.obs, batch.actions)
     q_loss = (q - target).square().mean(1).sum()  # [Eq. 4], one mean square per critic [code]
-    cloning = bc_loss(nets["actor"], batch.obs, batch.actions, draws.t, draws.eps)  # [Eq. 2]
+    cloning = clone_loss(nets["actor"], batch.obs, batch.actions, draws.t, draws.eps)  # [Eq. 2]
     actions = run_chain(nets["actor"], batch.obs, draws.own)
     q_own = frozen_q(nets["qf"], batch.obs, actions)
     actor_loss = cloning + args.eta * normalised_q_loss(q_own, draws.coin)  # [Eq. 3]
@@ -334,7 +423,7 @@ def pick_action(
 ) -> torch.Tensor:
     """One of so many actions of the chain, drawn with softmax of the lower Q̂: obs (E, O) -> (E, A).  [code]"""
     actor = nets["actor"]
-    noise = draw_chain(len(obs) * candidates, actor.act_dim, len(actor.alphas), obs.device, generator)
+    noise = draw_chain(actor, len(obs) * candidates, obs.device, generator)
     actions = run_chain(actor, obs.repeat_interleave(candidates, 0), noise).view(len(obs), candidates, -1)
     q = q_of_many(nets["q_target"], obs, actions).amin(0)  # (E, candidates)
     choice = torch.multinomial(q.softmax(1), 1, generator=generator)
@@ -355,11 +444,83 @@ def reward_units(args: Args, dataset: data.Dataset) -> tuple[float, float]:
     return args.reward_scale * scale, args.reward_bias - args.reward_scale * scale * mean
 
 
+class Distiller:
+    """Halves the chain of a trained actor until one step is left, in a phase before the online one: U113."""
+
+    def __init__(self, r: run.Run, args: Args, actor: VDenoiser):
+        self.r, self.args, self.actor = r, args, actor
+        self.student, self.teacher = deepcopy(actor), deepcopy(actor).requires_grad_(False)
+        lr = torch.tensor(args.distill_lr, device=r.device)
+        capturable = r.device.type == "cuda"
+        self.opt = torch.optim.Adam(self.student.parameters(), lr=lr, fused=True, capturable=capturable)
+        self.count = torch.zeros((), device=r.device)  # gradient steps of the running halving
+        self.loss = r.compiled(halving_loss)
+
+    def state(self) -> dict:
+        """What a checkpoint holds, by name."""
+        return {f"distill_{k}": getattr(self, k) for k in ("student", "teacher", "opt", "count")}
+
+    def halving_step(self, obs: Callable[[], torch.Tensor], updates: int) -> dict[str, torch.Tensor]:
+        """One of the `updates` gradient steps of the running halving."""
+        self.opt.param_groups[0]["lr"].copy_(self.args.distill_lr * (1 - self.count / updates))
+        loss = self.loss(self.student, self.teacher, obs())
+        self.opt.zero_grad(set_to_none=True)
+        loss.backward()
+        self.opt.step()
+        self.count.add_(1)
+        return {"loss/distill": loss.detach()}
+
+    def restart(self) -> None:
+        """The teacher is the last student, or at first the actor; the optimizer is fresh."""
+        source = self.actor if self.teacher.levels == self.teacher.finest else self.student
+        self.teacher.load_state_dict(source.state_dict())
+        self.student.load_state_dict(source.state_dict())
+        self.count.zero_()
+        for state in self.opt.state.values():
+            for x in state.values():
+                x.zero_()
+
+    @torch.no_grad()
+    def error(self, obs: torch.Tensor) -> float:
+        """Mean square between the actions of student and actor from the same noise."""
+        noise = draw_chain(self.actor, len(obs), obs.device)
+        return (
+            (run_chain(self.student, obs, noise) - run_chain(self.actor, obs, noise)).square().mean().item()
+        )
+
+    def learn(self, obs: Callable[[], torch.Tensor]) -> None:
+        """All halvings, as one phase; obs() draws states (B, O) of the dataset."""
+        until = 0
+        while self.student.levels > 1:
+            self.teacher.levels, self.student.levels = self.student.levels, self.student.levels // 2
+            updates = self.args.halving_steps * (2 if self.student.levels <= 2 else 1)
+            start, until = until, until + updates
+            step_fn = self.r.capture(partial(self.halving_step, obs, updates))
+            for step in self.r.phase("distill", until):
+                if step == start:
+                    self.restart()
+                self.r.log(step, step_fn())
+            if self.r.once(f"halving to {self.student.levels}"):
+                self.r.record(until, {"distill/error": self.error(obs())})
+
+    def put_into(self, nets: nn.ModuleDict, opt: torch.optim.Optimizer) -> None:
+        """The student takes the places of actor and average; the actor's part of the optimizer is fresh."""
+        if self.r.once("distilled"):
+            for name in ("actor", "average"):
+                nets[name].load_state_dict(self.student.state_dict())
+            for p in nets["actor"].parameters():
+                for x in opt.state.get(p, {}).values():
+                    x.zero_()
+        nets["actor"].levels = nets["average"].levels = 1
+
+
 def train(args: Args) -> dict[str, float]:
     task = data.get_task(args.env)
     r = run.Run(args, __file__, data.filed_name(args.env, args.dataset), ENV_PRESETS, NEEDS)
     if r.final:
         return r.final
+    if args.distill and args.distill_from & (args.distill_from - 1):
+        raise run.UsageError("--distill-from", args.distill_from, "a power of two")
     dataset = data.load(args.env, args.dataset)
     r.require(dataset=dataset.sha256)
     moments = dataset.moments() if args.normalize_obs else None
@@ -383,13 +544,15 @@ def train(args: Args) -> dict[str, float]:
         eval_dice.manual_seed(args.seed)  # the same each time, before and after a stop: U111
         return evaluate(act, r.device)
 
-    r.register(nets=nets, opt=opt, online=buffer, interaction=interaction)
+    distiller = Distiller(r, args, nets["actor"]) if args.distill else None
+    added = distiller.state() if distiller else {}
+    r.register(nets=nets, opt=opt, online=buffer, interaction=interaction, **added)
     compiled_losses = r.compiled(losses)
     offline_settings = r.settings(OFFLINE_SETTINGS)
 
     # offline, and online too: a gradient step on all rows there are
     def gradient_step() -> dict[str, torch.Tensor]:
-        batch, draws = buffer.sample(args.batch_size), draw_step(task.act_dim, args, r.device)
+        batch, draws = buffer.sample(args.batch_size), draw_step(nets["actor"], args, r.device)
         loss, logs = compiled_losses(nets, batch, draws, args)
         update(nets, opt, loss, args)
         return logs
@@ -404,6 +567,13 @@ def train(args: Args) -> dict[str, float]:
     if r.once("offline_end"):
         r.record(args.offline_steps, score())
         r.export_phase("offline", offline_settings, nets=nets, opt=opt)  # all goes on: U110
+
+    # one step instead of many, which the online phase trains on
+    if distiller:
+        distiller.learn(lambda: buffer.sample(args.batch_size).obs)
+        distiller.put_into(nets, opt)
+        if r.once("distill_end"):
+            r.record(r.done["distill"], score())
 
     # online: one environment step, then utd gradient steps
     step_fn = r.capture(gradient_step)

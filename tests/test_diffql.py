@@ -1,7 +1,9 @@
 """Diffusion-QL: schedule, chain, losses and gradients against closed forms, hand-made loops and finite differences."""
 
+import gc
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,11 +11,11 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import CPU, equal_states, final_state, log_rows, tiny_args
+from conftest import CPU, Killed, equal_states, final_state, kill_after, log_rows, tiny_args
 
 from algorithms import diffql
 from common import run
-from common.buffer import Batch
+from common.buffer import Batch, ReplayBuffer
 
 OBS, ACT = 5, 2
 
@@ -33,7 +35,7 @@ def case(rows: int = 8, **settings) -> tuple:
     obs, next_obs = torch.randn(2, rows, OBS).double()
     actions = torch.rand(rows, ACT).double() * 2 - 1
     rewards, terminations = torch.randn(rows).double(), (torch.arange(rows) % 3 == 0).double()
-    draws = diffql.draw_step(ACT, args, CPU)
+    draws = diffql.draw_step(nets["actor"], args, CPU)
     draws = diffql.Draws(*(x.double() if x.is_floating_point() else x for x in draws))
     return nets, Batch(obs, actions, rewards, next_obs, terminations), draws, args
 
@@ -106,7 +108,7 @@ class PointMass:
 class OneStep:
     """A chain of one step from noise x to end(x)."""
 
-    alphas, act_dim = [0.5], 1
+    alphas, act_dim, draws = [0.5], 1, 1
 
     def __init__(self, end: Callable[[torch.Tensor], torch.Tensor]):
         self.end = end
@@ -205,9 +207,10 @@ def test_the_q_term_does_not_feel_the_unit_of_rewards():
 def test_both_critics_are_followed_about_as_often():
     torch.manual_seed(0)
     args = diffql.Args(batch_size=2)
-    ups = sum(float(diffql.draw_step(ACT, args, CPU).coin) > 0.5 for _ in range(2_000))
+    actor = diffql.Denoiser(OBS, ACT, 4, 5)
+    ups = sum(float(diffql.draw_step(actor, args, CPU).coin) > 0.5 for _ in range(2_000))
     assert abs(ups - 1_000) < 4 * math.sqrt(500)
-    levels = torch.cat([diffql.draw_step(ACT, args, CPU).t for _ in range(2_000)])
+    levels = torch.cat([diffql.draw_step(actor, args, CPU).t for _ in range(2_000)])
     counts = torch.bincount(levels, minlength=5)
     assert len(counts) == 5 and (counts - 800).abs().max() < 4 * math.sqrt(800)
 
@@ -369,6 +372,101 @@ def test_candidates_belong_to_their_own_state():
     got = diffql.pick_action(nets, obs, 1, torch.Generator().manual_seed(3))
     noise = torch.randn(5, 8, ACT, generator=torch.Generator().manual_seed(3))
     assert torch.allclose(got, diffql.run_chain(nets["actor"], obs, noise))
+
+
+# ---- distillation ----
+
+
+class Gaussian:
+    """The exact v̂ for data N(m, s²) in each dimension: of v = cos φ ε - sin φ a, the mean given x."""
+
+    act_dim, draws, mean, var = 1, 1, 0.2, 0.04
+
+    def __init__(self, levels: int):
+        self.levels = levels
+
+    def __call__(self, _obs: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        phi = 0.5 * math.pi * (t[:, None] + 1).double() / self.levels
+        left = x - phi.cos() * self.mean
+        total = phi.cos() ** 2 * self.var + phi.sin() ** 2
+        a, eps = self.mean + phi.cos() * self.var / total * left, phi.sin() / total * left
+        return phi.cos() * eps - phi.sin() * a
+
+
+class Halved:
+    """What a perfect student of `teacher` answers."""
+
+    act_dim, draws = 1, 1
+
+    def __init__(self, teacher: Gaussian):
+        self.teacher, self.levels = teacher, teacher.levels // 2
+
+    def __call__(self, obs: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return diffql.halved_target(self.teacher, obs, x, t, self.levels)
+
+
+def test_halving_to_one_step_keeps_where_each_noise_ends():
+    """Perfect students from 8 levels to 1 have the teacher's action for every noise; many levels, the flow."""
+    noise, obs = torch.linspace(-2, 2, 9).double()[None, :, None], torch.zeros(9, OBS)
+    chain = Gaussian(8)
+    wanted = diffql.quiet_chain(chain, obs, noise)
+    assert wanted.abs().max() < 1, "clipping would hide errors"
+    for levels in (4, 2, 1):
+        chain = Halved(chain)
+        assert chain.levels == levels
+        assert torch.allclose(diffql.quiet_chain(chain, obs, noise), wanted, atol=1e-12)
+    fine = diffql.quiet_chain(Gaussian(2_000), obs, noise)  # the flow of a Gaussian: m + s ε
+    assert torch.allclose(fine, 0.2 + 0.2 * noise[0], atol=2e-3)
+
+
+def test_the_v_loss_by_hand():
+    torch.manual_seed(0)
+    actor = diffql.VDenoiser(OBS, ACT, 8, 4)
+    obs, actions, eps, t = (
+        torch.randn(3, OBS),
+        torch.rand(3, ACT),
+        torch.randn(3, ACT),
+        torch.tensor([0, 2, 3]),
+    )
+    total = 0.0
+    for i, share in enumerate((0.25, 0.75, 1.0)):
+        cos, sin = math.cos(0.5 * math.pi * share), math.sin(0.5 * math.pi * share)
+        got = actor(obs[i : i + 1], (cos * actions[i] + sin * eps[i])[None], t[i : i + 1])[0]
+        total += (got - (cos * eps[i] - sin * actions[i])).square().sum().item()
+    assert diffql.v_loss(actor, obs, actions, t, eps).item() == pytest.approx(total / 6, rel=1e-5)
+    halved = deepcopy(actor)
+    halved.levels = 2  # u = 1/2 and 1 are what levels 1 and 3 of four were
+    same = halved(obs, actions, torch.tensor([0, 1, 1])), actor(obs, actions, torch.tensor([1, 3, 3]))
+    assert torch.allclose(*same)
+
+
+def test_the_gradient_through_the_quiet_chain():
+    torch.manual_seed(0)
+    actor = diffql.VDenoiser(OBS, ACT, 8, 4).double()
+    noise, obs = (0.3 * torch.randn(1, 3, ACT).double()).requires_grad_(), torch.randn(3, OBS).double()
+    assert torch.autograd.gradcheck(lambda x: diffql.quiet_chain(actor, obs, x), (noise,))
+
+
+def test_a_distilled_run_acts_in_one_step_and_resumes_to_the_same_result(dataset, tmp_path, monkeypatch):
+    """Killed in the middle of gradient steps of every phase, and in the halvings."""
+    diffql.train(tiny_args("diffql", dataset=dataset, out_dir=tmp_path / "whole", distill=True))
+    errors = [float(r["distill/error"]) for r in log_rows(tmp_path / "whole") if r.get("distill/error")]
+    assert len(errors) == 3 and all(0 < x < 4 for x in errors)
+    monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
+    args, deaths = tiny_args("diffql", dataset=dataset, out_dir=tmp_path / "killed", distill=True), 0
+    for _ in range(30):
+        with monkeypatch.context() as patch:
+            kill_after(patch, ReplayBuffer, "draw", 8)
+            try:
+                diffql.train(args)
+                break
+            except Killed:
+                deaths += 1
+        gc.collect()  # the lock goes with the process; here with the object
+    assert deaths >= 6
+    assert equal_states(final_state(tmp_path / "whole"), final_state(tmp_path / "killed"))
+    with pytest.raises(run.UsageError, match="--distill-from: got 6; allowed: a power of two"):
+        diffql.train(tiny_args("diffql", dataset=dataset, out_dir=tmp_path, distill=True, distill_from=6))
 
 
 # ---- rewards ----
