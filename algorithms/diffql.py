@@ -2,18 +2,22 @@
 
 Paper    Wang, Hunt, Zhou, "Diffusion Policies as an Expressive Policy Class for Offline Reinforcement Learning",
          ICLR 2023, arXiv 2208.06193v3: Eq., Alg., App. below; its public code where they are silent: [code]. DUAL (Bui
-         et al., arXiv 2605.30776v1) fine-tunes it online as Diff-QL; how is left open there.
+         et al., arXiv 2605.30776v1) fine-tunes it online as Diff-QL and distils it as D-Diff-QL; how is left open
+         there. Distillation: Salimans, Ho, ICLR 2022, arXiv 2202.00512.
 Idea     A chain of five denoising steps draws actions that a Gaussian cannot. Its denoising loss is behavior cloning,
          and the only constraint; beside it stands -Q of the chain's own action, divided by the mean of |Q|, so that one
          weight η serves tasks whose Q differ in size. Its gradient passes through all steps of the chain.
 Symbols  ε̂ actor, noise estimate | x noised action | t level, 0 to T - 1 | T denoise_steps | ᾱ alpha_bar, share of an
-         action's variance that is left at t | η eta | Q̂ q_target | γ gamma
-Read     Args, ENV_PRESETS, denoiser, chain, critics, losses, update, acting, train
+         action's variance that is left at t | η eta | Q̂ q_target | γ gamma | v, u, φ: of the chain that can be halved
+Read     Args, ENV_PRESETS, denoiser, chain, (its form that can be halved), critics, losses, update, acting,
+         (Distiller), train; what is in brackets only --distill needs
 Notes    D110 order of updates: in the code the actor learns from critics that have just moved; here all losses are from
             the parameters before the step, one backward, as in every file.
          D111 length: 2M steps (AntMaze, pen: 1M), a score every 50k, and the best checkpoint counts; here DUAL's 1M
             offline, 1M online [CORL], scores as often as in every file, and last scores and means count.
          D112 the code's AntMaze is v0; here v2, which DUAL's tables have.
+         D113 Eq. 1 adds noise of std √β_t and bounds nothing; the code clips each step's clean estimate to the box and
+            has the std of q(x_{t-1} | x_t, x_0), and so have we.
          U110 online, where the paper has nothing: one buffer of dataset and own rows, uniform batches, the offline
             losses; optimizer, average and its count go on unchanged; warm-up as in every file.
          U111 online actions are drawn as in evaluation, without more noise; evaluation has dice of its own, the same
@@ -73,8 +77,8 @@ class Args:
     polyak: Rate = 0.005  # share of qf copied into q_target at every gradient step [code]
     actor_lr: Positive = 3e-4  # Adam, denoiser [code, per task]
     qf_lr: Positive = 3e-4  # Adam, critics [code]
-    hidden: Count = 256  # width of the hidden layers [App. C]
-    denoise_steps: Count = 5  # T, of the chain [§3]
+    hidden: Count = 256  # width of the hidden layers [code]
+    denoise_steps: Count = 5  # T, of the chain [code]
     distill: bool = False  # a chain that halves to one step before the online phase [DUAL: D-Diff-QL]: U113
     distill_from: Several = 8  # T of that chain, a power of two
     halving_steps: Count = 20_000  # gradient steps per halving, twice as many to 2 and 1 denoising steps
@@ -141,13 +145,13 @@ NEEDS = {  # condition -> settings that have no effect without it: a flag for on
 
 
 def vp_alphas(steps: int) -> list[float]:
-    """1 - β_t of the variance-preserving schedule, β from 0.1 to 10, t = 0, ..., T - 1.  [App. B]"""
+    """1 - β_t of the variance-preserving schedule, β from 0.1 to 10, t = 0, ..., T - 1.  [code]"""
     low, high = 0.1, 10.0
     return [math.exp(-low / steps - (high - low) * (2 * t + 1) / (2 * steps**2)) for t in range(steps)]
 
 
 class Denoiser(nn.Module):
-    """ε̂(x, t, s): obs (B, O), noised actions x (B, A), levels t (B,) or (1,) integers -> noise (B, A).  [App. C]"""
+    """ε̂(x, t, s): obs (B, O), noised actions x (B, A), levels t (B,) or (1,) integers -> noise (B, A).  [code]"""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: int, steps: int):
         super().__init__()
@@ -177,8 +181,8 @@ def draw_chain(
 def noisy_chain(actor: Denoiser, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Actions (B, A) in [-1, 1] of the reverse process, with gradient: obs (B, O), noise (T, B, A).  [Eq. 1]
 
-    Each step's estimate of the clean action is clipped to the box [code]; with it the step is the mean of
-    q(x_{t-1} | x_t, x_0), and noise of that distribution's std.
+    Each step's estimate of the clean action is clipped to the box; with it the step is the mean of
+    q(x_{t-1} | x_t, x_0), and noise of that distribution's std, as in the code: D113.
     """
     x, alphas = noise[0], actor.alphas
     for t in reversed(range(len(alphas))):
@@ -273,7 +277,7 @@ def halving_loss(student: nn.Module, teacher: nn.Module, obs: torch.Tensor) -> t
 
 
 class MishTwinQ(nn.Module):
-    """Two critics as stacked weights, one batched matmul per layer: obs (B, O), actions (B, A) -> (2, B).  [App. C]"""
+    """Two critics as stacked weights, one batched matmul per layer: obs (B, O), actions (B, A) -> (2, B).  [code]"""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: int):
         super().__init__()
@@ -347,7 +351,7 @@ def next_q(nets: nn.ModuleDict, next_obs: torch.Tensor, noise: torch.Tensor) -> 
 
 
 def normalised_q_loss(q: torch.Tensor, coin: torch.Tensor) -> torch.Tensor:
-    """L_q / η = -mean Q_i / mean |Q_j|, i = 1 if coin () > 0.5, else 2, j the other: q (2, B) -> ().  [§4; code]"""
+    """L_q / η = -mean Q_i / mean |Q_j|, i = 1 if coin () > 0.5, else 2, j the other: q (2, B) -> ().  [code]"""
     mean, size = q.mean(1), q.detach().abs().mean(1)
     return -torch.where(coin > 0.5, mean[0] / size[1], mean[1] / size[0])
 
