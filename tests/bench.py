@@ -832,7 +832,8 @@ def budget(stem: str, env: str) -> dict[str, float]:
     work |= {"generator": n * get("diffusion_steps"), "sampling": n * get("synthetic_rows")}
     work |= {"pool": n * get("energy_pool")}
     work |= dict.fromkeys(("ratios", "energies"), n * get("energy_updates"))
-    work["distill"] = sum(updates for _, updates in module.halvings(a)) if get("halving_steps") else 0
+    ladder = module.halvings(a) if hasattr(module, "halvings") else []  # diffql.py halves only with --distill
+    work["distill"] = sum(updates for _, updates in ladder)
     work["transition"] = 2 * get("planner_steps") if get("fit_transition") and a.horizon > 1 else 0
     work["support"] = rows + a.online_steps if get("support_k") else 0
     for phase in ("offline", "online"):  # every episode to its limit
@@ -847,7 +848,7 @@ def hours(stem: str, env: str, rates: dict[str, float]) -> dict[str, float]:
 
 def backbone_of(stem: str) -> str:
     """Whose offline phase a method starts from, as in run_all.sh."""
-    starts = {"iql": "iql", "pex": "iql", "apl": "apl", "wsrl": "wsrl", "so2": "so2"}
+    starts = {"iql": "iql", "pex": "iql", "apl": "apl", "wsrl": "wsrl", "so2": "so2", "diffql": "diffql"}
     return starts.get(stem.split("_")[0], "calql")
 
 

@@ -139,6 +139,34 @@ SO2 = dict(  # SO2's code, its branch of the paper; OFF2ON's code [B §6]
     **EVALUATION | dict(eval_every=1_000, eval_episodes=8),
 )  # fmt: skip
 
+# Its code, table of hyperparameters in main.py, whose AntMaze is v0 [D §3.2]; Maze2D, other tasks: U112; online: U110
+DIFFQL = dict(
+    offline_steps=(2_000_000, 1_000_000, 1_000_000, 1_000_000), online_steps=1_000_000, warmup_steps=5_000, utd=1,
+    batch_size=256, gamma=0.99, polyak=0.005, qf_lr=3e-4, hidden=256, denoise_steps=5, candidates=50, backup_actions=10,
+    ema_decay=0.995, ema_start=1_000, ema_every=5,
+    actor_lr={"locomotion": 3e-4, "antmaze": 3e-4, "antmaze-medium-play": 1e-3, "adroit": 3e-5, "maze2d": 3e-4},
+    eta={
+        "locomotion": 1.0, "adroit": 0.1, "pen-human": 0.15, "pen-cloned": 0.1, "maze2d": 2.0,
+        "antmaze-umaze": 0.5, "antmaze-umaze-diverse": 2.0, "antmaze-medium-play": 2.0,
+        "antmaze-medium-diverse": 3.0, "antmaze-large-play": 4.5, "antmaze-large-diverse": 3.5,
+    },
+    max_q_backup={"locomotion": False, "antmaze": True, "antmaze-umaze": False, "adroit": False, "maze2d": True},
+    grad_clip={
+        "halfcheetah-medium": 9.0, "hopper-medium": 9.0, "walker2d-medium": 1.0,
+        "halfcheetah-medium-replay": 2.0, "hopper-medium-replay": 4.0, "walker2d-medium-replay": 4.0,
+        "halfcheetah-medium-expert": 7.0, "hopper-medium-expert": 5.0, "walker2d-medium-expert": 5.0,
+        "antmaze-umaze": 2.0, "antmaze-umaze-diverse": 3.0, "antmaze-medium-play": 2.0,
+        "antmaze-medium-diverse": 1.0, "antmaze-large-play": 10.0, "antmaze-large-diverse": 7.0,
+        "pen-human": 7.0, "pen-cloned": 8.0, "adroit": 8.0, "maze2d": 2.0, "locomotion": 9.0,
+        **{f"walker2d-{k}": 1.0 for k in ("random", "expert", "morphology-2.0")},
+        "halfcheetah-medium-replay-gravity-2.0": 2.0,
+    },
+    normalize_obs=False, normalize_reward=False, standardize_reward=(False, False, True, False),
+    reward_scale=(1.0, 4.0, 1.0, 1.0), reward_bias=(0.0, -2.0, 0.0, 0.0),  # AntMaze: 4 (r - 0.5)
+    distill=False, distill_from=8, halving_steps=20_000, distill_lr=3e-4,  # [D §3.4, 1.5]
+    eval_every=50_000, eval_episodes=(10, 100, 100, 100),
+)  # fmt: skip
+
 # ---- StratDiff, DARE ----
 
 GUIDED = dict(
@@ -342,6 +370,7 @@ PAPER = {
     "wsrl_ad2s": [WSRL, AD2S],
     "dual": [IQL, PLANNER, DUAL_IQL, FROZEN_LAKE],
     "calql_dual": [CAL_QL, PLANNER],
+    "diffql": [DIFFQL],
 }
 
 # ---- where we differ on purpose: (files, tasks, setting) -> (our value, the note that says why) ----
@@ -364,6 +393,9 @@ DIFFERENCES = {
     ("so2", "antmaze", "eval_every"): (10_000, "D105: as every file"),
     ("so2", "locomotion adroit", "eval_episodes"): (10, "D105: as every file"),
     ("so2", "antmaze maze2d", "eval_episodes"): (100, "D105: as every file"),
+    ("diffql", "locomotion", "offline_steps"): (1_000_000, "D111: DUAL's budget"),
+    ("diffql", "antmaze", "eval_every"): (10_000, "D111: as every file"),
+    ("diffql", "locomotion adroit maze2d", "eval_every"): (5_000, "D111: as every file"),
     ("calql", "all", "calibrate_online"): (False, "D3: off online, as in the papers on CORL's code"),
     ("calql calql_stratdiff calql_dare synther", "all", "warmup_steps"): (5_000, "D4: else copies of one row"),
     (GENERATORS, "all", "terminal_flag"): ("classifier", "D21: the joint flag is hardly ever set"),
