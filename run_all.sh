@@ -5,6 +5,8 @@
 #   bash run_all.sh --quick    every method on hopper-mini-v0, seed 0: about an hour on one CPU core
 #   bash run_all.sh --evidence the study: every method on both embedded tasks, seeds 0 to 9, each from its backbone's
 #                              checkpoint; results go to common/results.csv run by run, and what is there is not run again
+#   bash run_all.sh --ablations  the papers' ablations on reacher-mini-v0, seeds 0 to 4, from the study's checkpoints in OUT;
+#                              results go to common/ablations.csv in the same way
 #   bash run_all.sh --list     print a command per job instead, backbones first; --quick --list too
 #   bash run_all.sh --help     this text
 #
@@ -108,12 +110,14 @@ train() { # GOAL METHOD ENV SEED FLAGS...: until its run directory has the file 
 job() { # METHOD ENV SEED
   local base from=() rc=0
   [[ -f $OUT/$1/$2/seed$3/final.json ]] && echo "finished before: $*" && return
-  echo "start: $*"
+  echo "start: $*${WHOLE:+ $EXTRA}"
   base=$(backbone "$1")
+  [[ $base || ! $WHOLE ]] || base=$1 # an ablation, of a method with an offline phase of its own
   if [[ $base ]]; then
-    from=(--from-offline "$OUT/$base/$2/seed$3")
-    [[ -f ${from[1]}/offline.pt ]] || train offline.pt "$base" "$2" "$3" || rc=$?
-    (( rc == 0 )) || { echo "FAILED ($rc, its backbone): $*: $(tail -n 1 "$OUT/logs/$base-$2-$3.log")"; return $rc; }
+    from=(--from-offline "${WHOLE:-$OUT}/$base/$2/seed$3")
+    [[ -f ${from[1]}/offline.pt ]] || OUT=${WHOLE:-$OUT} EXTRA=$([[ $WHOLE ]] || echo "$EXTRA") \
+      train offline.pt "$base" "$2" "$3" || rc=$?
+    (( rc == 0 )) || { echo "FAILED ($rc, its backbone): $*: $(tail -n 1 "${WHOLE:-$OUT}/logs/$base-$2-$3.log")"; return $rc; }
   fi
   train final.json "$@" "${from[@]}" || rc=$?
   (( rc == 0 )) || { echo "FAILED ($rc): $*: $(tail -n 1 "$OUT/logs/$1-$2-$3.log")"; return $rc; }
@@ -121,38 +125,52 @@ job() { # METHOD ENV SEED
     "$(sed -n 's/.*"final_score": \([^ ,}]*\).*/\1/p' "$OUT/$1/$2/seed$3/final.json")"
 }
 keep() { # METHOD ENV SEED: its result, to KEEP
-  [[ ! $KEEP ]] || flock "$OUT/logs/keep" $PYTHON -m common.tools.report "$OUT/$1/$2/seed$3" --keep "$KEEP"
+  [[ ! $KEEP ]] || flock "${WHOLE:-$OUT}/logs/keep" $PYTHON -m common.tools.report "$OUT/$1/$2/seed$3" --keep "$KEEP"
 }
-kept() { [[ $KEEP && -f $KEEP ]] && grep -q "^$1,$2,$3,.*,$" "$KEEP"; } # METHOD ENV SEED: a whole result is there
+kept() { # METHOD ENV SEED: a whole result is there
+  [[ $KEEP && -f $KEEP ]] && grep -q "^$1,$2,$3,${WHOLE:+[^,]*,[^,]* $EXTRA,}.*,$" "$KEEP"
+}
 
 # ---- the command line ----
-mode=run
+mode=run ablations=""
 for word in "$@"; do
   case $word in
     --list | --job) mode=${word#--} ;;
     --quick) ENVS=hopper-mini-v0 SEEDS=${SEEDS:-0} ;;
     --evidence) ENVS=${ENVS:-$embedded} SEEDS=${SEEDS:-0 1 2 3 4 5 6 7 8 9} KEEP=${KEEP:-common/results.csv} ;;
+    --ablations) ablations=yes ;;
     -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$self"; exit ;;
-    *) [[ $mode == job ]] || refuse argument "$word" "--list, --quick, --evidence, --help" ;;
+    *) [[ $mode == job ]] || refuse argument "$word" "--list, --quick, --evidence, --ablations, --help" ;;
   esac
 done
 carried=() # into the commands of the list
-for name in OUT EXTRA PYTHON KEEP; do [[ -z ${!name:-} ]] || carried+=("$name=${!name}"); done
-export KEEP=${KEEP:-}
+for name in OUT EXTRA PYTHON KEEP WHOLE; do [[ -z ${!name:-} ]] || carried+=("$name=${!name}"); done
+export KEEP=${KEEP:-} WHOLE=${WHOLE:-} # WHOLE: of an ablation, the OUT with the whole methods
 OUT=${OUT:-runs} EXTRA=${EXTRA:-} JOBS=${JOBS:-1} METHODS=${METHODS:-*} ENVS=${ENVS:-} SEEDS=${SEEDS:-0 1 2 3 4}
 PYTHON=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python)}
+if [[ $ablations ]]; then # this script again for each, with its flags and a folder of its own
+  whole=$OUT worst=0
+  rows=$($PYTHON -m common.tools.ablations --list) || exit
+  while IFS=$'\t' read -r method flags; do
+    among "$method" $METHODS || continue
+    WHOLE=$whole OUT=$whole/ablations/${flags//[^a-z0-9.-]/_} EXTRA=$flags METHODS=$method SEEDS=$SEEDS JOBS=$JOBS \
+      ENVS=${ENVS:-reacher-mini-v0} KEEP=${KEEP:-common/ablations.csv} bash "$self" $([[ $mode == list ]] && echo --list) &
+    wait $! || worst=1
+  done <<< "$rows"
+  exit $worst
+fi
 for word in $EXTRA; do
   among "${word%%=*}" --env --seed --out-dir --dataset --from-offline --overwrite \
     && refuse EXTRA "$word" "flags that do not say which run it is"
 done
-writable() { mkdir -p "$OUT/logs" 2> /dev/null && [[ -w $OUT/logs ]] || refuse OUT "$OUT" "a folder that can be written"; }
+writable() { mkdir -p "$OUT/logs" "${WHOLE:-$OUT}/logs" 2> /dev/null && [[ -w $OUT/logs ]] || refuse OUT "$OUT" "a folder that can be written"; }
 if [[ $mode == job ]]; then
   [[ $# == 4 && $1 == --job && -n ${tasks[$2]:-} ]] || refuse arguments "$*" "--job METHOD ENV SEED"
   writable
   job "$2" "$3" "$4" && keep "$2" "$3" "$4"
   exit
 fi
-[[ ! $KEEP || ! $EXTRA ]] || refuse EXTRA "$EXTRA" "nothing with KEEP, whose results are the files' own"
+[[ ! $KEEP || ! $EXTRA || $WHOLE ]] || refuse EXTRA "$EXTRA" "nothing with KEEP, whose results are the files' own"
 [[ $JOBS =~ ^[1-9][0-9]*$ ]] || refuse JOBS "$JOBS" "a number of jobs, from 1"
 for seed in $SEEDS; do [[ $seed =~ ^(0|[1-9][0-9]*)$ ]] || refuse SEEDS "$seed" "numbers from 0, with blanks between"; done
 for p in $METHODS; do

@@ -26,6 +26,7 @@ BACKBONES |= {"dual": "iql"} | {
 STAND_IN = """#!/usr/bin/env bash
 here=${0%/*}
 if [[ $1 == -c ]]; then cat "$here/gpu"; exit; fi
+if [[ $1 == -m && $2 == *.ablations ]]; then cat "$here/ablations"; exit; fi
 if [[ $1 == -m ]]; then echo "$*" >> "$here/kept"; exit; fi
 stem=${1##*/} stem=${stem%.py} folder=$7/$stem/$3/seed$5
 echo "$*" >> "$here/calls"
@@ -143,6 +144,32 @@ def test_the_study_runs_what_is_not_kept_yet_and_keeps_each_result(bench):
     assert sorted(bench.read("kept")) == [f"-m common.tools.report {x} --keep {kept}" for x in folders]
     rc, out, _ = bench("--evidence", **some | {"SEEDS": "0"})
     assert (rc, out) == (0, [f"nothing left: 1 results are in {kept}"])
+
+
+def test_ablations_start_from_the_study_s_checkpoints_and_keep_their_results(bench):
+    """Flags after all others; a method with an offline phase of its own starts from its whole run."""
+    bench.set(ablations="iql_cfdg\t--guidance-w 0\ndual\t--uq none")
+    kept, some = bench.folder / "kept.csv", dict(SEEDS="0 1", METHODS="iql_cfdg dual")
+    kept.write_text("iql_cfdg,reacher-mini-v0,1,abc,a.py --seed 1 --guidance-w 0,,1.0,\n")
+    lines = bench("--ablations", "--list", **some)[1]
+    assert len(lines) == 4 and all("KEEP=common/ablations.csv" in line for line in lines)
+    rc, out, err = bench("--ablations", KEEP=str(kept), **some)
+    assert rc == 0 and not err, (out, err)
+    begin = "--env reacher-mini-v0 --seed {} --out-dir {}"
+    folders = {k: f"{bench.out}/ablations/{k}" for k in ("--guidance-w_0", "--uq_none")}
+    of = {stem: begin + f" --from-offline {bench.out}/{base}/reacher-mini-v0/seed{{}}"
+          for stem, base in [("iql_cfdg", "iql"), ("dual", "dual")]}  # fmt: skip
+    calls = ["algorithms/iql.py " + begin.format(0, bench.out)]
+    calls += [
+        f"algorithms/iql_cfdg.py {of['iql_cfdg'].format(0, folders['--guidance-w_0'], 0)} --guidance-w 0"
+    ]
+    for seed in (0, 1):
+        calls += ["algorithms/dual.py " + begin.format(seed, bench.out)]
+        calls += [f"algorithms/dual.py {of['dual'].format(seed, folders['--uq_none'], seed)} --uq none"]
+    assert sorted(line.rstrip() for line in bench.read("calls")) == sorted(calls)
+    assert len(bench.read("kept")) == 3
+    bench.set(broken="dual")
+    assert bench("--ablations", KEEP=str(kept), SEEDS="2", METHODS="dual")[0] == 1
 
 
 BAD = [

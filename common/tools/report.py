@@ -195,12 +195,23 @@ def find(root: Path) -> tuple[list[Row], list[Found]]:
     return list(rows.values()), [x for x in found if not x.row["problem"]]
 
 
-def settle(rows: list[Row], settings: dict[str, dict]) -> None:
+def method(row: Row) -> str:
+    """The file, and the flag that makes it another method (CQL, PGR)."""
+    flags = row["flags"].split()
+    return next((k for k in METHODS if k.split()[0] == row["file"] and k.split()[-1] in flags), row["file"])
+
+
+def by_flags(row: Row) -> str:
+    """The file, and whatever flags it was run with: for ablations."""
+    return f"{row['file']} {row['flags']}".rstrip()
+
+
+def settle(rows: list[Row], settings: dict[str, dict], key: Callable[[Row], str] = method) -> None:
     """Give a problem to rows whose settings are not their group's, and to a seed that is there twice.
 
     `settings` are those behind each hash, where they are known: then the problem names the differences.
     """
-    for group in grouped(rows).values():
+    for group in grouped(rows, key).values():
         votes = Counter(row["settings"] for row in group).most_common()
         best = votes[0][0]
         told = settings.get(best, {})
@@ -223,12 +234,6 @@ def difference(a: dict, b: dict) -> str:
     return clean(": " + ", ".join(changed))[:200] if changed else ""
 
 
-def method(row: Row) -> str:
-    """The file, and the flag that makes it another method (CQL, PGR)."""
-    flags = row["flags"].split()
-    return next((k for k in METHODS if k.split()[0] == row["file"] and k.split()[-1] in flags), row["file"])
-
-
 def section(env: str) -> str:
     task = data.TASKS.get(env)
     if task is None or task.source != "d4rl":
@@ -242,12 +247,12 @@ def order(names: Iterable[str], known: Iterable[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (rank.get(name, len(rank)), name))
 
 
-def grouped(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
-    """(method, env) -> rows that count, by task, then method."""
+def grouped(rows: Iterable[Row], key: Callable[[Row], str] = method) -> dict[tuple[str, str], list[Row]]:
+    """(method, env) -> rows that count, by task, then method; `key` says what is another method."""
     rows = [row for row in rows if not row["problem"]]
     groups = defaultdict(list)
     for row in rows:
-        groups[method(row), row["env"]].append(row)
+        groups[key(row), row["env"]].append(row)
     names, tasks = order((k for k, _ in groups), METHODS), order((k for _, k in groups), data.TASKS)
     return {(name, env): groups[name, env] for env in tasks for name in names if (name, env) in groups}
 
@@ -416,8 +421,8 @@ def write_rows(rows: list[Row]) -> str:
     return text.getvalue()
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a results.csv, its numbers as numbers; UsageError if it is not one."""
+def read_rows(path: Path, key: Callable[[Row], str] = method) -> list[Row]:
+    """Rows of a results.csv, its numbers as numbers, `key` as in `grouped`; UsageError if it is not one."""
     try:
         with open(path, newline="") as f:
             rows = list(csv.DictReader(f))
@@ -429,17 +434,18 @@ def read_rows(path: Path) -> list[Row]:
     except (OSError, ValueError, KeyError, TypeError, csv.Error, AssertionError) as e:
         reason = f"{type(e).__name__}: {e}"[:100]
         raise run.UsageError("--csv", path, f"a results.csv that this program wrote ({reason})") from e
-    settle(rows, {})
+    settle(rows, {}, key)
     return rows
 
 
 def keep(rows: list[Row], path: Path) -> None:
     """Put `rows` into the results.csv at `path`, each in place of that of the same method, task and seed."""
     names = ("file", "flags", "env", "seed")
-    kept = {tuple(x[k] for k in names): x for x in (*(read_rows(path) if path.exists() else ()), *rows)}
+    old = read_rows(path, by_flags) if path.exists() else []
+    kept = {tuple(x[k] for k in names): x for x in (*old, *rows)}
     tasks = {name: i for i, name in enumerate(data.TASKS)}
     ordered = sorted(
-        kept.values(), key=lambda x: (tasks.get(x["env"], len(tasks)), x["file"], int(x["seed"]))
+        kept.values(), key=lambda x: (tasks.get(x["env"], len(tasks)), by_flags(x), int(x["seed"]))
     )
     run.write_atomically(write_rows(ordered).encode(), path)
 
