@@ -42,7 +42,7 @@ def divergence(a: torch.Tensor, b: torch.Tensor, bins: int = 50) -> float:
         p, q = (torch.histc(x[:, k].float(), bins, low, high) / len(x) for x in (a, b))
         m = (0.5 * (p + q)).clamp(min=1e-30)
         total += 0.5 * sum(torch.where(x > 0, x * (x / m).log(), 0).sum().item() for x in (p, q))
-    return total / a.shape[1]
+    return total / max(a.shape[1], 1)
 
 
 def nearest(x: torch.Tensor, tables: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -60,7 +60,7 @@ def describe(
 
     Moments against the sources, L2 distance to the mean of the own rows [AD2S Fig. 3], median distance of 200 rows to
     the nearest source row (0: copies), both in units of `moments`, Jensen-Shannon divergences from the own rows
-    [CFDG Table 2].
+    [CFDG Table 2]; features that are constant in the sources have no spread to compare, and are left out.
     """
     (obs_dim, act_dim, *_), width = widths, len(moments.mean)
     x, own, *real = (moments.normalize(t[:, :width]) for t in (rows, own, *sources))
@@ -68,7 +68,9 @@ def describe(
     total.fit(real)
     moving = total.std > 1e-2  # not the constant features
     parts = {"states": slice(obs_dim), "actions": slice(obs_dim, obs_dim + act_dim), "rows": slice(width)}
-    logs = {f"syn/js_{k}": divergence(x[:, c], own[:, c]) for k, c in parts.items()}
+    logs = {
+        f"syn/js_{k}": divergence(x[:, c][:, moving[c]], own[:, c][:, moving[c]]) for k, c in parts.items()
+    }
     logs["syn/mean_gap"] = (x.mean(0) - total.mean).abs().max().item()
     logs["syn/std_ratio"] = (x.std(0, correction=0) / total.std)[moving].mean().item()
     logs["syn/online_l2"] = (x - own.mean(0)).norm(dim=1).mean().item()
@@ -251,8 +253,9 @@ def guided_rows(
     logs["energy/effective"] = energies.effective.item()
     few = [spread(b.table[: b.rows, : g.features], 2_000) for b in (online, g.synthetic)]
     own, guided = (g.moments.normalize(x) for x in few)
+    moving = own[:, :o].std(0) > 1e-2  # as in describe
     for name, x in (("unguided", spread(energies.pool, 2_000)), ("guided", guided)):
-        logs[f"energy/{name}_js_states"] = divergence(x[:, :o], own[:, :o])
+        logs[f"energy/{name}_js_states"] = divergence(x[:, :o][:, moving], own[:, :o][:, moving])
         gap = (x - energies.with_policy(x))[:, o : o + a]
         logs[f"energy/{name}_policy_gap"] = gap.square().mean().sqrt().item()
         few = g.moments.denormalize(spread(x, 200))[:, : sum(widths[:4])]

@@ -12,7 +12,7 @@ from conftest import module, tiny_args
 
 from algorithms import iql_cfdg
 from algorithms.iql_cfdg import NULL, OFFLINE, ONLINE, LabelledGenerator, LabelledNet, batch_counts
-from common import judge, run
+from common import edm, judge, run
 from common.buffer import Batch, ReplayBuffer
 
 
@@ -346,6 +346,25 @@ def test_without_a_regeneration_the_run_is_the_backbones(random_rows, tmp_path):
     with open(path, newline="") as f:
         plain = [{k: v for k, v in row.items() if v and k[:5] != "time/"} for row in csv.DictReader(f)]
     assert log_of(tmp_path) == plain
+
+
+def test_a_constant_feature_does_not_part_generated_from_real_rows():
+    """States (x, 0): generated ones have 0 but for rounding, where the two histograms would share one bin of fifty."""
+    torch.manual_seed(0)
+    widths, own = (2, 1, 1, 2), torch.randn(4_000, 6)
+    own[:, 1] = 0.0
+    generated = own[torch.randperm(4_000)]
+    generated[:, 1] = 1e-7 * torch.randn(4_000)
+    moments = edm.Moments(6, 0, torch.device("cpu"))
+    moments.fit([own])
+    x = moments.normalize(generated)
+    assert judge.divergence(x[:, :2], moments.normalize(own)[:, :2]) > 0.2
+    assert judge.describe(generated, own, [own], moments, widths)["syn/js_states"] == 0.0
+    generated[:2_000, 0] += 50.0  # all of them apart from the others: ln 2 less what the other half shares
+    js = judge.describe(generated, own, [own], moments, widths)["syn/js_states"]
+    assert js == pytest.approx(
+        0.5 * (0.5 * math.log(2) + 0.5 * math.log(2 / 3)) + 0.5 * math.log(4 / 3), rel=0.15
+    )
 
 
 def test_reports_keep_the_promises_of_the_docstring(default_run):
