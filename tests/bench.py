@@ -21,6 +21,10 @@ The textbooks follow public repositories, with the same networks, batches, numbe
            targets the two drawn on the host alone, critics frozen in the actor's loss [REDQ].
   APL      as Cal-QL, five critics and an optimizer each; a batch of recent rows, every other one, has no pessimism to
            compute, in either [APL0].
+  SO2      the same, for one environment step: ten steps of the critics and of the density ratio, one of the actor; a
+           module per critic and target; priorities in a sum tree on the host, searched row by row [SO2, OFF2ON].
+  Diff-QL  the same; modules for the critics; the schedule's numbers looked up per row at each step of the chain, an
+           optimizer each for denoiser and critics, the average parameter by parameter [DIFFQL].
   EDM      training: batches put together on the host, `.item()` of the loss, clipping, a schedule object, EMA parameter
            by parameter every 10th step. Sampling: three noise levels read back per step, noise drawn also where the
            churn is 0, a vector of sigmas filled for each evaluation [SynthER].
@@ -60,7 +64,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms import apl, calql, iql, iql_dare, pex, synther, wsrl
+from algorithms import apl, calql, diffql, iql, iql_dare, pex, so2, synther, wsrl
 from common import data, edm, run
 from common.buffer import Batch, ReplayBuffer, mix
 from common.run import CapturedStep, UsageError, pick_device
@@ -332,6 +336,160 @@ def apl_textbook(table: Batch, device: torch.device) -> Step:
     return step
 
 
+class SumTree:
+    """Rows in proportion to their priority: a binary tree of sums, walked row by row."""
+
+    def __init__(self, rows: int):
+        self.leaves = 1 << (rows - 1).bit_length()
+        self.sums = np.zeros(2 * self.leaves)
+        self.sums[self.leaves : self.leaves + rows] = 1.0
+        for node in range(self.leaves - 1, 0, -1):
+            self.sums[node] = self.sums[2 * node] + self.sums[2 * node + 1]
+
+    def draw(self, n: int) -> np.ndarray:
+        drawn = np.zeros(n, dtype=np.int64)
+        for i, point in enumerate((np.arange(n) + np.random.rand(n)) / n * self.sums[1]):
+            node = 1
+            while node < self.leaves:
+                node *= 2
+                if point > self.sums[node]:
+                    point -= self.sums[node]
+                    node += 1
+            drawn[i] = node - self.leaves
+        return drawn
+
+    def assign(self, rows: np.ndarray, priorities: np.ndarray) -> None:
+        for row, priority in zip(rows, priorities, strict=True):
+            node = row + self.leaves
+            change = priority - self.sums[node]
+            while node:
+                self.sums[node] += change
+                node //= 2
+
+
+def so2_textbook(table: Batch, device: torch.device) -> Step:
+    """The update of SO2 on balanced replay for one environment step: ten steps of ten critics, one of the actor."""
+    critics = nn.ModuleList(relu_mlp(OBS + ACT, 3, 1, device) for _ in range(10))
+    pi = relu_mlp(OBS, 3, 2 * ACT, device)
+    targets, ratio, tree = deepcopy(critics), relu_mlp(OBS + ACT, 2, 1, device), SumTree(ROWS)
+    q_opt = torch.optim.Adam(critics.parameters(), lr=1e-3)
+    pi_opt = torch.optim.Adam(pi.parameters(), lr=1e-3)
+    ratio_opt = torch.optim.Adam(ratio.parameters(), lr=3e-4)
+    log, own = {}, ROWS - 20_000  # own rows come last
+
+    def sample(obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_std = pi(obs).chunk(2, -1)
+        normal = torch.distributions.Normal(mean, log_std.clamp(-20, 2).exp())
+        u = normal.rsample()
+        action = torch.tanh(u)
+        return action, (normal.log_prob(u) - torch.log(1 - action**2 + 1e-6)).sum(-1)
+
+    def at(index: np.ndarray) -> list[torch.Tensor]:
+        index = torch.as_tensor(index, device=device)
+        return [x[index] for x in table]
+
+    def step() -> None:
+        for _ in range(10):
+            index = tree.draw(256)
+            s, a, r, s2, d = at(index)
+            mine, theirs = at(np.random.randint(own, ROWS, size=256)), at(np.random.randint(0, own, size=256))
+            w_own, w_off = (ratio(torch.cat(x[:2], 1)).exp() for x in (mine, theirs))
+            ratio_loss = -torch.log(2 * w_own / (w_own + 1)).mean() - torch.log(2 / (w_off + 1)).mean()
+            learn(ratio_opt, ratio_loss)
+            log["ratio"] = ratio_loss.item()
+            sa = torch.cat([s, a], 1)
+            with torch.no_grad():
+                priorities = (ratio(sa).exp() ** 0.2 / (w_off**0.2).mean()).clamp(1e-3, 1e3).squeeze(1)
+                a2, log_pi = sample(s2)
+                a2 = (a2 + (0.3 * torch.randn_like(a2)).clamp(-0.6, 0.6)).clamp(-1, 1)
+                s2a2 = torch.cat([s2, a2], 1)
+                y = [r + 0.99 * (1 - d) * (q(s2a2).squeeze(1) - 0.2 * log_pi) for q in targets]
+            tree.assign(index, priorities.cpu().numpy())
+            q_loss = sum(F.mse_loss(q(sa).squeeze(1), of) for q, of in zip(critics, y, strict=True))
+            log["q"] = q_loss.item()
+            learn(q_opt, q_loss)
+            for target, q in zip(targets, critics, strict=True):
+                follow(target, q)
+        new, log_pi = sample(s)
+        critics.requires_grad_(False)
+        least = torch.cat([q(torch.cat([s, new], 1)) for q in critics], 1).min(1).values
+        critics.requires_grad_(True)
+        pi_loss = (0.2 * log_pi - least).mean()
+        log["pi"] = pi_loss.item()
+        learn(pi_opt, pi_loss)
+
+    return step
+
+
+def diffql_textbook(table: Batch, device: torch.device) -> Step:
+    """One gradient step of Diffusion-QL."""
+
+    def mish_mlp(*sizes: int) -> nn.Sequential:
+        layers = [m for i, o in pairwise(sizes[:-1]) for m in (nn.Linear(i, o), nn.Mish())]
+        return nn.Sequential(*layers, nn.Linear(*sizes[-2:])).to(device)
+
+    actor = nn.ModuleDict(dict(net=mish_mlp(ACT + 16 + OBS, 256, 256, 256, ACT), time=mish_mlp(16, 32, 16)))
+    q1, q2 = (mish_mlp(OBS + ACT, 256, 256, 256, 1) for _ in range(2))
+    average, target1, target2 = deepcopy(actor), deepcopy(q1), deepcopy(q2)
+    pi_opt = torch.optim.Adam(actor.parameters(), lr=3e-4)
+    q_opt = torch.optim.Adam([*q1.parameters(), *q2.parameters()], lr=3e-4)
+    log, steps = {}, count()
+    alphas = torch.tensor(diffql.vp_alphas(5), device=device)
+    left = alphas.cumprod(0)
+    before = F.pad(left[:-1], (1, 0), value=1.0)
+    schedule = dict(
+        signal=left.sqrt(), noise=(1 - left).sqrt(), clean=before.sqrt() * (1 - alphas) / (1 - left),
+        here=alphas.sqrt() * (1 - before) / (1 - left), std=((1 - alphas) * (1 - before) / (1 - left)).sqrt(),
+    )  # fmt: skip
+
+    def look_up(name: str, t: torch.Tensor) -> torch.Tensor:
+        return schedule[name].gather(0, t)[:, None]
+
+    def predict(nets: nn.ModuleDict, x: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        frequencies = torch.exp(torch.arange(8, device=device) * -(math.log(10_000) / 7))
+        angles = t[:, None] * frequencies[None]
+        return nets["net"](torch.cat([x, nets["time"](torch.cat([angles.sin(), angles.cos()], 1)), s], 1))
+
+    def sample(nets: nn.ModuleDict, s: torch.Tensor) -> torch.Tensor:
+        x = torch.randn(len(s), ACT, device=device)
+        for i in reversed(range(5)):
+            t = torch.full((len(s),), i, device=device, dtype=torch.long)
+            clean = (x - look_up("noise", t) * predict(nets, x, t, s)) / look_up("signal", t)
+            mean = look_up("clean", t) * clean.clamp(-1, 1) + look_up("here", t) * x
+            x = mean + (t != 0).float()[:, None] * look_up("std", t) * torch.randn_like(x)
+        return x
+
+    def step() -> None:
+        index = torch.as_tensor(np.random.randint(0, ROWS, size=256), device=device)
+        s, a, r, s2, d = (x[index] for x in table)
+        sa = torch.cat([s, a], 1)
+        with torch.no_grad():
+            s2a2 = torch.cat([s2, sample(average, s2)], 1)
+            y = r + 0.99 * (1 - d) * torch.min(target1(s2a2), target2(s2a2)).squeeze(1)
+        q_loss = F.mse_loss(q1(sa).squeeze(1), y) + F.mse_loss(q2(sa).squeeze(1), y)
+        q_opt.zero_grad()
+        q_loss.backward()
+        nn.utils.clip_grad_norm_([*q1.parameters(), *q2.parameters()], 9.0)
+        q_opt.step()
+        t, eps = torch.randint(5, (256,), device=device), torch.randn_like(a)
+        cloning = F.mse_loss(predict(actor, look_up("signal", t) * a + look_up("noise", t) * eps, t, s), eps)
+        both = [q(torch.cat([s, sample(actor, s)], 1)) for q in (q1, q2)]
+        first, second = both if np.random.rand() > 0.5 else both[::-1]
+        pi_loss = cloning - first.mean() / second.abs().mean().detach()
+        pi_opt.zero_grad()
+        pi_loss.backward()
+        nn.utils.clip_grad_norm_(actor.parameters(), 9.0)
+        pi_opt.step()
+        log.update(q=q_loss.item(), cloning=cloning.item(), pi=pi_loss.item())
+        if next(steps) % 5 == 0:
+            for mine, live in zip(average.parameters(), actor.parameters(), strict=True):
+                mine.data = 0.995 * mine.data + 0.005 * live.data
+        follow(target1, q1)
+        follow(target2, q2)
+
+    return step
+
+
 def transition_net(device: torch.device) -> nn.Module:
     """The textbooks' EDM network: ours, for the same arithmetic."""
     a, features = synther.Args(), 2 * OBS + ACT + 2
@@ -552,6 +710,35 @@ def apl_step(offline: ReplayBuffer, device: torch.device, compiled: bool, captur
     return lambda: steps[next(turns) % 2]()
 
 
+def so2_step(offline: ReplayBuffer, device: torch.device, compiled: bool) -> Step:
+    args = so2.Args()
+    nets = so2.make_so2_nets(OBS, ACT, 256, args.critic_layers, args.n_critics).to(device)
+    opt = so2.make_so2_optimizer(nets, args.policy_lr_online, args.critic_lr_online, device)
+    replay = offline.like(ROWS)
+    replay.append(offline.table[:ROWS])
+    replay.fixed = ROWS - 20_000  # own rows come last
+    balance = so2.Balance(replay, OBS, ACT, args, device)
+    balance.priorities.assign(torch.arange(replay.fixed, ROWS, device=device), torch.ones((), device=device))
+    functions = so2.ratio_losses, so2.value_losses, so2.actor_losses
+    of_ratio, *others = [torch.compile(f) if compiled else f for f in functions]
+    return lambda: so2.update(nets, opt, partial(balance.draw, of_ratio), replay.fixed, *others, args)
+
+
+def diffql_step(offline: ReplayBuffer, device: torch.device, compiled: bool) -> Step:
+    args = diffql.Args()
+    nets = diffql.make_diffql_nets(OBS, ACT, args).to(device)
+    opt = diffql.make_diffql_optimizer(nets, args, device)
+    losses = torch.compile(diffql.losses) if compiled else diffql.losses
+
+    def step() -> dict:
+        batch, draws = offline.sample(args.batch_size), diffql.draw_step(nets["actor"], args, device)
+        loss, logs = losses(nets, batch, draws, args)
+        diffql.update(nets, opt, loss, args)
+        return logs
+
+    return step
+
+
 def as_it_is(step: Step) -> Step:
     return step
 
@@ -609,6 +796,8 @@ def workloads(table: Batch, offline: ReplayBuffer, device: torch.device) -> dict
         ("Cal-QL update", partial(calql_textbook, *at), lambda c, capture: capture(calql_step(*on, c))),
         ("WSRL update", partial(wsrl_textbook, *at), lambda c, capture: capture(wsrl_step(*on, c))),
         ("APL update", partial(apl_textbook, *at), lambda c, capture: apl_step(*on, c, capture)),
+        ("SO2 update", partial(so2_textbook, *at), lambda c, capture: capture(so2_step(*on, c))),
+        ("Diff-QL update", partial(diffql_textbook, *at), lambda c, capture: capture(diffql_step(*on, c))),
         ("EDM training step", partial(edm_textbook, *at), lambda c, capture: edm_step(*on, c, capture)),
         ("EDM sample", partial(sampling_textbook, device, chunk),
          lambda c, capture: capture(generator(*on, c).sample_step)),
