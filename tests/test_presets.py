@@ -370,7 +370,11 @@ PAPER = {
     "wsrl_ad2s": [WSRL, AD2S],
     "dual": [IQL, PLANNER, DUAL_IQL, FROZEN_LAKE],
     "calql_dual": [CAL_QL, PLANNER],
-    "so2_dual": [SO2, PLANNER, dict(warmup_steps=5_000, policy_lr_online=3e-4)],  # SO2's warm-up; [D §1.7]: U141
+    "so2_dual": [
+        SO2,
+        PLANNER,
+        dict(warmup_steps=5_000, policy_lr_online=3e-4),
+    ],  # SO2's warm-up; [D §1.7]: U141
     "diffql": [DIFFQL],
 }
 
