@@ -339,6 +339,7 @@ DUAL_IQL = dict(  # CORL, whose locomotion files are its offline ones [B §1.6; 
     **{k: dict.fromkeys(("hopper-medium", "hopper-medium-replay", "hopper-friction-2.0"), v)  # data of hopper-medium
        for k, v in (("polyak", 0.001), ("normalize_reward", True))},
 )  # fmt: skip
+DUAL_SO2 = dict(warmup_steps=5_000, policy_lr_online=3e-4)  # the backbone's; [D §1.7]: U141
 FROZEN_LAKE = {  # [D §5]: U62
     k: {"frozenlake": v} for k, v in dict(
         offline_steps=6_000, online_steps=20_000, warmup_steps=2_000, eval_every=500, eval_episodes=1, expectile=0.7,
@@ -370,11 +371,7 @@ PAPER = {
     "wsrl_ad2s": [WSRL, AD2S],
     "dual": [IQL, PLANNER, DUAL_IQL, FROZEN_LAKE],
     "calql_dual": [CAL_QL, PLANNER],
-    "so2_dual": [
-        SO2,
-        PLANNER,
-        dict(warmup_steps=5_000, policy_lr_online=3e-4),
-    ],  # SO2's warm-up; [D §1.7]: U141
+    "so2_dual": [SO2, PLANNER, DUAL_SO2],
     "diffql": [DIFFQL],
 }
 
