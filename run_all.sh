@@ -76,9 +76,10 @@ method iql_ad2s        88 $walker2d # AD2S Table 6
 method wsrl_ad2s       95 $walker2d # AD2S Table 6
 method dual            80 $nine $antmaze $cloned hopper-friction-2.0 # DUAL Tables 1, 3, 4
 method calql_dual      254 $four $cloned $shifted # DUAL Tables 2, 3
+method so2_dual        750 $four $shifted # DUAL Table 2
 method diffql          40 $nine $antmaze $cloned $shifted # DUAL Tables 1, 2, 3
 
-backbone() { # of a method: whose offline phase it can start from; both dual.py train an actor of their own
+backbone() { # of a method: whose offline phase it can start from; every dual.py trains an actor of its own
   case $1 in
     iql | calql | apl | wsrl | so2 | diffql | *dual) ;;
     pex* | iql_*) echo iql ;;

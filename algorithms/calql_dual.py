@@ -745,6 +745,7 @@ def untrained_explorer(args: Args, task: data.Task, steps: int, uq: str) -> Expl
 
 
 # NEW: what Cal-QL adds to the method: actions in the box, and what the posterior's rows weigh
+# --- shared: calql_dual.box ---
 BOX = 0.9  # |u| up to which `box` is the identity: D58
 VALUE_ACTIONS = 4  # per state, for V: U64
 
@@ -777,7 +778,7 @@ def bounded_weight(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def posterior_weight(nets: nn.ModuleDict, batch: Batch) -> torch.Tensor:
-    """bounded_weight of Q, the lesser of qf, over V, its mean over VALUE_ACTIONS actions of π: (N,).  U64"""
+    """bounded_weight of Q, the least of qf, over V, its mean over VALUE_ACTIONS actions of π: (N,).  U64"""
     q, v = [], []
     for obs, actions in zip(batch.obs.split(4_096), batch.actions.split(4_096), strict=True):
         mean, log_std = nets["actor"](obs)
@@ -786,6 +787,9 @@ def posterior_weight(nets: nn.ModuleDict, batch: Batch) -> torch.Tensor:
         both = q_of_many(nets["qf"], obs, torch.cat([actions[:, None], drawn], 1)).amin(0)
         q, v = [*q, both[:, 0]], [*v, both[:, 1:].mean(1)]
     return bounded_weight(torch.cat(q), torch.cat(v))
+
+
+# --- end shared: calql_dual.box ---
 
 
 # calql.py's: critics, nets, losses, returns, training

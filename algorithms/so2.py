@@ -254,6 +254,7 @@ def draw_noise(rows: int, act_dim: int, n: int, device: torch.device) -> tuple[t
 # --- end shared: calql.losses ---
 
 
+# --- shared: so2.targets ---
 def draw_perturbation(rows: int, act_dim: int, args: Args, device: torch.device) -> torch.Tensor:
     """ε = clip(N(0, perturbation_std²), ±perturbation_clip), (B, A).  [SO2]"""
     noise = args.perturbation_std * torch.randn(rows, act_dim, device=device)
@@ -264,20 +265,34 @@ def draw_perturbation(rows: int, act_dim: int, args: Args, device: torch.device)
 def own_targets(
     nets: nn.ModuleDict,
     batch: Batch,
-    noise: torch.Tensor,
+    next_policy: tuple[torch.Tensor, torch.Tensor],
     perturbation: torch.Tensor | None,
     alpha: float | torch.Tensor,
     gamma: float,
 ) -> torch.Tensor:
     """y_k = r + γ (1 - terminated) (Q̂_k(s', clip(a' + ε, ±1)) - α log π(a'|s')), (K, B): each critic's own.  [SO2]
 
-    a' ~ π(s') by noise (B, A) N(0, I); perturbation (B, A) is ε, or None for 0; log π is of a' without it.
+    next_policy is a' ~ π(s') (B, A) and its log π (B,); perturbation (B, A) is ε, or None for 0; log π is of a'
+    without it.
     """
-    next_actions, next_log_pi = squash(*nets["actor"](batch.next_obs), noise)
+    next_actions, next_log_pi = next_policy
     if perturbation is not None:
         next_actions = (next_actions + perturbation).clamp(-1.0, 1.0)
     soft = nets["q_target"](batch.next_obs, next_actions) - alpha * next_log_pi
     return batch.rewards + gamma * (1 - batch.terminations) * soft
+
+
+def value_losses(
+    nets: nn.ModuleDict, batch: Batch, target: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Online: Σ_k mean (Q_k - y_k)² over the rows, target (K, B), and its logs.  [SO2]"""
+    q = nets["qf"](batch.obs, batch.actions)
+    loss = (q - target).square().mean(1).sum()  # D2
+    logs = {"loss/q": loss, "q/mean": q.mean(), "q/spread": q.std(0, correction=0).mean()}
+    return loss, {k: v.detach() for k, v in logs.items()}
+
+
+# --- end shared: so2.targets ---
 
 
 def losses(
@@ -291,7 +306,9 @@ def losses(
     rows, act_dim = batch.actions.shape
     log_alpha = nets["weights"]["log_alpha"]
     alpha = log_alpha.detach().exp()
-    target = own_targets(nets, batch, normal[:, 2 * n], None, alpha, args.gamma)  # D100, U102
+    with torch.no_grad():
+        next_policy = squash(*nets["actor"](batch.next_obs), normal[:, 2 * n])
+    target = own_targets(nets, batch, next_policy, None, alpha, args.gamma)  # D100, U102
     of_both = nets["actor"](torch.cat([batch.obs, batch.next_obs]))  # one pass, (2B, A) each
     with torch.no_grad():  # n of π(s), n of π(s')
         means, log_stds = (torch.stack(x.split(rows), 1).repeat_interleave(n, 1) for x in of_both)
@@ -315,16 +332,6 @@ def losses(
     return td_loss + cql_loss + alpha_loss + actor_loss, {k: v.detach() for k, v in logs.items()}
 
 
-def value_losses(
-    nets: nn.ModuleDict, batch: Batch, target: torch.Tensor
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Online: Σ_k mean (Q_k - y_k)² over the rows, target (K, B), and its logs.  [SO2]"""
-    q = nets["qf"](batch.obs, batch.actions)
-    loss = (q - target).square().mean(1).sum()  # D2
-    logs = {"loss/q": loss, "q/mean": q.mean(), "q/spread": q.std(0, correction=0).mean()}
-    return loss, {k: v.detach() for k, v in logs.items()}
-
-
 def actor_losses(
     nets: nn.ModuleDict, obs: torch.Tensor, noise: torch.Tensor, alpha: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -334,6 +341,7 @@ def actor_losses(
     return loss, {"loss/actor": loss.detach(), "policy/log_prob": log_pi.mean().detach()}
 
 
+# --- shared: so2.replay ---
 def make_so2_optimizer(
     nets: nn.ModuleDict, policy_lr: float, critic_lr: float, device: torch.device
 ) -> torch.optim.Adam:
@@ -468,6 +476,15 @@ class Balance:
         return index, batch, logs
 
 
+def draw_plain(replay: ReplayBuffer, args: Args) -> tuple[torch.Tensor, Batch, dict[str, torch.Tensor]]:
+    """As Balance.draw, for SO2 alone: batch_size own rows, and mixed_rows of the dataset's and own ones.  [SO2]"""
+    index = torch.cat([draw_own(replay, args.batch_size), replay.draw(args.mixed_rows)])
+    return index, replay.take(index), {}
+
+
+# --- end shared: so2.replay ---
+
+
 # --- shared: wsrl.step ---
 def learn(opt: torch.optim.Optimizer, loss: torch.Tensor) -> None:
     """One gradient step of the parameters that the loss depends on."""
@@ -483,12 +500,6 @@ def follow(nets: nn.ModuleDict, polyak: float) -> None:
 
 
 # --- end shared: wsrl.step ---
-
-
-def draw_plain(replay: ReplayBuffer, args: Args) -> tuple[torch.Tensor, Batch, dict[str, torch.Tensor]]:
-    """As Balance.draw, for SO2 alone: batch_size own rows, and mixed_rows of the dataset's and own ones.  [SO2]"""
-    index = torch.cat([draw_own(replay, args.batch_size), replay.draw(args.mixed_rows)])
-    return index, replay.take(index), {}
 
 
 def update(
@@ -511,8 +522,9 @@ def update(
         perturbation = None
         if args.perturbation:
             perturbation = draw_perturbation(rows, act_dim, args, index.device)
-        noise = torch.randn_like(batch.actions)
-        target = own_targets(nets, batch, noise, perturbation, args.entropy_weight, args.gamma)
+        with torch.no_grad():
+            next_policy = squash(*nets["actor"](batch.next_obs), torch.randn_like(batch.actions))
+        target = own_targets(nets, batch, next_policy, perturbation, args.entropy_weight, args.gamma)
         loss, value_logs = of_values(nets, batch, target)
         learn(opt, loss)
         follow(nets, args.polyak)

@@ -339,6 +339,7 @@ DUAL_IQL = dict(  # CORL, whose locomotion files are its offline ones [B §1.6; 
     **{k: dict.fromkeys(("hopper-medium", "hopper-medium-replay", "hopper-friction-2.0"), v)  # data of hopper-medium
        for k, v in (("polyak", 0.001), ("normalize_reward", True))},
 )  # fmt: skip
+DUAL_SO2 = dict(warmup_steps=5_000, policy_lr_online=3e-4)  # the backbone's; [D §1.7]: U141
 FROZEN_LAKE = {  # [D §5]: U62
     k: {"frozenlake": v} for k, v in dict(
         offline_steps=6_000, online_steps=20_000, warmup_steps=2_000, eval_every=500, eval_episodes=1, expectile=0.7,
@@ -370,6 +371,7 @@ PAPER = {
     "wsrl_ad2s": [WSRL, AD2S],
     "dual": [IQL, PLANNER, DUAL_IQL, FROZEN_LAKE],
     "calql_dual": [CAL_QL, PLANNER],
+    "so2_dual": [SO2, PLANNER, DUAL_SO2],
     "diffql": [DIFFQL],
 }
 
@@ -388,11 +390,11 @@ DIFFERENCES = {
     ("wsrl wsrl_ad2s", "locomotion adroit", "eval_episodes"): (10, "D80"),
     ("apl apl_cfdg", "locomotion adroit", "eval_episodes"): (10, "D94: as every file"),
     ("apl apl_cfdg", "antmaze maze2d", "eval_episodes"): (100, "D94: as every file"),
-    ("so2", " ".join(HOPPER), "n_critics"): (10, "D103: CQL is pessimistic by itself"),
-    ("so2", "locomotion adroit maze2d", "eval_every"): (5_000, "D105: as every file"),
-    ("so2", "antmaze", "eval_every"): (10_000, "D105: as every file"),
-    ("so2", "locomotion adroit", "eval_episodes"): (10, "D105: as every file"),
-    ("so2", "antmaze maze2d", "eval_episodes"): (100, "D105: as every file"),
+    ("so2 so2_dual", " ".join(HOPPER), "n_critics"): (10, "D103: CQL is pessimistic by itself"),
+    ("so2 so2_dual", "locomotion adroit maze2d", "eval_every"): (5_000, "D105: as every file"),
+    ("so2 so2_dual", "antmaze", "eval_every"): (10_000, "D105: as every file"),
+    ("so2 so2_dual", "locomotion adroit", "eval_episodes"): (10, "D105: as every file"),
+    ("so2 so2_dual", "antmaze maze2d", "eval_episodes"): (100, "D105: as every file"),
     ("diffql", "locomotion", "offline_steps"): (1_000_000, "D111: DUAL's budget"),
     ("diffql", "antmaze", "eval_every"): (10_000, "D111: as every file"),
     ("diffql", "locomotion adroit maze2d", "eval_every"): (5_000, "D111: as every file"),
@@ -437,10 +439,10 @@ DIFFERENCES = {
     ("iql_edis", "adroit", "eval_episodes"): (10, "D45"),
     ("iql_edis", "all", "append_online"): (False, "D47: no row of the dataset online"),
     ("dual calql_dual", "locomotion antmaze adroit maze2d", "warmup_steps"): (5_000, "D59: CORL has none"),
-    ("dual calql_dual", "all", "laplace_noise"): ("unit", "D51: Eq. 6 as it stands is a spike"),
-    ("dual calql_dual", "all", "laplace_std"): (0.1, "D51"),
-    ("dual calql_dual", "all", "laplace_prior"): (1.0, "D51"),
-    ("dual calql_dual", "all", "fit_transition"): (True, "D57: the student's own error hides a shift"),
+    ("dual calql_dual so2_dual", "all", "laplace_noise"): ("unit", "D51: Eq. 6 as it stands is a spike"),
+    ("dual calql_dual so2_dual", "all", "laplace_std"): (0.1, "D51"),
+    ("dual calql_dual so2_dual", "all", "laplace_prior"): (1.0, "D51"),
+    ("dual calql_dual so2_dual", "all", "fit_transition"): (True, "D57: the student's own error hides a shift"),
     ("dual", "adroit", "dropout"): (0.0, "U55: the actor has none"),
     ("dual", "hopper-medium-expert", "expectile"): (0.7, "D59: one setting for locomotion"),
     ("dual", "hopper-medium-expert", "inv_temp"): (3.0, "D59"),
@@ -452,7 +454,8 @@ DIFFERENCES = {
 RELEASE = "calql_dare calql_stratdiff iql_dare iql_stratdiff"
 FROM_BACKBONE = {
     ("iql_cfdg pex_cfdg", "all", "online_steps"): (1_000_000, "D40: the paper's budget"),
-    ("dual calql_dual", "all", "online_steps"): (1_000_000, "D59: the paper's budget"),
+    ("dual calql_dual so2_dual", "all", "online_steps"): (1_000_000, "D59: the paper's budget"),
+    ("so2_dual", "all", "policy_lr_online"): (3e-4, "U141: the offline rate"),
     ("dual", "all", "append_online"): (True, "D59: CORL's flavour"),
     ("dual", "locomotion antmaze", "normalize_obs"): (True, "D59"),
     ("dual", "adroit", "dropout"): (0.0, "U55: the actor has none"),

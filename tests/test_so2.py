@@ -89,7 +89,9 @@ def test_targets_are_each_critics_own_at_the_perturbed_action(perturbed):
     """r + γ (1 - d) (Q̂_k(s', clip(a' + ε)) - α log π(a'|s')), critic by critic; log π of a' itself; no gradient."""
     nets, batch, noise, args = case()
     epsilon = torch.linspace(-0.6, 0.6, 16).double().view(8, 2) if perturbed else None
-    y = so2.own_targets(nets, batch, 3 * noise[1][:, 0], epsilon, 0.2, args.gamma)
+    with torch.no_grad():
+        next_policy = so2.squash(*nets["actor"](batch.next_obs), 3 * noise[1][:, 0])
+    y = so2.own_targets(nets, batch, next_policy, epsilon, 0.2, args.gamma)
     actions, log_pi = acted(nets, batch.next_obs, 3 * noise[1][:, 0])
     moved = (actions + epsilon).clamp(-1, 1) if perturbed else actions
     assert not perturbed or (moved.abs() == 1).any()  # the clip is felt
