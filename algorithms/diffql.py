@@ -27,6 +27,7 @@ Notes    D110 order of updates: in the code the actor learns from critics that h
          U113 --distill: five steps cannot be halved and the chain's noise cannot be distilled; so v, cosine schedule,
             eight steps without noise or clipping on the way, halved before the online phase as dual.py does, around
             the policy's own actions; online, loss and average are those of a chain of one step.
+         U143 Frozen-Lake (reasons at ENV_PRESETS): lengths, rewards of 10 and own rows only online as in dual.py.
          U1 hopper-mini-v0: sizes that finish in minutes on two CPU cores; not a published setting.
 Metrics  loss/q; loss/bc, the denoising loss, by which the paper picks checkpoints; loss/actor; q/mean on the batch;
          q/policy of own actions; actor/data_gap, mean square of own less data's actions; eval/score normalised.
@@ -52,7 +53,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import data, run
-from common.buffer import Batch
+from common.buffer import Batch, mix
 from common.run import Count, Natural, Number, Portion, Positive, Rate, Several, Share, Weight
 
 
@@ -99,6 +100,8 @@ class Args:
     # online: U110
     warmup_steps: Natural = 5_000  # environment steps without updates, counted in online_steps
     utd: Count = 1  # gradient steps per environment step
+    offline_frac: Portion = 0.5  # share of a batch from the dataset; 0 = own rows only
+    append_online: bool = True  # one buffer, batches from all of it; off for Frozen-Lake: U143
 
 
 ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; later rows win
@@ -130,6 +133,13 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     ) for k in ("hopper-mini", "reacher-mini")},
     "hopper-mini-v0": dict(offline_steps=8_000, eval_episodes=20),
     "reacher-mini-v0": dict(offline_steps=4_000, eval_episodes=50),
+    # U143, numbers of dual.py: acting draws by softmax of Q, which for rewards of 0 and 1 is next to uniform; most of a
+    # common buffer would be of the old slip; η as in the mazes, but no best of ten in targets: where Q is asked off
+    # the four moves that the data know, the best is an error
+    "frozenlake-": dict(
+        offline_steps=6_000, online_steps=20_000, warmup_steps=2_000, eval_every=500, eval_episodes=1,
+        reward_scale=10.0, append_online=False, offline_frac=0.0, eta=2.0, grad_clip=2.0, halving_steps=1_500,
+    ),
 }  # fmt: skip
 OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the dataset
     "offline_steps", "batch_size", "gamma", "polyak", "actor_lr", "qf_lr", "hidden",
@@ -141,6 +151,7 @@ NEEDS = {  # condition -> settings that have no effect without it: a flag for on
     "max_q_backup": ("backup_actions",),
     "distill": ("distill_from", "halving_steps", "distill_lr"),
     "not distill": ("denoise_steps",),
+    "not append_online": ("offline_frac",),
 }
 
 
@@ -524,12 +535,16 @@ def train(args: Args) -> dict[str, float]:
         return r.final
     if args.distill and args.distill_from & (args.distill_from - 1):
         raise run.UsageError("--distill-from", args.distill_from, "a power of two")
+    n_offline = round(args.offline_frac * args.batch_size)
+    run.check_batch(args, own=args.batch_size - n_offline)
     dataset = data.load(args.env, args.dataset)
     r.require(dataset=dataset.sha256)
     moments = dataset.moments() if args.normalize_obs else None
     units = data.Units(*reward_units(args, dataset), moments)
-    buffer = dataset.buffer(units, r.device, args.online_steps)  # own rows come behind: U110
-    interaction = data.Interaction(data.make_env(task, units), buffer, args.seed, units)
+    # own rows come behind, U110, or are a buffer of their own, U143
+    offline = dataset.buffer(units, r.device, args.online_steps if args.append_online else 0)
+    online = offline if args.append_online else offline.like(args.online_steps)
+    interaction = data.Interaction(data.make_env(task, units), online, args.seed, units)
     evaluate = data.Evaluator(task, args.eval_episodes, args.seed, units)
 
     # networks
@@ -549,20 +564,23 @@ def train(args: Args) -> dict[str, float]:
 
     distiller = Distiller(r, args, nets["actor"]) if args.distill else None
     added = distiller.state() if distiller else {}
-    r.register(nets=nets, opt=opt, online=buffer, interaction=interaction, **added)
+    r.register(nets=nets, opt=opt, online=online, interaction=interaction, **added)
     compiled_losses = r.compiled(losses)
     offline_settings = r.settings(OFFLINE_SETTINGS)
 
-    # offline, and online too: a gradient step on all rows there are
-    def gradient_step() -> dict[str, torch.Tensor]:
-        batch, draws = buffer.sample(args.batch_size), draw_step(nets["actor"], args, r.device)
+    def gradient_step(batch: Batch) -> dict[str, torch.Tensor]:
+        draws = draw_step(nets["actor"], args, r.device)
         loss, logs = compiled_losses(nets, batch, draws, args)
         update(nets, opt, loss, args)
         return logs
 
+    # offline: gradient steps on the dataset
+    def offline_step() -> dict[str, torch.Tensor]:
+        return gradient_step(offline.sample(args.batch_size))
+
     if args.from_offline and r.once("from_offline"):
         r.import_phase("offline", args.from_offline, offline_settings, nets=nets, opt=opt)
-    step_fn = r.capture(gradient_step)
+    step_fn = r.capture(offline_step)
     for step in r.phase("offline", args.offline_steps):
         r.log(step, step_fn())
         if (step + 1) % args.eval_every == 0 and step + 1 < args.offline_steps:
@@ -573,13 +591,19 @@ def train(args: Args) -> dict[str, float]:
 
     # one step instead of many, which the online phase trains on
     if distiller:
-        distiller.learn(lambda: buffer.sample(args.batch_size).obs)
+        distiller.learn(lambda: offline.sample(args.batch_size).obs)
         distiller.put_into(nets, opt)
         if r.once("distill_end"):
             r.record(r.done["distill"], score())
 
-    # online: one environment step, then utd gradient steps
-    step_fn = r.capture(gradient_step)
+    # online: one environment step, then utd gradient steps on all rows there are
+    def online_step() -> dict[str, torch.Tensor]:
+        if args.append_online:
+            return offline_step()
+        index = offline.draw(n_offline), online.draw(args.batch_size - n_offline)
+        return gradient_step(mix(offline.take(index[0]), online.take(index[1])))
+
+    step_fn = r.capture(online_step)
     for step in r.phase("online", args.online_steps):
         if episode := interaction.step(explore):
             r.record(step + 1, episode)

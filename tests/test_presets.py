@@ -161,6 +161,7 @@ DIFFQL = dict(
         **{f"walker2d-{k}": 1.0 for k in ("random", "expert", "morphology-2.0")},
         "halfcheetah-medium-replay-gravity-2.0": 2.0,
     },
+    append_online=True, offline_frac=0.5,
     normalize_obs=False, normalize_reward=False, standardize_reward=(False, False, True, False),
     reward_scale=(1.0, 4.0, 1.0, 1.0), reward_bias=(0.0, -2.0, 0.0, 0.0),  # AntMaze: 4 (r - 0.5)
     distill=False, distill_from=8, halving_steps=20_000, distill_lr=3e-4,  # [D §3.4, 1.5]
@@ -340,6 +341,13 @@ DUAL_IQL = dict(  # CORL, whose locomotion files are its offline ones [B §1.6; 
        for k, v in (("polyak", 0.001), ("normalize_reward", True))},
 )  # fmt: skip
 DUAL_SO2 = dict(warmup_steps=5_000, policy_lr_online=3e-4)  # the backbone's; [D §1.7]: U141
+LAKE_DIFFQL = {  # of DUAL's figure; the lengths of dual.py: U143
+    k: {"frozenlake": v} for k, v in dict(
+        offline_steps=6_000, online_steps=20_000, warmup_steps=2_000, eval_every=500, eval_episodes=1,
+        reward_scale=10.0, append_online=False, offline_frac=0.0, halving_steps=1_500,
+        actor_lr=3e-4, eta=2.0, max_q_backup=False, grad_clip=2.0,
+    ).items()
+}  # fmt: skip
 FROZEN_LAKE = {  # [D §5]: U62
     k: {"frozenlake": v} for k, v in dict(
         offline_steps=6_000, online_steps=20_000, warmup_steps=2_000, eval_every=500, eval_episodes=1, expectile=0.7,
@@ -372,7 +380,7 @@ PAPER = {
     "dual": [IQL, PLANNER, DUAL_IQL, FROZEN_LAKE],
     "calql_dual": [CAL_QL, PLANNER],
     "so2_dual": [SO2, PLANNER, DUAL_SO2],
-    "diffql": [DIFFQL],
+    "diffql": [DIFFQL, LAKE_DIFFQL],
 }
 
 # ---- where we differ on purpose: (files, tasks, setting) -> (our value, the note that says why) ----
@@ -534,7 +542,7 @@ def papers_tasks() -> dict[str, list[str]]:
 
 def all_tasks(stem: str) -> list[str]:
     """Tasks that the file has settings for, its paper's among them; the embedded one is not from a paper (U1)."""
-    lakes = ["frozenlake-4x4", "frozenlake-8x8"] if stem == "dual" else []
+    lakes = ["frozenlake-4x4", "frozenlake-8x8"] if stem in ("dual", "diffql") else []
     return [env for env in data.TASKS if env not in EMBEDDED and family(env) != "frozenlake"] + lakes
 
 
