@@ -88,12 +88,10 @@ class Args:
     utd: Count = 1  # gradient steps per environment step
     # NEW: DACER, online only
     cloning_online: Weight = 1.0  # of the denoising loss beside Q online; 0 is DACER's own loss: D130
-    noise_scale: Positive = 0.1  # c, unit of the noise that α multiplies [DACER]
+    noise_scale: Positive = 0.1  # c, unit of the noise that α multiplies [DACER]: U132
     alpha_start: Positive = 3.0  # α at the start of the online phase [DACER]
     alpha_lr: Weight = 3e-2  # Adam, log α [DACER]
-    alpha_every: Count = (
-        10_000  # environment steps from one estimate of the entropy and step of α to the next: D131
-    )
+    alpha_every: Count = 10_000  # environment steps from one step of α to the next: D131
     entropy_target: Number = -0.9  # H̄ per action dimension [DACER]
     entropy_states: Count = 256  # states that the entropy is the mean of [DACER: its batch]
     entropy_samples: Several = 200  # actions per state that a mixture is fitted to [DACER]
@@ -137,9 +135,7 @@ OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the datase
     "grad_clip", "ema_decay", "ema_start", "ema_every",
     "normalize_obs", "normalize_reward", "standardize_reward", "reward_scale", "reward_bias",
 )  # fmt: skip
-PLAIN_CHAIN = dict(
-    distill=False, distill_from=8
-)  # of a checkpoint of diffql.py that fits: not its other chain
+PLAIN_CHAIN = dict(distill=False, distill_from=8)  # what a checkpoint of diffql.py says of its chain
 NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
     "max_q_backup": ("backup_actions",)
 }

@@ -20,7 +20,7 @@ from common import data, run
 
 SCRIPT = ROOT / "run_all.sh"
 BACKBONES = {stem: "iql" if stem.startswith(("iql_", "pex")) else "calql" for stem in FILES}
-BACKBONES |= {"dual": "iql"} | {
+BACKBONES |= {"dual": "iql", "dacer": "diffql"} | {
     stem: stem.split("_")[0] for stem in FILES if stem.startswith(("apl", "wsrl", "so2", "diffql"))
 }
 STAND_IN = """#!/usr/bin/env bash
