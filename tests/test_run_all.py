@@ -100,7 +100,8 @@ def jobs_of(lines: list[str]) -> list[tuple[str, ...]]:
 def offline_settings(stem: str, env: str) -> dict:
     file = module(stem)
     args = run.with_presets(file.Args, file.ENV_PRESETS, env)
-    return {k: getattr(args, k) for k in file.OFFLINE_SETTINGS}
+    fixed = getattr(file, "PLAIN_CHAIN", {})  # of dacer.py: settings of its backbone that it does not have
+    return {k: getattr(args, k) for k in file.OFFLINE_SETTINGS} | fixed
 
 
 def test_the_full_list(bench):
