@@ -155,6 +155,7 @@ NEEDS = {  # condition -> settings that have no effect without it: a flag for on
 }
 
 
+# --- shared: diffql.chain ---
 def vp_alphas(steps: int) -> list[float]:
     """1 - β_t of the variance-preserving schedule, β from 0.1 to 10, t = 0, ..., T - 1.  [code]"""
     low, high = 0.1, 10.0
@@ -214,6 +215,9 @@ def bc_loss(
     """L_d = E (ε - ε̂(√ᾱ a + √(1 - ᾱ) ε, t, s))², mean over rows and dimensions: t (B,), ε (B, A) -> ().  [Eq. 2]"""
     left = actor.alpha_bar[t][:, None]
     return (actor(obs, left.sqrt() * actions + (1 - left).sqrt() * eps, t) - eps).square().mean()
+
+
+# --- end shared: diffql.chain ---
 
 
 # The chain that can be halved: x = cos φ a + sin φ ε at φ = π u / 2, v = cos φ ε - sin φ a, no noise on the way.
@@ -287,6 +291,7 @@ def halving_loss(student: nn.Module, teacher: nn.Module, obs: torch.Tensor) -> t
     return (student(obs, x, t) - target).square().mean()
 
 
+# --- shared: diffql.critics ---
 class MishTwinQ(nn.Module):
     """Two critics as stacked weights, one batched matmul per layer: obs (B, O), actions (B, A) -> (2, B).  [code]"""
 
@@ -306,6 +311,9 @@ class MishTwinQ(nn.Module):
         return torch.baddbmm(bias_out, x, weight_out).squeeze(-1)
 
 
+# --- end shared: diffql.critics ---
+
+
 def make_diffql_nets(obs_dim: int, act_dim: int, args: Args) -> nn.ModuleDict:
     """actor, average (of it), qf, q_target (a frozen copy of qf); `updates`, how many, is a buffer beside them."""
     nets = nn.ModuleDict()
@@ -320,6 +328,7 @@ def make_diffql_nets(obs_dim: int, act_dim: int, args: Args) -> nn.ModuleDict:
     return nets
 
 
+# --- shared: diffql.learning ---
 def q_of_many(qf: nn.Module, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
     """Q of M actions per state: obs (B, O), actions (B, M, A) -> (K, B, M) of K critics.
 
@@ -456,6 +465,9 @@ def reward_units(args: Args, dataset: data.Dataset) -> tuple[float, float]:
     if args.normalize_reward:
         scale *= 1_000 / dataset.return_range()
     return args.reward_scale * scale, args.reward_bias - args.reward_scale * scale * mean
+
+
+# --- end shared: diffql.learning ---
 
 
 class Distiller:

@@ -20,7 +20,7 @@ from common import data, run
 
 SCRIPT = ROOT / "run_all.sh"
 BACKBONES = {stem: "iql" if stem.startswith(("iql_", "pex")) else "calql" for stem in FILES}
-BACKBONES |= {"dual": "iql"} | {
+BACKBONES |= {"dual": "iql", "dacer": "diffql"} | {
     stem: stem.split("_")[0] for stem in FILES if stem.startswith(("apl", "wsrl", "so2", "diffql"))
 }
 STAND_IN = """#!/usr/bin/env bash
@@ -101,7 +101,8 @@ def jobs_of(lines: list[str]) -> list[tuple[str, ...]]:
 def offline_settings(stem: str, env: str) -> dict:
     file = module(stem)
     args = run.with_presets(file.Args, file.ENV_PRESETS, env)
-    return {k: getattr(args, k) for k in file.OFFLINE_SETTINGS}
+    fixed = getattr(file, "PLAIN_CHAIN", {})  # of dacer.py: settings of its backbone that it does not have
+    return {k: getattr(args, k) for k in file.OFFLINE_SETTINGS} | fixed
 
 
 def test_the_full_list(bench):
