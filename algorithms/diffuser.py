@@ -122,7 +122,7 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     "maze2d-": dict(horizon=40, gamma=0.99, guide_scale=0.001, eval_episodes=100),  # U123
     **{k: dict(  # sizes for minutes on one core: U1
         online_steps=6_000, warmup_steps=2_000, eval_every=1_000, planner_width=64, planner_blocks=1, lr=1e-3,
-        denoise_steps=5, guide_repeats=1, guide_stop=1, plans=8, gamma=0.99,
+        denoise_steps=5, noise_scale=0.2, guide_scale=1.0, guide_repeats=1, guide_stop=1, plans=8, gamma=0.99,
         distill_from=8, halving_steps=300, distill_lr=1e-3,
     ) for k in ("hopper-mini", "reacher-mini")},
     "hopper-mini-v0": dict(offline_steps=8_000, guide_steps=4_000, eval_episodes=20),
@@ -405,7 +405,9 @@ class ReturnGuide(nn.Module):
         return self.mean + self.std * self.trunk.head(features).squeeze(1)
 
 
-def guide_loss(guide: ReturnGuide, x: torch.Tensor, returns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def guide_loss(
+    guide: ReturnGuide, x: torch.Tensor, returns: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """E (J(z, u) - R)² in units of the labels' variance, u ~ U(0, 1], -> (), and the mean of J - R in their std.
 
     x (B, H, D), returns (B,); z has its first state in-painted, as it will be when J guides.  [code]

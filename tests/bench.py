@@ -848,7 +848,7 @@ def hours(stem: str, env: str, rates: dict[str, float]) -> dict[str, float]:
 
 def backbone_of(stem: str) -> str:
     """Whose offline phase a method starts from, as in run_all.sh."""
-    starts = {"iql": "iql", "pex": "iql", "apl": "apl", "wsrl": "wsrl", "so2": "so2", "diffql": "diffql"}
+    starts = {"iql": "iql", "pex": "iql"} | {k: k for k in ("apl", "wsrl", "so2", "diffql", "diffuser")}
     return starts.get(stem.split("_")[0], "calql")
 
 

@@ -317,7 +317,9 @@ def test_no_host_reads_in_updates(stem):
         "draw_oorb draw_pair "
         "own_targets value_losses actor_losses ratio_losses draw_perturbation draw_own draw_plain assign _find "
         "draw_step draw_chain run_chain noisy_chain quiet_chain rotate bc_loss v_loss clone_loss next_q "
-        "normalised_q_loss halved_target halving_loss halving_step"
+        "normalised_q_loss halved_target halving_loss halving_step "
+        "weighted labelled guide_loss posterior value_gradient guided_plans starts pick_actions move_average "
+        "follow_loss follow_step guide_step"
     )
     reads = r"\.item\(|\.tolist\(|\.cpu\(|\.numpy\(|print\(|(?<!\.)\bfloat\(|nonzero"
     for node in ast.walk(tree):

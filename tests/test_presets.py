@@ -531,7 +531,7 @@ def papers_tasks() -> dict[str, list[str]]:
 
 def all_tasks(stem: str) -> list[str]:
     """Tasks that the file has settings for, its paper's among them; the embedded one is not from a paper (U1)."""
-    lakes = ["frozenlake-4x4", "frozenlake-8x8"] if stem == "dual" else []
+    lakes = ["frozenlake-4x4", "frozenlake-8x8"] if stem in ("dual", "diffuser") else []
     return [env for env in data.TASKS if env not in EMBEDDED and family(env) != "frozenlake"] + lakes
 
 

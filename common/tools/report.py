@@ -46,6 +46,7 @@ METHODS = {  # file and what makes it another method -> method and backbone in p
     "calql_ad2s": ("AD2S", "Cal-QL"), "iql_ad2s": ("AD2S", "IQL"), "wsrl_ad2s": ("AD2S", "WSRL"),
     "calql_ad2s pgr=True": ("PGR", "Cal-QL"),
     "dual": ("DUAL", "IQL"), "calql_dual": ("DUAL", "Cal-QL"), "diffql": ("Diff-QL", "IQL"),
+    "diffuser": ("Diffuser", "IQL"),
 }  # fmt: skip
 ON = {"PEX": "IQL", "APL": "Cal-QL", "WSRL": "Cal-QL"}  # a backbone beside the one it comes from
 SECTIONS = {
