@@ -12,8 +12,8 @@ Idea     One model of whole windows of actions and states is dynamics and behavi
 Symbols  τ window of H = horizon steps, each [a, s] | u noise level, angle φ = π u / 2 | z noised window | v what the
          planner predicts | T denoise_steps | Σ variance of a denoising step | J guide, return of a noised window | ω
          guide_scale | γ gamma | R return-to-go, the label of J
-Read     Args, ENV_PRESETS, dual.py's planner, returns, ReturnGuide, guided_plans, pick_actions, (PlanDistiller), train; what is
-         in brackets only --distill needs
+Read     Args, ENV_PRESETS, dual.py's planner, returns, ReturnGuide, guided_plans, pick_actions, (PlanDistiller),
+         train; what is in brackets only --distill needs
 Notes    D50, U50, U53 as in dual.py: v and a cosine schedule, its network, its in-painting.
          D120 the code predicts the clean window and has its L2, at T levels; here v at all levels, as dual.py: the same
             error weighted by 1 + SNR; one planner for any T, and one that can be distilled.
@@ -122,7 +122,7 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     "maze2d-": dict(horizon=40, gamma=0.99, guide_scale=0.001, eval_episodes=100),  # U123
     **{k: dict(  # sizes for minutes on one core: U1
         online_steps=6_000, warmup_steps=2_000, eval_every=1_000, planner_width=64, planner_blocks=1, lr=1e-3,
-        denoise_steps=5, noise_scale=0.2, guide_scale=1.0, guide_repeats=1, guide_stop=1, plans=8, gamma=0.99,
+        denoise_steps=5, noise_scale=0.2, guide_scale=1.0, guide_repeats=1, guide_stop=1, plans=4, gamma=0.99,
         distill_from=8, halving_steps=300, distill_lr=1e-3,
     ) for k in ("hopper-mini", "reacher-mini")},
     "hopper-mini-v0": dict(offline_steps=8_000, guide_steps=4_000, eval_episodes=20),
