@@ -75,7 +75,7 @@ method wsrl_ad2s       95 $walker2d # AD2S Table 6
 method dual            80 $nine $antmaze $cloned hopper-friction-2.0 # DUAL Tables 1, 3, 4
 method calql_dual      254 $four $cloned $shifted # DUAL Tables 2, 3
 method diffql          40 $nine $antmaze $cloned $shifted # DUAL Tables 1, 2, 3
-method diffuser        999 $nine $antmaze # DUAL Table 1
+method diffuser        650 $nine $antmaze # DUAL Table 1
 
 backbone() { # of a method: whose offline phase it can start from; both dual.py train an actor of their own
   case $1 in

@@ -23,7 +23,7 @@ Notes    D50, U50, U53 as in dual.py: v and a cosine schedule, its network, its 
          D123 1M steps of 64 windows there; here 500k of 256, at the code's rate.
          D124 the plans' noise, first and added, times 0.5, as CleanDiffuser does with the first; ω are its values, too.
          U51 windows: from every row, the padded end of an episode without loss on actions, as in dual.py.
-         U52 average: the code's; halvings: dual.py's.
+         U52 averages, of planner and guide: the code's, which plan with them; halvings: dual.py's.
          U120 returns: of the row to its episode's end, where a termination costs 100 [code]; in AntMaze a missed goal
             does [CleanDiffuser], which is -1 a step for ever, and the rewards are r - 1; cut off, they end as they are.
          U121 online: one planner and one guide step per environment step on dataset and own rows alike; an episode's
@@ -503,15 +503,16 @@ def pick_actions(
 
 # training
 def make_diffuser_nets(episodes: Episodes, act_dim: int, args: Args) -> nn.ModuleDict:
-    """planner, average (of it), guide; `updates` of the planner, how many, is a buffer beside them."""
+    """planner, guide, average (of both); how many updates each has had are buffers beside them."""
     windows, nets = episodes.windows, nn.ModuleDict()
     sizes = args.horizon, act_dim, windows.mean, windows.std, args.planner_width, args.planner_blocks
     nets["planner"] = PlannerNet(*sizes)
-    nets["average"] = deepcopy(nets["planner"]).requires_grad_(False)
     labels = episodes.returns[: episodes.rows].double()
     std, mean = torch.std_mean(labels, correction=0)
     nets["guide"] = ReturnGuide(PlannerNet(*sizes), mean.float(), std.float() + 1e-3)
-    nets.register_buffer("updates", torch.zeros(()))
+    nets["average"] = deepcopy(nets).requires_grad_(False)
+    for name in ("planner", "guide"):
+        nets.register_buffer(f"{name}_updates", torch.zeros(()))
     return nets
 
 
@@ -530,14 +531,14 @@ def update(opt: torch.optim.Optimizer, loss: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def move_average(nets: nn.ModuleDict) -> None:
-    """After a step of the planner: its running average, a copy until EMA_START.  [code]: U52"""
-    nets.updates.add_(1)
-    moves = (nets.updates - EMA_START).clamp(min=0) / EMA_EVERY
+def move_average(average: nn.Module, net: nn.Module, updates: torch.Tensor) -> None:
+    """After a step of `net`, counted in `updates` (): its running average, a copy until EMA_START.  [code]: U52"""
+    updates.add_(1)
+    moves = (updates - EMA_START).clamp(min=0) / EMA_EVERY
     share = (1 / (1 + moves)).clamp(min=1 - EMA_DECAY)  # a plain mean at first, for short trainings
-    moving = (nets.updates <= EMA_START) | (nets.updates.remainder(EMA_EVERY) == 0)
+    moving = (updates <= EMA_START) | (updates.remainder(EMA_EVERY) == 0)
     share = torch.where(moving, share, 0.0)
-    for mine, live in zip(nets["average"].parameters(), nets["planner"].parameters(), strict=True):
+    for mine, live in zip(average.parameters(), net.parameters(), strict=True):
         mine.lerp_(live, share)
 
 
@@ -560,9 +561,9 @@ class PlanDistiller:
     """Halves the average planner's deterministic chain to one step, in a phase before the online one: U125."""
 
     def __init__(self, r: run.Run, args: Args, nets: nn.ModuleDict, draw: Callable):
-        self.r, self.args, self.source, self.draw = r, args, nets["average"], draw
-        self.student = deepcopy(nets["average"]).requires_grad_(True)
-        self.teacher = deepcopy(nets["average"])
+        self.r, self.args, self.source, self.draw = r, args, nets["average"]["planner"], draw
+        self.student = deepcopy(self.source).requires_grad_(True)
+        self.teacher = deepcopy(self.source)
         self.opt = make_plan_optimizer(self.student, args.distill_lr, r.device)
         self.count = torch.zeros((), device=r.device)  # gradient steps of the running halving
         self.loss, self.follow_loss = r.compiled(distill_loss), r.compiled(follow_loss)
@@ -645,9 +646,9 @@ def train(args: Args) -> dict[str, float]:
     eval_dice = torch.Generator(r.device)  # evaluation takes no random number of the run: U122
 
     def explore(obs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        one_step = "distilled" in r.passed
-        planner = distiller.student if one_step else nets["average"]
-        return pick_actions(planner, nets["guide"], obs, args, generator, one_step)
+        one_step, average = "distilled" in r.passed, nets["average"]
+        planner = distiller.student if one_step else average["planner"]
+        return pick_actions(planner, average["guide"], obs, args, generator, one_step)
 
     def score() -> dict[str, float]:
         eval_dice.manual_seed(args.seed)  # the same each time, before and after a stop: U122
@@ -661,12 +662,13 @@ def train(args: Args) -> dict[str, float]:
     def guide_step() -> dict[str, torch.Tensor]:
         loss, bias = compiled_guide_loss(nets["guide"], *episodes.labelled())
         update(opt, loss)
+        move_average(nets["average"]["guide"], nets["guide"], nets.guide_updates)
         return {"loss/guide": loss.detach(), "guide/bias": bias}
 
     def offline_step() -> dict[str, torch.Tensor]:
-        loss = compiled_planner_loss(nets["planner"], *episodes.weighted())
+        loss = compiled_planner_loss(nets["planner"], *episodes.weighted())  # of v, at any level: D120
         update(opt, loss)
-        move_average(nets)
+        move_average(nets["average"]["planner"], nets["planner"], nets.planner_updates)
         return {"loss/planner": loss.detach()}
 
     # offline: the guide, then the planner

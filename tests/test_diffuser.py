@@ -184,18 +184,17 @@ def test_the_guides_loss_by_hand():
 
 def test_the_average_is_a_copy_then_moves_every_tenth_step(monkeypatch):
     monkeypatch.setattr(diffuser, "EMA_START", 3)
-    nets = torch.nn.ModuleDict({k: torch.nn.Linear(1, 1, bias=False) for k in ("planner", "average")})
-    nets.register_buffer("updates", torch.zeros(()))
-    mean, moves = 0.0, 0
+    average, net = (torch.nn.Linear(1, 1, bias=False) for _ in range(2))
+    updates, mean, moves = torch.zeros(()), 0.0, 0
     for n in range(1, 45):
-        nets["planner"].weight.data.fill_(float(n))
-        diffuser.move_average(nets)
+        net.weight.data.fill_(float(n))
+        diffuser.move_average(average, net, updates)
         if n <= 3:
             mean = float(n)
         elif n % 10 == 0:
             share = max(1 / (1 + (n - 3) / 10), 0.005)
             mean, moves = mean + share * (n - mean), moves + 1
-        assert nets["average"].weight.item() == pytest.approx(mean, rel=1e-5)
+        assert average.weight.item() == pytest.approx(mean, rel=1e-5)
     assert moves == 4
 
 
@@ -445,7 +444,8 @@ def test_from_offline_goes_on_like_the_run_that_it_came_from(dataset, tmp_path):
     (path,) = (tmp_path / "whole").glob("**/offline.pt")
     diffuser.train(tiny_args("diffuser", dataset=dataset, out_dir=tmp_path / "taken", from_offline=path))
     assert equal_states(final_state(tmp_path / "whole"), final_state(tmp_path / "taken"))
-    assert final_state(tmp_path / "whole")["nets"]["updates"] == 20 + 20
+    for name in ("planner", "guide"):
+        assert final_state(tmp_path / "whole")["nets"][f"{name}_updates"] == 20 + 20
     small = dict(dataset=dataset, out_dir=tmp_path / "d", from_offline=path, distill=True)
     diffuser.train(tiny_args("diffuser", **small))
     errors = [float(r["distill/error"]) for r in log_rows(tmp_path / "d") if r.get("distill/error")]
