@@ -79,10 +79,11 @@ method calql_dual      254 $four $cloned $shifted # DUAL Tables 2, 3
 method so2_dual        750 $four $shifted # DUAL Table 2
 method diffql          40 $nine $antmaze $cloned $shifted # DUAL Tables 1, 2, 3
 method dacer           23 $nine $antmaze $shifted # DUAL Tables 1, 2
+method diffuser        650 $nine $antmaze # DUAL Table 1
 
 backbone() { # of a method: whose offline phase it can start from; every dual.py trains an actor of its own
   case $1 in
-    iql | calql | apl | wsrl | so2 | diffql | *dual) ;;
+    iql | calql | apl | wsrl | so2 | diffql | diffuser | *dual) ;;
     pex* | iql_*) echo iql ;;
     dacer) echo diffql ;;
     apl_* | wsrl_*) echo "${1%%_*}" ;;

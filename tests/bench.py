@@ -1037,7 +1037,10 @@ def hours(stem: str, env: str, rates: dict[str, float]) -> dict[str, float]:
 
 def backbone_of(stem: str) -> str:
     """Whose offline phase a method starts from, as in run_all.sh."""
-    starts = {x: x for x in ("iql", "apl", "wsrl", "so2", "diffql")} | {"pex": "iql", "dacer": "diffql"}
+    starts = {x: x for x in ("iql", "apl", "wsrl", "so2", "diffql", "diffuser")} | {
+        "pex": "iql",
+        "dacer": "diffql",
+    }
     return starts.get(stem.split("_")[0], "calql")
 
 

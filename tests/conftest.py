@@ -28,6 +28,7 @@ TINY = dict(  # by setting; a file takes those it has
     planner_steps=20, planner_batch=16, planner_width=16, planner_blocks=1, teacher_steps=4, halving_steps=6,
     laplace_draws=3, laplace_every=7, laplace_rows=50, fifo_rows=8, fifo_from=12, ratio_batch=16, ratio_hidden=16,
     alpha_every=7, entropy_states=8, entropy_samples=20, em_steps=5,
+    guide_steps=20, denoise_steps=3, plans=4,
 )  # fmt: skip
 
 

@@ -334,7 +334,9 @@ def test_no_host_reads_in_updates(stem):
         "draw_step draw_chain run_chain noisy_chain quiet_chain rotate bc_loss v_loss clone_loss next_q "
         "normalised_q_loss halved_target halving_loss halving_step "
         "m_step e_step half_log_det seed_shares fit_mixture mixture_entropy perturbed policy_entropy regulate draw_xi "
-        "next_q_with_noise dacer_losses online_step"
+        "next_q_with_noise dacer_losses online_step "
+        "weighted labelled guide_loss posterior value_gradient guided_plans starts pick_actions move_average "
+        "follow_loss follow_step guide_step"
     )
     reads = r"\.item\(|\.tolist\(|\.cpu\(|\.numpy\(|print\(|(?<!\.)\bfloat\(|nonzero"
     for node in ast.walk(tree):

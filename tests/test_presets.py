@@ -126,7 +126,10 @@ APL = dict(  # its code, the form GCQL, which CFDG stands on [B §4]
     **EVALUATION | dict(eval_episodes=5),
 )  # fmt: skip
 
-HOPPER = [re.sub(r"-v\d$", "", env) for env in data.TASKS if env.startswith("hopper-")]
+HOPPER, WALKER2D, HALFCHEETAH = (
+    [re.sub(r"-v\d$", "", env) for env in data.TASKS if env.startswith(robot)]
+    for robot in ("hopper-", "walker2d-", "halfcheetah-")
+)
 SO2 = dict(  # SO2's code, its branch of the paper; OFF2ON's code [B §6]
     offline_steps=1_000_000,  # OFF2ON's checkpoints; SO2's are EDAC's
     online_steps=150_000, warmup_steps=5_000, utd=10, gamma=0.99, polyak=0.005, hidden=256, normalize_obs=False,
@@ -176,6 +179,36 @@ DACER = dict(
     entropy_states=256, entropy_samples=200, mixture_components=3,
     em_steps=50,  # D132
 )  # fmt: skip
+
+# Its code, config/locomotion.py; CleanDiffuser's scales, its H in AntMaze [D §3.1]; other tasks: U123; --distill: U125
+DIFFUSER = dict(
+    offline_steps=1_000_000, online_steps=1_000_000, warmup_steps=5_000, utd=1, lr=2e-4,
+    horizon={"locomotion": 32, "antmaze": 64, "adroit": 4, "maze2d": 40, "frozenlake": 4}
+    | dict.fromkeys(HALFCHEETAH, 4),
+    normalize_windows=True, planner_batch=64, action_weight=10.0, denoise_steps=20,
+    planner_width=512, planner_blocks=3,  # dual.py's network
+    noise_scale=0.5,  # CleanDiffuser: temperature
+    guide_steps=200_000, gamma=(0.997, 0.99, 0.99, 0.99), reward_bias=(0.0, -1.0, 0.0, 0.0),
+    terminal_reward=(-100.0, 0.0, -100.0, -100.0), cutoff_reward=(0.0, -100.0, 0.0, 0.0),
+    guide_scale={
+        "locomotion": 0.3, "antmaze": 0.001, "adroit": 0.1, "maze2d": 0.001,
+        "hopper-medium": 0.3, "hopper-medium-replay": 0.2, "hopper-medium-expert": 1e-5,
+        "walker2d-medium": 0.007, "walker2d-medium-replay": 0.01, "walker2d-medium-expert": 0.001,
+        **{f"walker2d-{k}": 0.007 for k in ("random", "expert", "morphology-2.0")},
+        **{env: 1e-4 for env in HALFCHEETAH},
+    },
+    guide_repeats=2, guide_stop=dict.fromkeys(FAMILY, 2) | dict.fromkeys(["hopper-medium-expert", *HALFCHEETAH], 4),
+    plans=64,
+    distill=False, distill_from=32, halving_steps=20_000, distill_lr=3e-4,  # [D §3.4, 1.5]
+    **EVALUATION | dict(eval_episodes=(10, 100, 10, 100)),
+)  # fmt: skip
+FROZEN_PLANNER = {  # [D §1, §5]: U123
+    k: {"frozenlake": v} for k, v in dict(
+        offline_steps=5_000, guide_steps=5_000, online_steps=20_000, warmup_steps=2_000, eval_every=500,
+        eval_episodes=1, normalize_windows=False, planner_width=128, planner_blocks=2, gamma=0.99,
+        terminal_reward=0.0, guide_scale=1.0, halving_steps=1_500,
+    ).items()
+} | {"horizon": {"frozenlake-8x8": 8}}  # fmt: skip
 
 # ---- StratDiff, DARE ----
 
@@ -391,6 +424,7 @@ PAPER = {
     "so2_dual": [SO2, PLANNER, DUAL_SO2],
     "diffql": [DIFFQL, D_DIFFQL, LAKE_DIFFQL],
     "dacer": [DIFFQL, DACER],
+    "diffuser": [DIFFUSER, FROZEN_PLANNER],
 }
 
 # ---- where we differ on purpose: (files, tasks, setting) -> (our value, the note that says why) ----
@@ -417,6 +451,10 @@ DIFFERENCES = {
     ("diffql dacer", "antmaze", "eval_every"): (10_000, "D111: as every file"),
     ("diffql dacer", "locomotion adroit maze2d", "eval_every"): (5_000, "D111: as every file"),
     ("dacer", "all", "cloning_online"): (1.0, "D130: DUAL's stands on its Diff-QL"),
+    ("diffuser", " ".join(HOPPER + WALKER2D), "horizon"): (4, "D122: DUAL's, after Lu et al."),
+    ("diffuser", "antmaze", "horizon"): (40, "D122: DUAL's, after Lu et al.; CleanDiffuser 64"),
+    ("diffuser", "locomotion antmaze adroit maze2d", "offline_steps"): (500_000, "D123: fewer, larger batches"),
+    ("diffuser", "all", "planner_batch"): (256, "D123"),
     ("calql", "all", "calibrate_online"): (False, "D3: off online, as in the papers on CORL's code"),
     ("calql calql_stratdiff calql_dare synther", "all", "warmup_steps"): (5_000, "D4: else copies of one row"),
     (GENERATORS, "all", "terminal_flag"): ("classifier", "D21: the joint flag is hardly ever set"),
@@ -554,7 +592,7 @@ def papers_tasks() -> dict[str, list[str]]:
 
 def all_tasks(stem: str) -> list[str]:
     """Tasks that the file has settings for, its paper's among them; the embedded one is not from a paper (U1)."""
-    lakes = ["frozenlake-4x4", "frozenlake-8x8"] if stem in ("dual", "diffql") else []
+    lakes = ["frozenlake-4x4", "frozenlake-8x8"] if stem in ("dual", "diffql", "diffuser") else []
     return [env for env in data.TASKS if env not in EMBEDDED and family(env) != "frozenlake"] + lakes
 
 

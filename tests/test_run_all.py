@@ -21,7 +21,9 @@ from common import data, run
 SCRIPT = ROOT / "run_all.sh"
 BACKBONES = {stem: "iql" if stem.startswith(("iql_", "pex")) else "calql" for stem in FILES}
 BACKBONES |= {"dual": "iql", "dacer": "diffql"} | {
-    stem: stem.split("_")[0] for stem in FILES if stem.startswith(("apl", "wsrl", "so2", "diffql"))
+    stem: stem.split("_")[0]
+    for stem in FILES
+    if stem.startswith(("apl", "wsrl", "so2", "diffql", "diffuser"))
 }
 STAND_IN = """#!/usr/bin/env bash
 here=${0%/*}

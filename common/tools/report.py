@@ -47,6 +47,7 @@ METHODS = {  # file and what makes it another method -> method and backbone in p
     "calql_ad2s pgr=True": ("PGR", "Cal-QL"),
     "dual": ("DUAL", "IQL"), "calql_dual": ("DUAL", "Cal-QL"), "so2_dual": ("DUAL", "SO2+OFF2ON"),
     "diffql": ("Diff-QL", "IQL"), "dacer": ("DACER", "IQL"),
+    "diffuser": ("Diffuser", "IQL"),
 }  # fmt: skip
 ON = {"PEX": "IQL", "APL": "Cal-QL", "WSRL": "Cal-QL"}  # a backbone beside the one it comes from
 SECTIONS = {
