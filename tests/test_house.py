@@ -315,7 +315,8 @@ def test_no_host_reads_in_updates(stem):
         "pex_losses compose choice_probs "
         "normed q_of_drawn td_loss critic_losses policy_losses draw_critics draw_offline learn follow "
         "draw_oorb draw_pair "
-        "own_targets value_losses actor_losses ratio_losses draw_perturbation draw_own draw_plain assign _find "
+        "own_targets value_losses actor_losses dual_actor_losses ratio_losses draw_perturbation draw_own "
+        "draw_plain assign _find "
         "draw_step draw_chain run_chain noisy_chain quiet_chain rotate bc_loss v_loss clone_loss next_q "
         "normalised_q_loss halved_target halving_loss halving_step"
     )
