@@ -83,7 +83,7 @@ for file in ("iql_dare", "calql_dare"):
           f"{file} split/overlap")
     claim(f"DARE Eq. 9, `{file}`", "fitted Gaussians cross between their means (ours: in half of the batches)",
           f"{file} split/root_above_half")
-for file in ("dual", "calql_dual"):
+for file in ("dual", "calql_dual", "so2_dual"):
     claim(f"DUAL §3.1, `{file}`", "one denoising step plans as 32 do (ours: error below a tenth of the variance)",
           f"{file} distill/close")
 # fmt: on
