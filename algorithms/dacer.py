@@ -550,8 +550,8 @@ def train(args: Args) -> dict[str, float]:
     r.require(dataset=dataset.sha256)
     moments = dataset.moments() if args.normalize_obs else None
     units = data.Units(*reward_units(args, dataset), moments)
-    buffer = dataset.buffer(units, r.device, args.online_steps)  # own rows come behind: U110
-    interaction = data.Interaction(data.make_env(task, units), buffer, args.seed, units)
+    offline = online = dataset.buffer(units, r.device, args.online_steps)  # own rows come behind: U110
+    interaction = data.Interaction(data.make_env(task, units), online, args.seed, units)
     evaluate = data.Evaluator(task, args.eval_episodes, args.seed, units)
 
     # networks
@@ -573,20 +573,23 @@ def train(args: Args) -> dict[str, float]:
         return evaluate(act, r.device)
 
     added = dict(regulator=regulator, alpha_opt=alpha_opt)  # NEW
-    r.register(nets=nets, opt=opt, online=buffer, interaction=interaction, **added)
+    r.register(nets=nets, opt=opt, online=online, interaction=interaction, **added)
     compiled_losses = r.compiled(losses)
     offline_settings = r.settings(OFFLINE_SETTINGS) | PLAIN_CHAIN
 
-    # offline
-    def gradient_step() -> dict[str, torch.Tensor]:
-        batch, draws = buffer.sample(args.batch_size), draw_step(nets["actor"], args, r.device)
+    def gradient_step(batch: Batch) -> dict[str, torch.Tensor]:
+        draws = draw_step(nets["actor"], args, r.device)
         loss, logs = compiled_losses(nets, batch, draws, args)
         update(nets, opt, loss, args)
         return logs
 
+    # offline: gradient steps on the dataset
+    def offline_step() -> dict[str, torch.Tensor]:
+        return gradient_step(offline.sample(args.batch_size))
+
     if args.from_offline and r.once("from_offline"):
         r.import_phase("offline", args.from_offline, offline_settings, nets=nets, opt=opt)
-    step_fn = r.capture(gradient_step)
+    step_fn = r.capture(offline_step)
     for step in r.phase("offline", args.offline_steps):
         r.log(step, step_fn())
         if (step + 1) % args.eval_every == 0 and step + 1 < args.offline_steps:
@@ -599,7 +602,7 @@ def train(args: Args) -> dict[str, float]:
     compiled_dacer_losses = r.compiled(dacer_losses)
 
     def online_step() -> dict[str, torch.Tensor]:  # NEW
-        batch, draws = buffer.sample(args.batch_size), draw_step(nets["actor"], args, r.device)
+        batch, draws = offline.sample(args.batch_size), draw_step(nets["actor"], args, r.device)
         loss, logs = compiled_dacer_losses(nets, regulator.std(), batch, draws, draw_xi(draws), args)
         update(nets, opt, loss, args)
         return logs
@@ -610,7 +613,7 @@ def train(args: Args) -> dict[str, float]:
             r.record(step + 1, episode)
         if step >= args.warmup_steps:
             if (step - args.warmup_steps) % args.alpha_every == 0:  # NEW: D131
-                obs = buffer.sample(args.entropy_states).obs
+                obs = offline.sample(args.entropy_states).obs
                 entropy = policy_entropy(nets["actor"], obs, regulator.std(), args)
                 regulate(regulator, alpha_opt, entropy)
                 r.record(step + 1, regulator.told(entropy))

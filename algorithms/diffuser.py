@@ -41,7 +41,7 @@ Run      python algorithms/diffuser.py --env hopper-medium-v2 --seed 0
          unguided: --guide-repeats 0 | plain sampling: --plans 1 | the paper's H: --horizon 32 | D-Diffuser: --distill
 Cost     mini tasks: 2 to 4 CPU minutes. Published sizes want a GPU (not measured there): on one core 15 gradient
          steps a second of planner or guide, 0.7 s an action, 0.75 s a step of --distill online.
-Fails    plans spread as the data do, and J sees little of an action in 4 steps: more --noise-scale or --plans may score
+Fails    plans spread as the data do, and J sees little of an action in 4 steps: more --temperature or --plans may score
          less; ω three times too large loses half the score (hopper-mini-v0).
 """
 
@@ -87,7 +87,7 @@ class Args:
     lr: Positive = 2e-4  # Adam, all networks [code]
     action_weight: Positive = 10.0  # of the first action in the planner's loss [code]
     denoise_steps: Count = 20  # T, of the chain [code; DUAL: Lu et al.]
-    noise_scale: Weight = 0.5  # of a plan's noise: D124
+    temperature: Weight = 0.5  # factor of a plan's noise: D124
     # guide
     guide_steps: Natural = 200_000  # gradient steps of the guide, before the planner's [code]
     gamma: Share = 0.997  # discount [code, planning]
@@ -124,7 +124,7 @@ ENV_PRESETS: dict[str, dict] = {  # prefix of --env -> what differs from Args; l
     "maze2d-": dict(horizon=40, gamma=0.99, guide_scale=0.001, eval_episodes=100),  # U123
     **{k: dict(  # sizes for minutes on one core: U1
         online_steps=6_000, warmup_steps=2_000, eval_every=1_000, planner_width=64, planner_blocks=1, lr=1e-3,
-        denoise_steps=5, noise_scale=0.2, guide_scale=1.0, guide_repeats=1, guide_stop=1, plans=4, gamma=0.99,
+        denoise_steps=5, temperature=0.2, guide_scale=1.0, guide_repeats=1, guide_stop=1, plans=4, gamma=0.99,
         distill_from=8, halving_steps=300, distill_lr=1e-3,
     ) for k in ("hopper-mini", "reacher-mini")},
     "hopper-mini-v0": dict(offline_steps=8_000, guide_steps=4_000, eval_episodes=20),
@@ -453,7 +453,7 @@ def guided_plans(
 
     def noise() -> torch.Tensor:
         shape = len(first), horizon, first.shape[1]
-        return args.noise_scale * torch.randn(shape, device=first.device, generator=generator)
+        return args.temperature * torch.randn(shape, device=first.device, generator=generator)
 
     given, z = known[:, 0].to(first), in_paint(noise(), first, known)
     angle = 0.5 * math.pi / args.denoise_steps

@@ -272,7 +272,7 @@ def quadratic(z: torch.Tensor, _u: torch.Tensor) -> torch.Tensor:
 def test_guided_means_in_closed_form():
     """Without noise each step is affine: its matrix and shift, from the textbook's β and ᾱ, applied to the start."""
     planner = GaussianPlanner(FIRST_STATE)
-    args = diffuser.Args(denoise_steps=6, guide_scale=0.7, guide_repeats=2, guide_stop=2, noise_scale=0.0)
+    args = diffuser.Args(denoise_steps=6, guide_scale=0.7, guide_repeats=2, guide_stop=2, temperature=0.0)
     first, known = planner.start(3)
     plans = diffuser.guided_plans(planner, quadratic, first, known, 2, args)
     eye = torch.eye(4, dtype=torch.float64)
@@ -293,7 +293,7 @@ def test_guided_means_in_closed_form():
     for plan in plans:
         assert torch.allclose(plan.flatten()[planner.free], z, atol=1e-9)
         assert torch.equal(plan[0, ACT:], FIRST_STATE), "the known state, bit for bit"
-    unguided = diffuser.Args(denoise_steps=6, guide_repeats=0, noise_scale=0.0)
+    unguided = diffuser.Args(denoise_steps=6, guide_repeats=0, temperature=0.0)
     plain = diffuser.guided_plans(planner, quadratic, first, known, 2, unguided)
     assert torch.allclose(plain[0].flatten()[planner.free], planner.mean, atol=1e-9)
 
@@ -307,7 +307,7 @@ def test_guided_plans_are_drawn_from_the_plans_times_exp_of_their_return():
         left = mean - GOAL
         return -0.5 * ((left @ torch.linalg.inv(torch.linalg.inv(CURVE) + cov)) * left).sum(1)
 
-    plain = dict(guide_scale=1.0, guide_stop=0, noise_scale=1.0, denoise_steps=300)
+    plain = dict(guide_scale=1.0, guide_stop=0, temperature=1.0, denoise_steps=300)
     first, known = planner.start(4_000)
     for repeats in (0, 1):
         args = diffuser.Args(guide_repeats=repeats, **plain)
@@ -328,7 +328,7 @@ def test_the_noise_of_plans_is_scaled():
     planner, plans = GaussianPlanner(FIRST_STATE), {}
     first, known = planner.start(5)
     for scale in (0.5, 1.0):
-        args = diffuser.Args(denoise_steps=8, guide_repeats=0, noise_scale=scale)
+        args = diffuser.Args(denoise_steps=8, guide_repeats=0, temperature=scale)
         dice = torch.Generator().manual_seed(0)
         drawn = diffuser.guided_plans(planner, quadratic, first, known, 2, args, dice)
         plans[scale] = drawn.flatten(1)[:, planner.free] - planner.mean
@@ -348,7 +348,7 @@ def test_the_best_plan_of_each_state_is_begun():
     obs = torch.stack([FIRST_STATE, FIRST_STATE]) + torch.tensor([[0.0], [5.0]])
     means = []
     for many in (1, 6, 60):
-        args = diffuser.Args(denoise_steps=4, plans=many, guide_repeats=0, noise_scale=1.0)
+        args = diffuser.Args(denoise_steps=4, plans=many, guide_repeats=0, temperature=1.0)
         actions = diffuser.pick_actions(planner, guide, obs, args, torch.Generator().manual_seed(0))
         plans = seen[-1].view(2, many, 2, ROW)
         assert torch.equal(plans[:, :, 0, ACT:], obs[:, None].expand(2, many, OBS)), "of its own state"

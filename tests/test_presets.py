@@ -187,7 +187,7 @@ DIFFUSER = dict(
     | dict.fromkeys(HALFCHEETAH, 4),
     normalize_windows=True, planner_batch=64, action_weight=10.0, denoise_steps=20,
     planner_width=512, planner_blocks=3,  # dual.py's network
-    noise_scale=0.5,  # CleanDiffuser: temperature
+    temperature=0.5,  # CleanDiffuser
     guide_steps=200_000, gamma=(0.997, 0.99, 0.99, 0.99), reward_bias=(0.0, -1.0, 0.0, 0.0),
     terminal_reward=(-100.0, 0.0, -100.0, -100.0), cutoff_reward=(0.0, -100.0, 0.0, 0.0),
     guide_scale={
