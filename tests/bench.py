@@ -935,7 +935,7 @@ def markdown(rows: list[Row]) -> str:
 
 def few(module: ModuleType, steps: int, cuda: bool) -> dict[str, Any]:
     """Settings with sizes as published, phases of `steps`, and one regeneration, when the warm-up is over."""
-    phases = ("offline", "behavior", "energy", "planner", "halving", "diffusion", "warmup")
+    phases = ("offline", "behavior", "energy", "planner", "guide", "halving", "diffusion", "warmup")
     sizes = {f"{k}_steps": steps for k in phases} | dict(online_steps=2 * steps, regenerate_every=steps)
     sizes |= dict(regenerations=2, energy_updates=steps, eval_every=10**9)
     if cuda:
@@ -1017,7 +1017,7 @@ def budget(stem: str, env: str) -> dict[str, float]:
         times = {*range(a.regenerate_every, a.online_steps, a.regenerate_every)}
         times |= set() if get("synther_data") else {a.warmup_steps}
     n = sum(a.warmup_steps <= t < a.online_steps for t in times)
-    work = {k: get(f"{k}_steps") for k in ("offline", "online", "behavior", "energy", "planner")}
+    work = {k: get(f"{k}_steps") for k in ("offline", "online", "behavior", "energy", "planner", "guide")}
     work |= {"generator": n * get("diffusion_steps"), "sampling": n * get("synthetic_rows")}
     work |= {"pool": n * get("energy_pool")}
     work |= dict.fromkeys(("ratios", "energies"), n * get("energy_updates"))

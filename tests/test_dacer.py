@@ -404,7 +404,7 @@ def test_the_offline_phase_is_diffusion_qls_to_the_last_bit(dataset, tmp_path):
     assert equal_states(final_state(tmp_path / "whole"), final_state(tmp_path / "taken"))
     diffql.train(tiny("diffql", out_dir=tmp_path / "distilled", online_steps=0, distill=True))
     (path,) = (tmp_path / "distilled").glob("**/offline.pt")
-    with pytest.raises(run.UsageError, match="--from-offline: got .*distill True -> False"):
+    with pytest.raises(run.UsageError, match=r"--from-offline: got .*distill True -> False"):
         dacer.train(tiny("dacer", out_dir=tmp_path / "no", from_offline=path))
 
 
