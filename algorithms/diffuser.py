@@ -41,9 +41,8 @@ Run      python algorithms/diffuser.py --env hopper-medium-v2 --seed 0
          unguided: --guide-repeats 0 | plain sampling: --plans 1 | the paper's H: --horizon 32 | D-Diffuser: --distill
 Cost     mini tasks: 2 to 4 CPU minutes. Published sizes want a GPU (not measured there): on one core 15 gradient
          steps a second of planner or guide, 0.7 s an action, 0.75 s a step of --distill online.
-Fails    plans spread as the data do, and J sees little of an action in 4 steps: more --temperature or --plans may score
-         less; ω three times too large loses half the score (hopper-mini-v0). Online it gains little (reacher-mini-v0: 0
-         to 3 of 100): own rows are a small part of the buffer, and the planner goes by all of it.
+Fails    J sees little of an action in 4 steps: more --temperature or --plans may score less, ω three times too large
+         loses half (hopper-mini-v0). Online it gains 0 to 3 (reacher-mini-v0): own rows are few, the planner has all.
 """
 
 import math
