@@ -6,7 +6,7 @@
 #   bash run_all.sh --evidence the study: every method on both embedded tasks, seeds 0 to 9, each from its backbone's
 #                              checkpoint; results go to common/results.csv run by run, and what is there is not run again
 #   bash run_all.sh --ablations  the papers' ablations on reacher-mini-v0, seeds 0 to 4, from the study's checkpoints in OUT;
-#                              results go to common/ablations.csv in the same way
+#                              runs to OUT-ablations, results to common/ablations.csv in the same way
 #   bash run_all.sh --list     print a command per job instead, backbones first; --quick --list too
 #   bash run_all.sh --help     this text
 #
@@ -152,17 +152,6 @@ for name in OUT EXTRA PYTHON KEEP WHOLE; do [[ -z ${!name:-} ]] || carried+=("$n
 export KEEP=${KEEP:-} WHOLE=${WHOLE:-} # WHOLE: of an ablation, the OUT with the whole methods
 OUT=${OUT:-runs} EXTRA=${EXTRA:-} JOBS=${JOBS:-1} METHODS=${METHODS:-*} ENVS=${ENVS:-} SEEDS=${SEEDS:-0 1 2 3 4}
 PYTHON=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python)}
-if [[ $ablations ]]; then # this script again for each, with its flags and a folder of its own
-  whole=$OUT worst=0
-  rows=$($PYTHON -m common.tools.ablations --list) || exit
-  while IFS=$'\t' read -r method flags; do
-    among "$method" $METHODS || continue
-    WHOLE=$whole OUT=$whole/ablations/${flags//[^a-z0-9.-]/_} EXTRA=$flags METHODS=$method SEEDS=$SEEDS JOBS=$JOBS \
-      ENVS=${ENVS:-reacher-mini-v0} KEEP=${KEEP:-common/ablations.csv} bash "$self" $([[ $mode == list ]] && echo --list) &
-    wait $! || worst=1
-  done <<< "$rows"
-  exit $worst
-fi
 for word in $EXTRA; do
   among "${word%%=*}" --env --seed --out-dir --dataset --from-offline --overwrite \
     && refuse EXTRA "$word" "flags that do not say which run it is"
@@ -185,6 +174,21 @@ for p in $ENVS; do
   for env in $known -; do [[ $env == $p ]] && break; done
   [[ $env != - ]] || refuse ENVS "$p" "$(printf '%s\n' $known | sort -u | xargs)"
 done
+if [[ $ablations ]]; then # this script again for each, with its flags and a folder of its own
+  [[ ! $EXTRA ]] || refuse EXTRA "$EXTRA" "nothing with --ablations, which has flags of its own"
+  whole=$OUT worst=0 some=""
+  rows=$($PYTHON -m common.tools.ablations --list) || refuse PYTHON "$PYTHON" "one that has this project's packages"
+  while IFS=$'\t' read -r method flags; do
+    among "$method" $METHODS || continue
+    some=yes
+    WHOLE=$whole OUT=${whole%/}-ablations/${flags//[^a-z0-9.-]/_} EXTRA=$flags METHODS=$method SEEDS=$SEEDS JOBS=$JOBS \
+      ENVS=${ENVS:-reacher-mini-v0} KEEP=${KEEP:-common/ablations.csv} bash "$self" $([[ $mode == list ]] && echo --list) &
+    wait $! || worst=1
+  done <<< "$rows"
+  [[ $some ]] || refuse METHODS "$METHODS" "methods with ablations: $(cut -f 1 <<< "$rows" | sort -u | xargs)"
+  exit $worst
+fi
+
 minis=""
 for env in $embedded; do [[ " $ENVS " != *" $env "* ]] || minis+="$env "; done
 

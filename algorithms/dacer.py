@@ -527,11 +527,13 @@ def dacer_losses(
         q_next = next_q_with_noise(nets, batch.next_obs, draws.following, std, xi.following)
         target = td_target(batch.rewards, batch.terminations, q_next, args.gamma)
     q = nets["qf"](batch.obs, batch.actions)
-    q_loss = (q - target).square().mean(1).sum()
-    cloning = clone_loss(nets["actor"], batch.obs, batch.actions, draws.t, draws.eps)
+    q_loss = (q - target).square().mean(1).sum()  # [Eq. 4], at a' with noise
+    cloning = clone_loss(nets["actor"], batch.obs, batch.actions, draws.t, draws.eps)  # [Eq. 2]
     actions = run_chain(nets["actor"], batch.obs, draws.own)
     q_own = frozen_q(nets["qf"], batch.obs, perturbed(actions, std, xi.own))
-    actor_loss = args.cloning_online * cloning + args.eta * normalised_q_loss(q_own, draws.coin)
+    actor_loss = args.cloning_online * cloning + args.eta * normalised_q_loss(
+        q_own, draws.coin
+    )  # [Eq. 3]: D130
     logs = {"loss/q": q_loss, "loss/bc": cloning, "loss/actor": actor_loss}
     logs |= {"q/mean": q.mean(), "q/policy": q_own.mean()}
     logs["actor/data_gap"] = (actions - batch.actions).square().mean()

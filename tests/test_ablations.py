@@ -45,7 +45,7 @@ def test_verdicts_of_known_differences(ablated, cell, word):
     (line,) = text.splitlines()[2:]
     head = "| EDIS | `edis` | energy of the policy | `--policy-energy 0.0` | reacher-mini-v0 | 3 |"
     assert line == f"{head} {cell} | +0.0 [+0.0, +0.0] | {word} |"
-    assert len(ablations.show(whole, rows_of("edis", [1.0], "policy_energy=0.0")).splitlines()) == 2
+    assert ablations.show(whole, rows_of("edis", [1.0], "policy_energy=0.0")).startswith("No ablation")
 
 
 def test_ablations_of_one_method_are_kept_beside_each_other(tmp_path):

@@ -440,6 +440,17 @@ def test_differences_to_the_backbone_are_paired_by_seed(tmp_path):
     assert "`iql_dare` - `iql`" in report.report(report.find(tmp_path)[0])
 
 
+def test_what_stands_in_iqls_column_of_a_table_is_paired_with_its_own_backbone(tmp_path):
+    """DACER with Diffusion-QL, whose checkpoint it starts from; Diffusion-QL and Diffuser with none."""
+    for file in ("iql", "diffql", "dacer", "diffuser"):
+        for seed in range(2):
+            write_run(tmp_path, file, "reacher-mini-v0", seed)
+    lines = report.paired_lines(report.grouped(report.find(tmp_path)[0]))
+    assert [line[1] for line in lines] == ["`dacer` - `diffql`"]
+    titles = {panel.get_title() for panel in report.study(report.find(tmp_path)[1]).axes}
+    assert titles == {f"reacher-mini-v0, on {x}" for x in ("IQL", "diffql", "diffuser")}
+
+
 def test_interval_of_a_mean_and_the_chance_of_improvement():
     """Of two values, resampled means are 0, 1/2, 1 with chances 1/4, 1/2, 1/4; ties of scores count half."""
     assert report.mean_interval([0.0, 1.0]) == (0.5, 0.0, 1.0)

@@ -159,7 +159,7 @@ def test_ablations_start_from_the_study_s_checkpoints_and_keep_their_results(ben
     rc, out, err = bench("--ablations", KEEP=str(kept), **some)
     assert rc == 0 and not err, (out, err)
     begin = "--env reacher-mini-v0 --seed {} --out-dir {}"
-    folders = {k: f"{bench.out}/ablations/{k}" for k in ("--guidance-w_0", "--uq_none")}
+    folders = {k: f"{bench.out}-ablations/{k}" for k in ("--guidance-w_0", "--uq_none")}
     of = {stem: begin + f" --from-offline {bench.out}/{base}/reacher-mini-v0/seed{{}}"
           for stem, base in [("iql_cfdg", "iql"), ("dual", "dual")]}  # fmt: skip
     calls = ["algorithms/iql.py " + begin.format(0, bench.out)]
@@ -173,6 +173,11 @@ def test_ablations_start_from_the_study_s_checkpoints_and_keep_their_results(ben
     assert len(bench.read("kept")) == 3
     bench.set(broken="dual")
     assert bench("--ablations", KEEP=str(kept), SEEDS="2", METHODS="dual")[0] == 1
+    bad = dict(METHODS="iql"), dict(METHODS="iq"), dict(SEEDS="-1"), dict(ENVS="x"), dict(EXTRA="--utd 2")
+    for variables in bad:
+        rc, out, err = bench("--ablations", **variables)
+        assert (rc, out, len(err.splitlines())) == (2, [], 1)
+        assert err.startswith(f"error: {next(iter(variables))}: got ")
 
 
 BAD = [

@@ -83,6 +83,8 @@ def show(whole: list[report.Row], ablated: list[report.Row]) -> str:
             cells = [f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]" for middle, low, high in told]
             head = [part.source, f"`{part.file}`", part.without, f"`{part.flags}`", env, str(len(found))]
             lines.append([*head, *cells, word])
+    if not lines:
+        return "No ablation has two pairs yet.\n"
     heads = ["paper", "file", "without", "flag", "task", "pairs", "final", "online average", "it helps"]
     return report.table(heads, lines)
 

@@ -49,6 +49,11 @@ METHODS = {  # file and what makes it another method -> method and backbone in p
     "diffql": ("Diff-QL", "IQL"), "dacer": ("DACER", "IQL"),
     "diffuser": ("Diffuser", "IQL"),
 }  # fmt: skip
+STANDS_ON = {
+    "diffql": "",
+    "diffuser": "",
+    "dacer": "diffql",
+}  # not on IQL, in whose column DUAL's tables have them
 ON = {"PEX": "IQL", "APL": "Cal-QL", "WSRL": "Cal-QL"}  # a backbone beside the one it comes from
 SECTIONS = {
     "d4rl": "D4RL",
@@ -359,11 +364,12 @@ def paired_lines(groups: dict[tuple[str, str], list[Row]]) -> list[list[str]]:
     for (name, env), rows in groups.items():
         kind, backbone = METHODS.get(name, ("base", ""))
         backbone = ON.get(backbone, "") if kind == "base" else backbone
-        theirs = {row["seed"]: row for row in groups.get((bases.get(backbone, ""), env), [])}
+        base = STANDS_ON.get(name, bases.get(backbone, ""))
+        theirs = {row["seed"]: row for row in groups.get((base, env), [])}
         rows = [row for row in rows if row["seed"] in theirs]
         if len(rows) < 2:
             continue
-        line = [env, f"`{name}` - `{bases[backbone]}`", str(len(rows))]
+        line = [env, f"`{name}` - `{base}`", str(len(rows))]
         for column in SCORES:
             differences = [row[column] - theirs[row["seed"]][column] for row in rows]
             same = column == "offline" and not any(differences)  # one checkpoint
@@ -644,7 +650,12 @@ def panels_by(groups: dict[tuple[str, str], list[Found]], title: Callable[[str, 
 def study(found: list[Found]) -> Any:
     """Online learning curves of tasks that are no paper's: a panel per task and backbone, the backbone in grey."""
     groups = {k: v for k, v in by_group(found).items() if section(k[1]) == "other"}
-    of = panels_by(groups, lambda name, env: f"{env}, on {METHODS.get(name, ('', name))[1]}")
+
+    def title(name: str, env: str) -> str:
+        on = METHODS.get(name, ("", name))[1]
+        return f"{env}, on {STANDS_ON[name] or name if name in STANDS_ON else on}"
+
+    of = panels_by(groups, title)
     return curves(of, "eval/score", ("online",), columns=2)
 
 
