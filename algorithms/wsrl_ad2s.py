@@ -71,6 +71,7 @@ class Args:
     out_dir: Path = Path("runs")  # the run lives in <out-dir>/<file>/<env>/seed<seed>
     overwrite: bool = False  # start anew instead of resuming
     wandb: bool = False  # also log to Weights & Biases
+    tensorboard: bool = False  # also log to the run directory, for TensorBoard
     eval_every: Count = 5_000  # steps of the running phase [DARE averages the last 4; period: PEX, CORL]: D80
     eval_episodes: Count = 10  # [PEX, CORL]; WSRL 20: D80
     # WSRL

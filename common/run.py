@@ -5,13 +5,15 @@ A run lives in `<out_dir>/<file>/<env>/seed<k>/`:
   log.csv     one line per logging event; losses, evaluations, updates per second
   state.pt    the checkpoint; the same command again goes on from it, bit for bit on a CPU
   offline.pt  what `--from-offline` of another run reads; behavior.pt likewise
+  policy.pt2  what acts, for other programs (policy.py); of the end of the offline phase until the run is finished
+  progress.json  of an unfinished run: phase, step, speed, time left
   final.json  what `train` returns; its presence means finished
 """
 
 import csv
 import errno
-import fcntl
 import hashlib
+import importlib.util
 import inspect
 import io
 import json
@@ -19,7 +21,6 @@ import math
 import os
 import platform
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr
 from dataclasses import asdict, fields
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -37,11 +39,28 @@ from typing import Annotated, Any, get_type_hints
 import numpy as np
 import torch
 import tyro
+from filelock import FileLock, Timeout
 from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 CHECKPOINT_SECONDS = 60.0  # wall time between checkpoints; evaluations and ends of phases write one anyway
 LOG_EVERY = 1_000  # steps of the running phase between two lines of losses
-NOT_COMPARED = {"device", "compile", "out_dir", "wandb", "overwrite", "dataset"}  # may change on resume
+TELL_SECONDS = 5.0  # wall time between two looks at speed and time left: the bar's, and progress.json
+MAIN = "offline", "online"  # the two phases of every run; others lie before, between and within them
+BAR = "{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} {rate_fmt}{postfix}"
+NOT_COMPARED = {
+    "device",
+    "compile",
+    "out_dir",
+    "wandb",
+    "tensorboard",
+    "overwrite",
+    "dataset",
+}  # may change on resume
 
 # The range of a number stands with the setting, in its file: "(" and ")" exclude the end.
 Natural, Count, Several = (Annotated[int, f"[{n}, inf)"] for n in range(3))
@@ -253,11 +272,21 @@ def cpu_matmul() -> str:
 
 
 def peak_memory(device: torch.device, before: float = 0.0) -> float:
-    """GiB at most so far, and `before`: what PyTorch held on the GPU; without one, the memory of the process."""
+    """GiB at most so far, and `before`: what PyTorch held on the GPU; without one, the memory of the process.
+
+    Windows does not tell: `before`.
+    """
     if device.type == "cuda":
         return max(before, torch.cuda.max_memory_reserved() / 2**30)
+    if resource is None:
+        return before
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return max(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+
+
+def lock_of(folder: Path) -> FileLock:
+    """Who has it acquired is the one process that trains in `folder`; it ends with the process."""
+    return FileLock(folder / ".lock", thread_local=False)
 
 
 class Run:
@@ -285,25 +314,32 @@ class Run:
         torch.manual_seed(args.seed)
         self.dir = Path(args.out_dir) / Path(file).stem / dataset_name / f"seed{args.seed}"
         self.dir.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.dir, os.O_RDONLY)
-        self.release = weakref.finalize(self, os.close, lock)
+        if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+            raise UsageError("--tensorboard", True, "with its package: pip install tensorboard")
+        lock = lock_of(self.dir)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
+            lock.acquire(blocking=False)
+        except Timeout as e:
             raise UsageError("run directory", self.dir, "one that no other process is using") from e
+        self.release = weakref.finalize(self, lock.release)
         for path in self.dir.iterdir() if args.overwrite else ():
-            path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)  # tensorboard
+            elif path != Path(lock.lock_file):
+                path.unlink()
         self.objects: dict[str, Any] = {}
         self.done: dict[str, int] = {}  # steps finished, per phase
         self.passed: list[str] = []  # names that `once` was asked for
         self.seconds: dict[str, float] = {}  # wall time spent, per phase
+        self.starts: dict[str, float] = {}  # wall time spent before a phase
         self.scores: dict[str, list[float]] = {}  # eval/score, per phase
         self.memory = 0.0  # GiB, at most
         self.rows: list[dict] = []  # of log.csv
         self.current = "offline"  # phase
         self.bar: tqdm | None = None
         self.wandb = None
-        self.saved_at = time.monotonic()
+        self.boards: dict[str, Any] = {}  # TensorBoard's writers, per phase
+        self.saved_at = self.told_at = time.monotonic()
         self.clock = (time.monotonic(), 0)  # of the last log line: time, step
         self._settle_args(presets)
         if self.final:
@@ -375,7 +411,8 @@ class Run:
             self._restore(objects, state, path)
             self.done, self.passed = state["done"], state["passed"]
             self.seconds, self.scores = state["seconds"], state["scores"]
-            self.memory = state.get("memory", 0.0)  # not in checkpoints of older versions
+            self.memory = state.get("memory", 0.0)  # not in checkpoints of older versions, nor are
+            self.starts = state.get("starts", {})
             torch.set_rng_state(state["rng"].cpu())
             if self.device.type == "cuda" and "cuda_rng" in state:
                 torch.cuda.set_rng_state(state["cuda_rng"].cpu())
@@ -409,6 +446,7 @@ class Run:
             "done": self.done,
             "passed": self.passed,
             "seconds": self.seconds,
+            "starts": self.starts,
             "scores": self.scores,
             "memory": peak_memory(self.device, self.memory),
             "rng": torch.get_rng_state(),
@@ -465,6 +503,7 @@ class Run:
             return
         if first == 0:
             self.seed(name)
+            self.starts[name] = sum(self.seconds.values())
         self._started, self.clock = time.monotonic(), (time.monotonic(), first)
         caught: list[int] = []
 
@@ -475,7 +514,10 @@ class Run:
 
         main_thread = threading.current_thread() is threading.main_thread()
         handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM) if main_thread}
-        self.bar = tqdm(total=steps, initial=first, desc=name, unit="step", disable=None, dynamic_ncols=True)
+        total = max(steps, getattr(self.args, f"{name}_steps")) if name in MAIN else steps
+        self.bar = tqdm(
+            total=total, initial=first, desc=self._title(), disable=None, bar_format=BAR, dynamic_ncols=True
+        )
         try:
             for step in range(first, steps):
                 yield step
@@ -486,7 +528,10 @@ class Run:
                     told = f"{self.dir}: stopped at {name} step {step + 1}, checkpoint written"
                     print(told, file=sys.stderr)
                     sys.exit(128 + caught[0])
-                if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+                now = time.monotonic()
+                if now - self.told_at > TELL_SECONDS:
+                    self._tell()
+                if now - self.saved_at > CHECKPOINT_SECONDS:
                     self.checkpoint()
             self.checkpoint()
         finally:
@@ -520,6 +565,44 @@ class Run:
             self.seconds[self.current] = self.seconds.get(self.current, 0.0) + now - self._started
             self._started = now
 
+    # -- progress --
+
+    def _title(self) -> str:
+        """The running phase: "1/2 offline", or within which of the two it lies, "2/2 online, generator"."""
+        over = self.done.get("offline", 0) >= self.args.offline_steps
+        of = self.current if self.current in MAIN else MAIN[over]
+        title = f"{MAIN.index(of) + 1}/{1 + (self.args.online_steps > 0)} {of}"
+        return title if of == self.current else f"{title}, {self.current}"
+
+    def _left(self) -> float | None:
+        """Seconds to the end of the run at the pace so far, which offline stands for online's; None if unknown."""
+        each, left = None, 0.0  # seconds of a step, and what lies between two of them
+        done, now = self.done[self.current], sum(self.seconds.values())
+        if self.current not in MAIN:
+            left = (self.bar.total - done) * self.seconds[self.current] / max(done, 1)
+        for phase in MAIN:
+            steps, done = getattr(self.args, f"{phase}_steps"), self.done.get(phase, 0)
+            if done and phase in self.starts:
+                until = self.starts["online"] if phase == "offline" and "online" in self.starts else now
+                each = (until - self.starts[phase]) / done
+            if done < steps and each is None:
+                return None
+            left += (steps - done) * each if done < steps else 0.0
+        return left
+
+    def _tell(self) -> None:
+        """Score, speed and time left: to the bar, and to progress.json for whoever watches."""
+        self._tick()
+        self.told_at, done = time.monotonic(), self.done[self.current]
+        scores = [x for phase in MAIN for x in self.scores.get(phase, ())]
+        score, left = scores[-1] if scores else None, self._left()
+        told = [f"score {score:.1f}"] if scores else []
+        told += [f"run ends in {timedelta(seconds=round(left))}"] if left is not None else []
+        self.bar.set_postfix_str(", ".join(told))
+        speed = done / self.seconds[self.current] if self.seconds.get(self.current) else None
+        of = {"phase": self._title(), "step": done, "steps": self.bar.total, "per_s": speed}
+        write_json(of | {"left_s": left, "score": score}, self.dir / "progress.json")
+
     # -- log --
 
     def log(self, step: int, metrics: dict[str, torch.Tensor]) -> None:
@@ -547,12 +630,17 @@ class Run:
             score, result = row["eval/score"], row["eval/return"]
             tqdm.write(f"{self.current} {step}: score {score:.1f}, return {result:.1f}")
             if self.bar is not None:
-                self.bar.set_postfix(score=f"{score:.1f}")
+                self._tell()
             self._write_rows()
             self.clock = (time.monotonic(), step)  # evaluations do not count as speed
             self.saved_at = -math.inf  # a checkpoint is due
         if self.wandb is not None:
             self.wandb.log({**row, f"{self.current}_step": step})
+        if self.args.tensorboard:
+            board = self._board()
+            for k, v in row.items():
+                board.add_scalar(k, v, step)
+            board.flush()
 
     def _write_rows(self) -> None:
         text = io.StringIO()
@@ -567,13 +655,23 @@ class Run:
                 rows = list(csv.DictReader(f))[:count]
             self.rows = [{k: v for k, v in row.items() if v != ""} for row in rows]
 
+    def _board(self) -> Any:
+        """TensorBoard's writer of the running phase; what is behind the checkpoint of a resumed run is dropped."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self.current not in self.boards:
+            folder, first = self.dir / "tensorboard" / self.current, self.done.get(self.current, 0)
+            self.boards[self.current] = SummaryWriter(folder, purge_step=first + 1)
+        return self.boards[self.current]
+
     def _start_wandb(self) -> None:
         try:
             import wandb
 
-            name = "/".join(self.dir.parts[-3:])
-            same = dict(name=name, id=re.sub(r"\W", "-", name), resume="allow")
-            self.wandb = wandb.init(project="o2o-diffusion", config=asdict(self.args), **same)
+            file, task, seed = self.dir.parts[-3:]
+            same = dict(group=f"{file} {task}", name=seed, id=re.sub(r"\W", "-", f"{file}/{task}/{seed}"))
+            config = asdict(self.args)
+            self.wandb = wandb.init(project="o2o-diffusion", config=config, resume="allow", **same)
         except Exception as e:  # a logging service must never stop a run
             print(f"warning: going on without Weights & Biases: {e}", file=sys.stderr)
 
@@ -590,9 +688,12 @@ class Run:
         }
         self._write_rows()
         write_json(result, self.dir / "final.json")
+        (self.dir / "progress.json").unlink(missing_ok=True)
         print(f"{self.dir}: " + ", ".join(f"{k} {v:.1f}" for k, v in result.items()))
         if self.wandb is not None:
             self.wandb.finish()
+        for board in self.boards.values():
+            board.close()
         self.release()
         return result
 

@@ -19,7 +19,15 @@ from conftest import FILES, ROOT, TINY, log_rows, module, tiny_args
 from common import data, run
 
 SOURCES = {stem: (ROOT / "algorithms" / f"{stem}.py").read_text() for stem in FILES}
-PLUMBING = {"device", "compile", "out_dir", "wandb", "overwrite", "seed"}  # read in common/run.py
+PLUMBING = {
+    "device",
+    "compile",
+    "out_dir",
+    "wandb",
+    "tensorboard",
+    "overwrite",
+    "seed",
+}  # read in common/run.py
 UNREAD = {"from_offline", "from_behavior"}  # paths of other runs
 BACKBONES = {stem: stem.split("_")[0] for stem in FILES if "_" in stem}
 BACKBONES |= {"synther": "calql", "edis": "calql", "dual": "iql", "pex": "iql", "dacer": "diffql"}
@@ -289,7 +297,15 @@ def test_settings_that_are_refused_have_no_effect(stem, condition, dataset, tmp_
 
 # sparse_reward changes nothing on dense rewards, offline_upsample does not calibrate, eval_halvings only adds columns
 # to the log, time_acting trains nothing: tests of their own
-ELSEWHERE = ("wandb", "overwrite", "sparse_reward", "offline_upsample", "eval_halvings", "time_acting")
+ELSEWHERE = (
+    "wandb",
+    "tensorboard",
+    "overwrite",
+    "sparse_reward",
+    "offline_upsample",
+    "eval_halvings",
+    "time_acting",
+)
 SWITCHES = [
     (stem, name)
     for stem in FILES

@@ -31,7 +31,7 @@ FIXED = {  # what a file does that has no setting for it
 }  # fmt: skip
 NOT_OF_A_PAPER = {  # which run it is, where it runs, what else it logs
     "env", "dataset", "seed", "from_offline", "from_behavior", "from_planner", "device", "compile", "out_dir",
-    "overwrite", "wandb", "eval_halvings", "time_acting",
+    "overwrite", "wandb", "tensorboard", "eval_halvings", "time_acting",
 }  # fmt: skip
 EMBEDDED = "hopper-mini-v0", "reacher-mini-v0"  # sizes are ours, the same budget for all: U1
 
