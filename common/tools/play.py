@@ -132,10 +132,9 @@ def check_window() -> None:
     """UsageError without a display."""
     import glfw
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns and goes on
-        if not (glfw.init() and glfw.get_primary_monitor()):
-            raise run.UsageError("--human", "no display", "a machine that has one, or --video FILE")
+    warnings.simplefilter("ignore", glfw.GLFWError)  # no display here, later no window after Esc
+    if not (glfw.init() and glfw.get_primary_monitor()):
+        raise run.UsageError("--human", "no display", "a machine that has one, or --video FILE")
 
 
 def check_video(path: Path) -> None:
@@ -213,7 +212,7 @@ def show(pictures: Iterable[None], fps: float) -> None:
 
     due = time.monotonic()
     for _ in pictures:
-        window = glfw.get_current_context()  # none after Esc, and the viewer would draw all the same
+        window = glfw.get_current_context()  # without one, after Esc, the viewer would draw all the same
         if not window or glfw.window_should_close(window):
             break
         due += 1 / fps
