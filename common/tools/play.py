@@ -12,6 +12,7 @@ renderer draws them afterwards. `--video` needs the package imageio-ffmpeg and O
 ($MUJOCO_GL chooses); `--human` needs a display.
 """
 
+import logging
 import math
 import os
 import subprocess
@@ -78,6 +79,7 @@ def find(path: Path) -> tuple[Path, int]:
 
 def load(path: Path) -> tuple[Callable, dict]:
     """policy.load, and UsageError if the file does not say what is needed here."""
+    logging.getLogger("torch.export").setLevel(logging.ERROR)  # of a damaged file, more than the one line
     module, about = policy.load(path)
     if lacking := {"task", "obs_dim", "act_dim", "seed"} - about.keys():
         raise run.UsageError(
