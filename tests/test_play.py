@@ -211,7 +211,7 @@ def cut(path: Path) -> None:
 
 
 BAD = {  # what happens to a run -> the line's beginning
-    "gone": (shutil.rmtree, "policy: got "),
+    "gone": (shutil.rmtree, "run: got .* a run, <out-dir>"),
     "no run": (lambda x: (x / "args.json").unlink(), "run: got .* a run, <out-dir>"),
     "unfinished": (lambda x: (x / "final.json").unlink(), "run: got unfinished .* or the policy.pt2 that it has"),
     "damaged final.json": (lambda x: cut(x / "final.json"), "run directory: got damaged .*final.json"),

@@ -59,7 +59,7 @@ class Args:
 
 def find(path: Path) -> tuple[Path, int]:
     """The policy's file and the number of episodes that its run evaluated on; UsageError if it is not finished."""
-    if not path.is_dir():
+    if path.is_file():
         return path, 20
     ours = "a run of this version; --overwrite starts it anew"
     if not (path / "args.json").exists():
