@@ -184,15 +184,10 @@ def draw(film: Film, every: int, mode: str) -> Iterator[np.ndarray | None]:
         renderer = MujocoRenderer(body.model, body.data, maze_camera(body) if maze else None, SIZE, SIZE)
     if maze:
         body.model.geom_rgba[body.model.geom_bodyid > 0] = (1.0, 0.4, 0.1, 1.0)  # not the walls' colour
-    shape = dict(type=mujoco.mjtGeom.mjGEOM_CYLINDER, size=np.array([0.5, 0.01, 0.0]))
     try:
-        renderer.render(mode)  # makes the viewer
         for state in film.states[::every]:
             mujoco.mj_setState(body.model, body.data, state, STATE)
             mujoco.mj_forward(body.model, body.data)
-            if maze:  # its goal is no part of the model
-                place = np.array([*body.goal, 0.0])
-                renderer.viewer.add_marker(pos=place, rgba=np.array([0.0, 1.0, 0.0, 0.5]), **shape)
             yield renderer.render(mode)
     finally:
         renderer.close()
