@@ -65,13 +65,15 @@ def cli(monkeypatch, capsys):
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
-    """Lets a function play the policy of a task; what the file is called does not matter then."""
+def stand_in(monkeypatch, tmp_path):
+    """A file that is read as the policy of a task which is that function."""
 
-    def put(task: str, act) -> None:
+    def put(task: str, act) -> Path:
         known = data.get_task(task)
         about = {"task": task, "obs_dim": known.obs_dim, "act_dim": known.act_dim, "seed": 3}
         monkeypatch.setattr(policy, "load", lambda _: (act, about))
+        (path := tmp_path / "any.pt2").touch()
+        return path
 
     return put
 
@@ -168,12 +170,12 @@ def test_frozen_lake_is_computed_and_has_no_interval(stand_in, cli):
     def act(obs: torch.Tensor) -> torch.Tensor:
         return choice[obs.argmax(1)]
 
-    stand_in(task.name, act)
+    path = stand_in(task.name, act)
     success, length = task.make().exact(choice.numpy())
     assert 0.1 < success < 1
     told = f"return {success:.1f}, score {100 * success:.1f}, length {length:.0f}"
-    assert cli("any.pt2") == (0, f"{task.name}, expectation over all episodes: {told}\n", "")
-    code, out, err = cli("any.pt2", "--video", "out.mp4")
+    assert cli(path) == (0, f"{task.name}, expectation over all episodes: {told}\n", "")
+    code, out, err = cli(path, "--video", "out.mp4")
     assert (code, out) == (2, "") and err.startswith(
         f"error: --video: got {task.name}; allowed: a task of Mu"
     )
@@ -247,10 +249,11 @@ def test_bad_words_are_refused_in_one_line(words, line, finished, cli):
     assert (code, out) == (2, "") and re.fullmatch(f"error: {line}[^\n]*\n", err)
 
 
-def test_a_file_that_does_not_say_what_it_is_for(monkeypatch, cli):
+def test_a_file_that_does_not_say_what_it_is_for(monkeypatch, cli, tmp_path):
     monkeypatch.setattr(policy, "load", lambda _: (None, {"task": HOPPER, "act_dim": 3, "seed": 0}))
-    code, out, err = cli("any.pt2")
-    assert (code, out) == (2, "") and err.startswith("error: policy: got any.pt2 without obs_dim; allowed: ")
+    (path := tmp_path / "any.pt2").touch()
+    code, out, err = cli(path)
+    assert (code, out) == (2, "") and err.startswith(f"error: policy: got {path} without obs_dim; allowed: ")
 
 
 def test_without_codec(finished, cli, monkeypatch, tmp_path):
@@ -333,9 +336,9 @@ def test_the_film_is_the_scored_episode(name, every, qpos, renderers):
 
 def test_video_of_a_maze_from_above(renderers, stand_in, cli, tmp_path):
     """100 steps a second are 50 pictures; the camera is over the middle of the walls."""
-    stand_in("maze2d-large-v1", lambda obs: torch.full((len(obs), 2), 0.5))
+    maze = stand_in("maze2d-large-v1", lambda obs: torch.full((len(obs), 2), 0.5))
     path = tmp_path / "new" / "out.mp4"
-    code, out, err = cli("any.pt2", "--episodes", 2, "--video", path)
+    code, out, err = cli(maze, "--episodes", 2, "--video", path)
     assert (code, err) == (0, "") and out.splitlines()[1].startswith(
         f"{path}: first episode, 800 steps, return "
     )
