@@ -395,6 +395,7 @@ def train(args: Args) -> dict[str, float]:
     if r.once("offline_end"):
         r.record(args.offline_steps, evaluate(act, r.device))
         r.export_phase("offline", offline_settings, nets=nets, opt=opt)  # U3
+        evaluate.export(act, r)
 
     # online: one environment step, then utd gradient steps, each on recent own rows or on all there are
     def online_step(recent: bool) -> dict[str, torch.Tensor]:
@@ -412,6 +413,7 @@ def train(args: Args) -> dict[str, float]:
             r.log(step, logs | {"apl/recent": float(recent)})
         if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
             r.record(step + 1, evaluate(act, r.device))
+    evaluate.export(act, r)
     return r.finish()
 
 

@@ -742,6 +742,7 @@ def train(args: Args) -> dict[str, float]:
     if r.once("offline_end"):
         r.record(args.offline_steps, evaluate(act, r.device))
         r.export_phase("offline", offline_settings, nets=nets, opt=opt)  # U3
+        evaluate.export(act, r)
 
     # online: one environment step, then utd gradient steps, each on recent own rows or on all there are
     def online_step(recent: bool, mixed: bool = False) -> dict[str, torch.Tensor]:
@@ -771,6 +772,7 @@ def train(args: Args) -> dict[str, float]:
             generator.regenerate(k, [known, online], weights=[1, 1])  # alike in the moments: U42
             if r.once(f"report {k}"):
                 r.record(until, judge.labelled_rows(generator, k, task, units, offline, online))
+    evaluate.export(act, r)
     return r.finish()
 
 

@@ -443,6 +443,7 @@ def train(args: Args) -> dict[str, float]:
     if r.once("offline_end"):
         r.record(args.offline_steps, evaluate(act, r.device))
         r.export_phase("offline", offline_settings, nets=nets, opt=opt)  # U3
+        evaluate.export(act, r)
 
     # online: one environment step, then utd gradient steps on half dataset, half own experience
     def online_step() -> dict[str, torch.Tensor]:
@@ -468,6 +469,7 @@ def train(args: Args) -> dict[str, float]:
             r.log(step, logs)
         if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
             r.record(step + 1, evaluate(act, r.device))
+    evaluate.export(act, r)
     return r.finish()
 
 

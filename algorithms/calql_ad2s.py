@@ -1007,6 +1007,7 @@ def train(args: Args) -> dict[str, float]:
     if r.once("offline_end"):
         r.record(args.offline_steps, evaluate(act, r.device))
         r.export_phase("offline", offline_settings, nets=nets, opt=opt)  # U3
+        evaluate.export(act, r)
 
     # online: one environment step, then utd gradient steps on own experience and generated rows
     def online_step() -> dict[str, torch.Tensor]:
@@ -1045,6 +1046,7 @@ def train(args: Args) -> dict[str, float]:
             generator.regenerate(k, sources)
             if r.once(f"report {k}"):
                 r.record(until, judge.aligned_rows(generator, k, task, units, offline, online))
+    evaluate.export(act, r)
     return r.finish()
 
 

@@ -170,14 +170,12 @@ class Denoiser(nn.Module):
     def forward(self, obs: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         angles = t[:, None] * self.frequencies
         e = self.time(torch.cat([angles.sin(), angles.cos()], 1))
-        return self.net(torch.cat([x, e.expand(len(x), -1), obs], 1))
+        return self.net(torch.cat([x, e.expand(x.shape[0], -1), obs], 1))
 
 
-def draw_chain(
-    actor: nn.Module, rows: int, device: torch.device, generator: torch.Generator | None = None
-) -> torch.Tensor:
+def draw_chain(actor: nn.Module, rows: int, device: torch.device) -> torch.Tensor:
     """N(0, I) (T, rows, A): where the chain starts, and what it adds after each step but the last, if it adds any."""
-    return torch.randn(actor.draws, rows, actor.act_dim, device=device, generator=generator)
+    return torch.randn(actor.draws, rows, actor.act_dim, device=device)
 
 
 def noisy_chain(actor: Denoiser, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -359,16 +357,13 @@ def make_diffql_optimizer(nets: nn.ModuleDict, args: Args, device: torch.device)
 
 
 @torch.no_grad()
-def pick_action(
-    nets: nn.ModuleDict, obs: torch.Tensor, candidates: int, generator: torch.Generator | None = None
-) -> torch.Tensor:
+def pick_action(nets: nn.ModuleDict, obs: torch.Tensor, candidates: int) -> torch.Tensor:
     """One of so many actions of the chain, drawn with softmax of the lower Q̂: obs (E, O) -> (E, A).  [code]"""
-    actor = nets["actor"]
-    noise = draw_chain(actor, len(obs) * candidates, obs.device, generator)
-    actions = run_chain(actor, obs.repeat_interleave(candidates, 0), noise).view(len(obs), candidates, -1)
-    q = q_of_many(nets["q_target"], obs, actions).amin(0)  # (E, candidates)
-    choice = torch.multinomial(q.softmax(1), 1, generator=generator)
-    return actions.take_along_dim(choice[..., None], 1)[:, 0]
+    actor, many = nets["actor"], obs.repeat_interleave(candidates, 0)
+    actions = run_chain(actor, many, draw_chain(actor, many.shape[0], obs.device))
+    q = nets["q_target"](many, actions).amin(0).view(-1, candidates)
+    choice = torch.multinomial(q.softmax(1), 1)[..., None].expand(-1, 1, actions.shape[1])
+    return actions.view(-1, candidates, actions.shape[1]).gather(1, choice)[:, 0]
 
 
 def reward_units(args: Args, dataset: data.Dataset) -> tuple[float, float]:
@@ -561,18 +556,13 @@ def train(args: Args) -> dict[str, float]:
     opt = make_diffql_optimizer(nets, args, r.device)
     regulator = Regulator(task.act_dim, args).to(r.device)  # NEW
     alpha_opt = torch.optim.Adam(regulator.parameters(), args.alpha_lr)  # NEW
-    eval_dice = torch.Generator(r.device)  # evaluation takes no random number of the run: U111
 
-    def act(obs: torch.Tensor) -> torch.Tensor:
-        return pick_action(nets, obs, args.candidates, eval_dice)
+    def act(obs: torch.Tensor) -> torch.Tensor:  # stochastic in evaluation, too: U111
+        return pick_action(nets, obs, args.candidates)
 
     def explore(obs: torch.Tensor) -> torch.Tensor:
-        actions = pick_action(nets, obs, args.candidates)
+        actions = act(obs)
         return perturbed(actions, regulator.std(), torch.randn_like(actions))  # NEW: U131
-
-    def score() -> dict[str, float]:
-        eval_dice.manual_seed(args.seed)  # the same each time, before and after a stop: U111
-        return evaluate(act, r.device)
 
     added = dict(regulator=regulator, alpha_opt=alpha_opt)  # NEW
     r.register(nets=nets, opt=opt, online=online, interaction=interaction, **added)
@@ -595,10 +585,11 @@ def train(args: Args) -> dict[str, float]:
     for step in r.phase("offline", args.offline_steps):
         r.log(step, step_fn())
         if (step + 1) % args.eval_every == 0 and step + 1 < args.offline_steps:
-            r.record(step + 1, score())
+            r.record(step + 1, evaluate(act, r.device))
     if r.once("offline_end"):
-        r.record(args.offline_steps, score())
+        r.record(args.offline_steps, evaluate(act, r.device))
         r.export_phase("offline", offline_settings, nets=nets, opt=opt)  # all goes on: U110
+        evaluate.export(act, r)
 
     # online: one environment step, then utd gradient steps
     compiled_dacer_losses = r.compiled(dacer_losses)
@@ -623,7 +614,8 @@ def train(args: Args) -> dict[str, float]:
                 logs = step_fn()
             r.log(step, logs)
         if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
-            r.record(step + 1, score())
+            r.record(step + 1, evaluate(act, r.device))
+    evaluate.export(act, r)
     return r.finish()
 
 

@@ -20,8 +20,7 @@ Notes    D110 order of updates: in the code the actor learns from critics that h
             has the std of q(x_{t-1} | x_t, x_0), and so have we.
          U110 online, where the paper has nothing: one buffer of dataset and own rows, uniform batches, the offline
             losses; optimizer, average and its count go on unchanged; warm-up as in every file.
-         U111 online actions are drawn as in evaluation, without more noise; evaluation has dice of its own, the same
-            ones each time.
+         U111 online actions are drawn as in evaluation, without more noise.
          U112 tasks without a row in the code: Adroit as pen-cloned, others as medium of their robot, mazes as AntMaze
             medium but for the reward; the paper's optional cosine decay is off.
          U113 --distill: five steps cannot be halved and the chain's noise cannot be distilled; so v, cosine schedule,
@@ -180,14 +179,12 @@ class Denoiser(nn.Module):
     def forward(self, obs: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         angles = t[:, None] * self.frequencies
         e = self.time(torch.cat([angles.sin(), angles.cos()], 1))
-        return self.net(torch.cat([x, e.expand(len(x), -1), obs], 1))
+        return self.net(torch.cat([x, e.expand(x.shape[0], -1), obs], 1))
 
 
-def draw_chain(
-    actor: nn.Module, rows: int, device: torch.device, generator: torch.Generator | None = None
-) -> torch.Tensor:
+def draw_chain(actor: nn.Module, rows: int, device: torch.device) -> torch.Tensor:
     """N(0, I) (T, rows, A): where the chain starts, and what it adds after each step but the last, if it adds any."""
-    return torch.randn(actor.draws, rows, actor.act_dim, device=device, generator=generator)
+    return torch.randn(actor.draws, rows, actor.act_dim, device=device)
 
 
 def noisy_chain(actor: Denoiser, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -441,16 +438,13 @@ def make_diffql_optimizer(nets: nn.ModuleDict, args: Args, device: torch.device)
 
 
 @torch.no_grad()
-def pick_action(
-    nets: nn.ModuleDict, obs: torch.Tensor, candidates: int, generator: torch.Generator | None = None
-) -> torch.Tensor:
+def pick_action(nets: nn.ModuleDict, obs: torch.Tensor, candidates: int) -> torch.Tensor:
     """One of so many actions of the chain, drawn with softmax of the lower Q̂: obs (E, O) -> (E, A).  [code]"""
-    actor = nets["actor"]
-    noise = draw_chain(actor, len(obs) * candidates, obs.device, generator)
-    actions = run_chain(actor, obs.repeat_interleave(candidates, 0), noise).view(len(obs), candidates, -1)
-    q = q_of_many(nets["q_target"], obs, actions).amin(0)  # (E, candidates)
-    choice = torch.multinomial(q.softmax(1), 1, generator=generator)
-    return actions.take_along_dim(choice[..., None], 1)[:, 0]
+    actor, many = nets["actor"], obs.repeat_interleave(candidates, 0)
+    actions = run_chain(actor, many, draw_chain(actor, many.shape[0], obs.device))
+    q = nets["q_target"](many, actions).amin(0).view(-1, candidates)
+    choice = torch.multinomial(q.softmax(1), 1)[..., None].expand(-1, 1, actions.shape[1])
+    return actions.view(-1, candidates, actions.shape[1]).gather(1, choice)[:, 0]
 
 
 def reward_units(args: Args, dataset: data.Dataset) -> tuple[float, float]:
@@ -562,17 +556,9 @@ def train(args: Args) -> dict[str, float]:
     # networks
     nets = make_diffql_nets(task.obs_dim, task.act_dim, args).to(r.device)
     opt = make_diffql_optimizer(nets, args, r.device)
-    eval_dice = torch.Generator(r.device)  # evaluation takes no random number of the run: U111
 
-    def act(obs: torch.Tensor) -> torch.Tensor:
-        return pick_action(nets, obs, args.candidates, eval_dice)
-
-    def explore(obs: torch.Tensor) -> torch.Tensor:
+    def act(obs: torch.Tensor) -> torch.Tensor:  # stochastic, online and in evaluation: U111
         return pick_action(nets, obs, args.candidates)
-
-    def score() -> dict[str, float]:
-        eval_dice.manual_seed(args.seed)  # the same each time, before and after a stop: U111
-        return evaluate(act, r.device)
 
     distiller = Distiller(r, args, nets["actor"]) if args.distill else None
     added = distiller.state() if distiller else {}
@@ -596,17 +582,18 @@ def train(args: Args) -> dict[str, float]:
     for step in r.phase("offline", args.offline_steps):
         r.log(step, step_fn())
         if (step + 1) % args.eval_every == 0 and step + 1 < args.offline_steps:
-            r.record(step + 1, score())
+            r.record(step + 1, evaluate(act, r.device))
     if r.once("offline_end"):
-        r.record(args.offline_steps, score())
+        r.record(args.offline_steps, evaluate(act, r.device))
         r.export_phase("offline", offline_settings, nets=nets, opt=opt)  # all goes on: U110
+        evaluate.export(act, r)
 
     # one step instead of many, which the online phase trains on
     if distiller:
         distiller.learn(lambda: offline.sample(args.batch_size).obs)
         distiller.put_into(nets, opt)
         if r.once("distill_end"):
-            r.record(r.done["distill"], score())
+            r.record(r.done["distill"], evaluate(act, r.device))
 
     # online: one environment step, then utd gradient steps on all rows there are
     def online_step() -> dict[str, torch.Tensor]:
@@ -617,14 +604,15 @@ def train(args: Args) -> dict[str, float]:
 
     step_fn = r.capture(online_step)
     for step in r.phase("online", args.online_steps):
-        if episode := interaction.step(explore):
+        if episode := interaction.step(act):
             r.record(step + 1, episode)
         if step >= args.warmup_steps:
             for _ in range(args.utd):
                 logs = step_fn()
             r.log(step, logs)
         if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
-            r.record(step + 1, score())
+            r.record(step + 1, evaluate(act, r.device))
+    evaluate.export(act, r)
     return r.finish()
 
 

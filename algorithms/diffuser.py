@@ -28,7 +28,7 @@ Notes    D50, U50, U53 as in dual.py: v and a cosine schedule, its network, its 
             does [CleanDiffuser], which is -1 a step for ever, and the rewards are r - 1; cut off, they end as they are.
          U121 online: one planner and one guide step per environment step on dataset and own rows alike; an episode's
             windows count when it is over; optimizer, average and rate go on; warm-up as in every file.
-         U122 online plans are drawn as in evaluation, which has dice of its own, the same ones each time.
+         U122 online plans are drawn as in evaluation.
          U123 tasks without a published row: robots as their medium, Adroit at the code's default scale, Maze2D as
             AntMaze with its own rewards; Frozen-Lake: sizes of dual.py.
          U124 J is learned in units of the labels' std; the plan that is followed has the best J at u = 0.
@@ -437,13 +437,7 @@ def value_gradient(guide: nn.Module, z: torch.Tensor, u: torch.Tensor) -> torch.
 
 @torch.no_grad()
 def guided_plans(
-    planner: nn.Module,
-    guide: nn.Module,
-    first: torch.Tensor,
-    known: torch.Tensor,
-    horizon: int,
-    args: Args,
-    generator: torch.Generator | None = None,
+    planner: nn.Module, guide: nn.Module, first: torch.Tensor, known: torch.Tensor, horizon: int, args: Args
 ) -> torch.Tensor:
     """Plans (B, H, D) whose row 0 has `first` (B, D) where `known` (B, D) bool, drawn with `generator`.  [Alg. 1]
 
@@ -452,8 +446,8 @@ def guided_plans(
     """
 
     def noise() -> torch.Tensor:
-        shape = len(first), horizon, first.shape[1]
-        return args.temperature * torch.randn(shape, device=first.device, generator=generator)
+        shape = first.shape[0], horizon, first.shape[1]
+        return args.temperature * torch.randn(shape, device=first.device)
 
     given, z = known[:, 0].to(first), in_paint(noise(), first, known)
     angle = 0.5 * math.pi / args.denoise_steps
@@ -473,19 +467,14 @@ def guided_plans(
 
 def starts(planner: PlannerNet, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Row 0 of plans from obs (B, O), (B, D), and which of it is known (B, D): the state.  [§3.3]"""
-    first = torch.cat([obs.new_zeros(len(obs), planner.act_dim), planner.normalize(obs)], 1)
+    first = torch.cat([obs.new_zeros(obs.shape[0], planner.act_dim), planner.normalize(obs)], 1)
     known = torch.arange(planner.row, device=obs.device) >= planner.act_dim
     return first, known.expand_as(first)
 
 
 @torch.no_grad()
 def pick_actions(
-    planner: PlannerNet,
-    guide: ReturnGuide,
-    obs: torch.Tensor,
-    args: Args,
-    generator: torch.Generator | None = None,
-    one_step: bool = False,
+    planner: PlannerNet, guide: ReturnGuide, obs: torch.Tensor, args: Args, one_step: bool = False
 ) -> torch.Tensor:
     """First actions of the best of `plans` plans: obs (E, O) -> (E, A) in [-1, 1].  [§3.2, code]: best at u = 0, U124
 
@@ -493,13 +482,13 @@ def pick_actions(
     """
     first, known = starts(planner, obs.repeat_interleave(args.plans, 0))
     if one_step:
-        shape = len(first), planner.horizon, planner.row
-        z = torch.randn(shape, device=obs.device, generator=generator)
+        shape = first.shape[0], planner.horizon, planner.row
+        z = torch.randn(shape, device=obs.device)
         plans = unroll(planner, z, first, known, 1)
     else:
-        plans = guided_plans(planner, guide, first, known, planner.horizon, args, generator)
-    values = guide(plans, obs.new_zeros(1)).view(len(obs), args.plans)
-    best = values.argmax(1) + args.plans * torch.arange(len(obs), device=obs.device)
+        plans = guided_plans(planner, guide, first, known, planner.horizon, args)
+    values = guide(plans, obs.new_zeros(1)).view(-1, args.plans)
+    best = values.argmax(1) + args.plans * torch.arange(obs.shape[0], device=obs.device)
     return plans[best, 0, : planner.act_dim].clamp(-1, 1)
 
 
@@ -645,16 +634,11 @@ def train(args: Args) -> dict[str, float]:
     nets = make_diffuser_nets(episodes, task.act_dim, args).to(r.device)
     opt = make_plan_optimizer(nets, args.lr, r.device)
     distiller = PlanDistiller(r, args, nets, episodes.weighted) if args.distill else None
-    eval_dice = torch.Generator(r.device)  # evaluation takes no random number of the run: U122
 
-    def explore(obs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    def act(obs: torch.Tensor) -> torch.Tensor:  # stochastic, online and in evaluation: U122
         one_step, average = "distilled" in r.passed, nets["average"]
         planner = distiller.student if one_step else average["planner"]
-        return pick_actions(planner, average["guide"], obs, args, generator, one_step)
-
-    def score() -> dict[str, float]:
-        eval_dice.manual_seed(args.seed)  # the same each time, before and after a stop: U122
-        return evaluate(partial(explore, generator=eval_dice), r.device)
+        return pick_actions(planner, average["guide"], obs, args, one_step)
 
     added = distiller.state() if distiller else {}
     r.register(nets=nets, opt=opt, online=buffer, episodes=episodes, interaction=interaction, **added)
@@ -684,16 +668,17 @@ def train(args: Args) -> dict[str, float]:
     for step in r.phase("offline", args.offline_steps):
         r.log(step, step_fn())
         if (step + 1) % args.eval_every == 0 and step + 1 < args.offline_steps:
-            r.record(step + 1, score())
+            r.record(step + 1, evaluate(act, r.device))
     if r.once("offline_end"):
-        r.record(args.offline_steps, score())
+        r.record(args.offline_steps, evaluate(act, r.device))
         r.export_phase("offline", offline_settings, nets=nets, opt=opt)  # all goes on: U121
+        evaluate.export(act, r)
 
     # one step instead of many, which then acts
     if distiller:
         distiller.learn()
         if r.once("distill_end"):
-            r.record(r.done["distill"], score())
+            r.record(r.done["distill"], evaluate(act, r.device))
 
     # online: one environment step, then utd gradient steps of planner and guide each
     def online_step() -> dict[str, torch.Tensor]:
@@ -702,7 +687,7 @@ def train(args: Args) -> dict[str, float]:
 
     step_fn = r.capture(online_step)
     for step in r.phase("online", args.online_steps):
-        if episode := interaction.step(explore):
+        if episode := interaction.step(act):
             r.record(step + 1, episode)
             episodes.finish(episode["train/episode_length"])
         if step >= args.warmup_steps:
@@ -710,7 +695,8 @@ def train(args: Args) -> dict[str, float]:
                 logs = step_fn()
             r.log(step, logs)
         if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
-            r.record(step + 1, score())
+            r.record(step + 1, evaluate(act, r.device))
+    evaluate.export(act, r)
     return r.finish()
 
 

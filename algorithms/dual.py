@@ -362,11 +362,11 @@ class PlanActor(nn.Module):
 
     def start(self, obs: torch.Tensor, actions: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """Zero latent (B, H, D), row 0 (B, D), and which of it is known (B, D): the action only if there is one."""
-        net, act = self.net, obs.new_zeros(len(obs), self.net.act_dim) if actions is None else actions
+        net, act = self.net, obs.new_zeros(obs.shape[0], self.net.act_dim) if actions is None else actions
         first = torch.cat([act, net.normalize(obs)], 1)
         known = torch.arange(net.row, device=obs.device) >= (net.act_dim if actions is None else 0)
         known = known.expand_as(first)
-        return first.new_zeros(len(obs), net.horizon, net.row), first, known
+        return first.new_zeros(obs.shape[0], net.horizon, net.row), first, known
 
     def features(self, obs: torch.Tensor, z: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """f1 (B, w + 1), base (B, H D): plan = base + f1 Wᵀ; from the latent z (B, H, D), zero if None: U54."""
@@ -946,6 +946,7 @@ def train(args: Args) -> dict[str, float]:
     if r.once("offline_end"):
         r.record(args.offline_steps, evaluate(act, r.device))
         r.export_phase("offline", offline_settings, nets=nets)
+        evaluate.export(act, r)
         restart_optimizer(opt, args.lr)  # D3; q_target stays: D5
 
     # NEW: the posterior [Alg. 1, l. 9]
@@ -979,6 +980,7 @@ def train(args: Args) -> dict[str, float]:
             r.record(step + 1, explorer.fit([offline] if args.append_online else [offline, online], weigh))
         if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
             r.record(step + 1, evaluate(act, r.device))
+    evaluate.export(act, r)
     return r.finish()
 
 

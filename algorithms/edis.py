@@ -935,6 +935,7 @@ def train(args: Args) -> dict[str, float]:
     if r.once("offline_end"):
         r.record(args.offline_steps, evaluate(act, r.device))
         r.export_phase("offline", offline_settings, nets=nets, opt=opt)  # U3
+        evaluate.export(act, r)
 
     # online: one environment step, then utd gradient steps on own experience and generated rows: D47
     def online_step() -> dict[str, torch.Tensor]:
@@ -969,6 +970,7 @@ def train(args: Args) -> dict[str, float]:
             energies.regenerate(k)
             if r.once(f"report {k}"):
                 r.record(until, judge.guided_rows(energies, k, task, units, offline, online))
+    evaluate.export(act, r)
     return r.finish()
 
 

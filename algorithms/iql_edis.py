@@ -806,6 +806,7 @@ def train(args: Args) -> dict[str, float]:
     if r.once("offline_end"):
         r.record(args.offline_steps, evaluate(act, r.device))
         r.export_phase("offline", offline_settings, nets=nets)
+        evaluate.export(act, r)
         restart_optimizer(opt, args.lr)  # D3; q_target stays: D5
 
     # online: one environment step, then utd gradient steps on own experience and generated rows: D47
@@ -834,6 +835,7 @@ def train(args: Args) -> dict[str, float]:
             energies.regenerate(k)
             if r.once(f"report {k}"):
                 r.record(until, judge.guided_rows(energies, k, task, units, offline, online))
+    evaluate.export(act, r)
     return r.finish()
 
 

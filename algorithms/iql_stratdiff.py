@@ -821,6 +821,7 @@ def train(args: Args) -> dict[str, float]:
     if r.once("offline_end"):
         r.record(args.offline_steps, evaluate(act, r.device))
         r.export_phase("offline", offline_settings, nets=nets)
+        evaluate.export(act, r)
         restart_optimizer(opt, args.lr)  # D3; q_target stays: D5
 
     if guide:  # NEW: between the phases
@@ -857,6 +858,7 @@ def train(args: Args) -> dict[str, float]:
             r.log(step, logs)
         if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
             r.record(step + 1, evaluate(act, r.device))
+    evaluate.export(act, r)
     return r.finish()
 
 

@@ -718,17 +718,12 @@ def train(args: Args) -> dict[str, float]:
         draws = noise, torch.rand(len(obs), device=r.device)
         return compose(nets, offline_actor, obs, draws, args.choice_inv_temp)[0]
 
-    eval_dice = torch.Generator(r.device)  # evaluation takes no random number of the run
-
-    def uniform(rows: int) -> torch.Tensor:
-        return torch.rand(rows, generator=eval_dice, device=r.device)
-
     @torch.no_grad()
     def act_online(obs: torch.Tensor) -> torch.Tensor:  # deterministic, but for --eval-random: D71
-        rows = len(obs)
-        noise = torch.randn(rows, task.act_dim, generator=eval_dice, device=r.device)
-        noise = torch.where(uniform(rows)[:, None] < args.eval_random, noise, 0.0)
-        dice = torch.where(uniform(rows) < args.eval_random, uniform(rows), 0.5)
+        noise = torch.randn(obs.shape[0], task.act_dim, device=r.device)
+        lots = torch.rand(3, obs.shape[0], device=r.device)
+        noise = torch.where(lots[0][:, None] < args.eval_random, noise, 0.0)
+        dice = torch.where(lots[1] < args.eval_random, lots[2], 0.5)
         return compose(nets, offline_actor, obs, (noise, dice), args.choice_inv_temp)[0]
 
     # NEW: the model
@@ -758,6 +753,7 @@ def train(args: Args) -> dict[str, float]:
     if r.once("offline_end"):
         r.record(args.offline_steps, evaluate(act, r.device))
         r.export_phase("offline", offline_settings, nets=nets)
+        evaluate.export(act, r)
         expand(nets["actor"], offline_actor)
         restart_optimizer(opt, args.lr)  # D3; q_target stays: D5
 
@@ -788,12 +784,12 @@ def train(args: Args) -> dict[str, float]:
                     logs = step_fn()
                 r.log(step, logs)
             if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
-                eval_dice.manual_seed(args.seed)
                 r.record(step + 1, evaluate(act_online, r.device))
         if until < args.online_steps:
             generator.regenerate(k, [known, online], weights=[1, 1])  # alike in the moments: U42
             if r.once(f"report {k}"):
                 r.record(until, judge.labelled_rows(generator, k, task, units, offline, online))
+    evaluate.export(act_online, r)
     return r.finish()
 
 

@@ -589,6 +589,7 @@ def train(args: Args) -> dict[str, float]:
     if r.once("offline_end"):
         r.record(args.offline_steps, evaluate(act, r.device))
         r.export_phase("offline", offline_settings, nets=nets)
+        evaluate.export(act, r)
 
     # online: one environment step, then utd steps of the critics and one of the actor
     def draw() -> tuple[torch.Tensor, Batch, dict[str, torch.Tensor]]:
@@ -607,6 +608,7 @@ def train(args: Args) -> dict[str, float]:
             r.log(step, step_fn())
         if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
             r.record(step + 1, evaluate(act, r.device))
+    evaluate.export(act, r)
     return r.finish()
 
 

@@ -17,9 +17,9 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from common import envs, files
+from common import envs, files, policy
 from common.buffer import Batch, ReplayBuffer
-from common.run import UsageError
+from common.run import Run, UsageError
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl"  # D4RL's own host; override with $D4RL_URL
 EMBEDDED = Path(__file__).parent / "datasets"
@@ -444,11 +444,12 @@ class Interaction:
 
 
 class Evaluator:
-    """D4RL-normalised score of a deterministic policy over a fixed number of episodes.
+    """D4RL-normalised score of a policy over a fixed number of episodes.
 
     Own environments, stepped together so that the actor runs on a batch; start states depend on (seed, episode)
-    alone and are disjoint from training; rewards are raw; no random number of the run is used. AntMaze and Adroit are
-    stepped by a thread per core (MuJoCo lets the others run; the robots of locomotion are too quick for that to pay).
+    alone and are disjoint from training; rewards are raw. What the policy draws depends on the seed alone, and no
+    random number of the run is used. AntMaze and Adroit are stepped by a thread per core (MuJoCo lets the others
+    run; the robots of locomotion are too quick for that to pay).
     """
 
     THREADED = "antmaze-", "pen-", "door-", "hammer-", "relocate-"
@@ -463,9 +464,22 @@ class Evaluator:
         self, policy: Callable[[torch.Tensor], torch.Tensor], device: torch.device
     ) -> dict[str, float]:
         """`policy` (E, O) -> (E, A), called with all E episodes even when some are over: shapes never change."""
+        returns, lengths = self.returns(policy, device)
+        mean, length = float(returns.mean()), float(lengths.mean())
+        return {"eval/score": self.task.score(mean), "eval/return": mean, "eval/length": length}
+
+    def returns(self, policy: Callable, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+        """Raw return and length of each episode, (E,); their expectations, (1,), where the environment has them."""
         self.envs = self.envs or [make_env(self.task, self.units)]
-        if self.envs[0].has_wrapper_attr("exact"):
-            return self._exactly(policy, device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            if self.envs[0].has_wrapper_attr("exact"):
+                obs = self.units.obs(self.envs[0].get_wrapper_attr("states"))
+                actions = policy(torch.from_numpy(obs).to(device)).cpu().numpy()
+                return tuple(np.array([x]) for x in self.envs[0].get_wrapper_attr("exact")(actions))
+            return self._play(policy, device)
+
+    def _play(self, policy: Callable, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
         self.envs += [make_env(self.task, self.units) for _ in range(self.episodes - len(self.envs))]
         seeds = [envs.episode_seed(self.seed, "eval", i) for i in range(self.episodes)]
         obs = np.stack([e.reset(seed=s)[0] for e, s in zip(self.envs, seeds, strict=True)]).astype(np.float32)
@@ -488,13 +502,13 @@ class Evaluator:
                 actions = policy(torch.from_numpy(obs).to(device)).cpu().numpy()
                 shares = (active[k :: self.threads] for k in range(self.threads))
                 active = [*chain.from_iterable(each(step, shares, repeat(actions)))]
-        return self._named(float(returns.mean()), float(lengths.mean()))
+        return returns, lengths
 
-    def _named(self, mean: float, length: float) -> dict[str, float]:
-        return {"eval/score": self.task.score(mean), "eval/return": mean, "eval/length": length}
-
-    def _exactly(self, policy: Callable, device: torch.device) -> dict[str, float]:
-        """The expectation over all episodes, where the environment can compute it."""
-        obs = self.units.obs(self.envs[0].get_wrapper_attr("states"))
-        actions = policy(torch.from_numpy(obs).to(device)).cpu().numpy()
-        return self._named(*self.envs[0].get_wrapper_attr("exact")(actions))
+    def export(self, act: Callable[[torch.Tensor], torch.Tensor], r: Run) -> None:
+        """Write the run's policy.pt2: what is evaluated, as a file that needs nothing of this project."""
+        env = self.envs[0] if self.envs else make_env(self.task, self.units)
+        flat = env.has_wrapper_attr("half")  # envs.Flat: its box is not the environment's own
+        box = [env.get_wrapper_attr(x) for x in ("center", "half")] if flat else (0.0, 1.0)
+        about = {"task": self.task.name, "obs_dim": self.task.obs_dim, "act_dim": self.task.act_dim}
+        about |= {"file": r.dir.parts[-3], "phase": r.current, "seed": self.seed, "commit": r.info["commit"]}
+        policy.save(policy.Raw(act, self.units.moments, *box, r.device), about, r.dir / "policy.pt2")

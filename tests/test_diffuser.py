@@ -311,8 +311,8 @@ def test_guided_plans_are_drawn_from_the_plans_times_exp_of_their_return():
     first, known = planner.start(4_000)
     for repeats in (0, 1):
         args = diffuser.Args(guide_repeats=repeats, **plain)
-        dice = torch.Generator().manual_seed(repeats)
-        plans = diffuser.guided_plans(planner, exact, first, known, 2, args, dice)
+        torch.manual_seed(repeats)
+        plans = diffuser.guided_plans(planner, exact, first, known, 2, args)
         free = plans.flatten(1)[:, planner.free]
         precision = torch.linalg.inv(planner.cov) + repeats * CURVE
         cov = torch.linalg.inv(precision)
@@ -329,8 +329,8 @@ def test_the_noise_of_plans_is_scaled():
     first, known = planner.start(5)
     for scale in (0.5, 1.0):
         args = diffuser.Args(denoise_steps=8, guide_repeats=0, temperature=scale)
-        dice = torch.Generator().manual_seed(0)
-        drawn = diffuser.guided_plans(planner, quadratic, first, known, 2, args, dice)
+        torch.manual_seed(0)
+        drawn = diffuser.guided_plans(planner, quadratic, first, known, 2, args)
         plans[scale] = drawn.flatten(1)[:, planner.free] - planner.mean
     assert torch.allclose(2 * plans[0.5], plans[1.0], atol=1e-9)
     assert plans[1.0].std() > 0.1
@@ -349,7 +349,8 @@ def test_the_best_plan_of_each_state_is_begun():
     means = []
     for many in (1, 6, 60):
         args = diffuser.Args(denoise_steps=4, plans=many, guide_repeats=0, temperature=1.0)
-        actions = diffuser.pick_actions(planner, guide, obs, args, torch.Generator().manual_seed(0))
+        torch.manual_seed(0)
+        actions = diffuser.pick_actions(planner, guide, obs, args)
         plans = seen[-1].view(2, many, 2, ROW)
         assert torch.equal(plans[:, :, 0, ACT:], obs[:, None].expand(2, many, OBS)), "of its own state"
         assert torch.equal(actions, plans[:, :, 0, :ACT].amax(1).clamp(-1, 1))

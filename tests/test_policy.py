@@ -1,0 +1,142 @@
+"""policy.pt2: what a run evaluates, in a process that does not know this project."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, FILES, HOPPER, module, tiny_args
+
+from common import data, envs, policy, run
+
+BARE = """
+import sys
+sys.modules["common"] = sys.modules["algorithms"] = None  # importing them raises
+import torch
+rows = torch.load(sys.argv[1], weights_only=True)
+acts = {}
+for path in rows["paths"]:
+    act = torch.export.load(path).module()
+    torch.manual_seed(0)
+    acts[path] = act(rows["obs"])
+    if len(act(rows["obs"][:1])) != 1:
+        sys.exit("one row is refused")
+torch.save(acts, sys.argv[2])
+"""
+DRAWS = {
+    "dacer",
+    "diffql",
+    "diffuser",
+    "pex",
+    "pex_cfdg",
+}  # no deterministic form; PEX: 10 % of its evaluation, D71
+RAW = np.random.default_rng(0).normal(0, 2, (7, 11))
+
+
+@pytest.fixture
+def told(monkeypatch) -> list:
+    """(policy, file's content) of every export."""
+    found, save = [], policy.save
+
+    def spy(raw: policy.Raw, about: dict, path: Path) -> None:
+        state = torch.get_rng_state()
+        save(raw, about, path)
+        assert torch.equal(state, torch.get_rng_state())
+        found.append((raw, path.read_bytes()))
+
+    monkeypatch.setattr(policy, "save", spy)
+    return found
+
+
+@pytest.mark.parametrize("stem", FILES)
+def test_a_bare_process_acts_as_the_run_does(stem, dataset, tmp_path, told):
+    """At the end of the offline phase and of the run, on raw observations, with the run's normalisation."""
+    norm = "normalize_obs" in module(stem).Args.__dataclass_fields__
+    args = tiny_args(stem, dataset=dataset, out_dir=tmp_path, **{"normalize_obs": True} if norm else {})
+    module(stem).train(args)
+    units = data.Units(moments=data.load(HOPPER, dataset).moments() if norm else None)
+    (_, first), (online, second) = told
+    paths = [str(tmp_path / f"{k}.pt2") for k in ("offline", "online")]
+    for path, content in zip(paths, (first, second), strict=True):
+        Path(path).write_bytes(content)
+        about = policy.load(Path(path))[1]
+        expected = {
+            "task": HOPPER,
+            "file": stem,
+            "seed": 0,
+            "obs_dim": 11,
+            "act_dim": 3,
+            "draws": stem in DRAWS,
+        }
+        expected["draws"] &= not (path == paths[0] and stem[:3] == "pex")
+        assert {k: about[k] for k in expected} == expected and about["phase"] == Path(path).stem
+    torch.manual_seed(0)
+    wanted = online.act(torch.from_numpy(units.obs(RAW).astype(np.float32))).clamp(-1, 1)
+    torch.save({"paths": paths, "obs": torch.from_numpy(RAW).float()}, tmp_path / "rows.pt")
+    script = (sys.executable, "-c", BARE, tmp_path / "rows.pt", tmp_path / "acts.pt")
+    subprocess.run(script, check=True, cwd=tmp_path, timeout=300)
+    acts = torch.load(tmp_path / "acts.pt", weights_only=True)
+    print(f"{stem}: differs by {(acts[paths[1]] - wanted).abs().max():.1e}, {len(second) / 1e3:.0f} KB")
+    torch.testing.assert_close(acts[paths[1]], wanted, atol=1e-5, rtol=0)
+    assert not torch.equal(acts[paths[0]], acts[paths[1]]) and acts[paths[0]].shape == (7, 3)
+    assert (args.out_dir / stem / f"{HOPPER}@{dataset.stem}" / "seed0" / "policy.pt2").read_bytes() == second
+
+
+def test_evaluation_seeds_what_a_policy_draws():
+    """Twice the same score, other seeds others, and the run's own random numbers are left alone."""
+    task, seen = data.get_task("reacher-mini-v0"), []
+
+    def drawing(obs: torch.Tensor) -> torch.Tensor:
+        return torch.rand(obs.shape[0], 2) * 2 - 1
+
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    for seed in (0, 0, 1):
+        seen.append(data.Evaluator(task, 2, seed)(drawing, CPU)["eval/return"])
+        torch.rand(1)
+        torch.set_rng_state(before)
+    assert seen[0] == seen[1] != seen[2] and torch.equal(before, torch.get_rng_state())
+
+
+def test_actions_are_in_the_box_of_the_environment(tmp_path):
+    """A box that is not [-1, 1], as Minari's may be: its middle plus half its width times the action."""
+    env = envs.flat(lambda: gym.make("Pendulum-v1"))  # torque in [-2, 2]
+
+    def act(obs: torch.Tensor) -> torch.Tensor:
+        return obs[:, :1]
+
+    raw = policy.Raw(act, None, env.center, env.half, CPU)
+    policy.save(raw, {"obs_dim": 3}, tmp_path / "policy.pt2")
+    module, about = policy.load(tmp_path / "policy.pt2")
+    got = module(torch.tensor([[0.5, 0, 0], [7.0, 0, 0]]))
+    assert got.tolist() == [[1.0], [2.0]] and about["draws"] is False
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 and no more", "half"])
+def test_what_is_no_policy_is_named(content, tmp_path):
+    path = tmp_path / "policy.pt2"
+    if content == "half":
+        policy.save(policy.Raw(lambda obs: obs, None, 0.0, 1.0, CPU), {"obs_dim": 3}, path)
+        content = path.read_bytes()[:2_000]
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(run.UsageError, match=r"policy: got .*allowed: an intact policy.pt2"):
+        policy.load(path)
+
+
+def test_a_policy_is_never_half_written(tmp_path, monkeypatch):
+    """A full disk leaves the file of before."""
+    path = tmp_path / "policy.pt2"
+    policy.save(policy.Raw(lambda obs: obs, None, 0.0, 1.0, CPU), {"obs_dim": 3}, path)
+    before = path.read_bytes()
+
+    def full(_) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        policy.save(policy.Raw(torch.tanh, None, 0.0, 1.0, CPU), {"obs_dim": 3}, path)
+    assert path.read_bytes() == before and len([*tmp_path.iterdir()]) == 1
