@@ -130,8 +130,8 @@ def test_play_repeats_the_runs_last_evaluation(stem, trained, cli):
 
 
 def test_the_command_line_in_a_process_of_its_own(finished):
-    """A damaged file, of which PyTorch would say more."""
-    cut(finished / "policy.pt2")
+    """A file of another kind, of which PyTorch would say more."""
+    shutil.copy(finished / "state.pt", finished / "policy.pt2")
     command = [sys.executable, "-m", "common.tools.play", finished, "--seed=9"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stdout == ""
