@@ -8,6 +8,7 @@ torch's global generator: it has no deterministic form, and repeats itself after
 
 import io
 import json
+import logging
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -64,13 +65,16 @@ def draws(policy: nn.Module, obs: torch.Tensor) -> bool:
 def load(path: Path) -> tuple[nn.Module, dict]:
     """The policy in a file and what it says of itself; raises UsageError if it is not one."""
     extra = {"about.json": ""}
+    logging.getLogger("torch.export").setLevel(
+        logging.ERROR
+    )  # of what is no export it tells more than the one line
     try:
         with zipfile.ZipFile(path) as archive:
-            archive.testzip()  # before torch, which adds lines of its own to an error
+            if bad := archive.testzip():
+                raise zipfile.BadZipFile(bad)
         module = torch.export.load(path, extra_files=extra).module()
         return module, json.loads(extra["about.json"])
     except Exception as e:  # whatever a damaged archive raises
-        allowed = "an intact policy.pt2, as runs write it"
         raise UsageError(
-            "policy", path, f"{allowed} ({type(e).__name__}: {' '.join(str(e).split())[:100]})"
+            "policy", f"{type(e).__name__} at {path}", "an intact policy.pt2, as runs write it"
         ) from e
