@@ -318,7 +318,7 @@ class Run:
             raise UsageError("--tensorboard", True, "with its package: pip install tensorboard")
         lock = lock_of(self.dir)
         try:
-            lock.acquire(blocking=False)
+            lock.acquire(timeout=0.5)  # somebody may just look whether a process has it
         except Timeout as e:
             raise UsageError("run directory", self.dir, "one that no other process is using") from e
         self.release = weakref.finalize(self, lock.release)
@@ -533,6 +533,7 @@ class Run:
                     self._tell()
                 if now - self.saved_at > CHECKPOINT_SECONDS:
                     self.checkpoint()
+            self._tell()
             self.checkpoint()
         finally:
             self.bar.close()

@@ -1,6 +1,7 @@
 """Tables and figures from run directories, beside the papers' numbers.
 
     python -m common.tools.report runs/                               tables to the screen; files to runs/report/
+    python -m common.tools.report runs/ --watch 30                    what is going on, renewed every 30 seconds
     python -m common.tools.report runs/ --keep common/results.csv       results of these runs into the kept ones
     python -m common.tools.report --csv common/results.csv --readme README.md      README's tables, from kept results
 
@@ -32,6 +33,7 @@ import numpy as np
 import tyro
 
 from common import data, judge, run
+from common.tools import watch
 
 PUBLISHED = Path(data.__file__).with_name("published.csv")
 METHODS = {  # file and what makes it another method -> method and backbone in published.csv
@@ -698,13 +700,17 @@ class Args:
     readme: Path | None = None  # put the tables between this file's markers
     figure: Path | None = None  # put the learning curves of the embedded tasks into this SVG file
     csv: Path | None = None  # make the tables from this results.csv instead of run directories; no figures
-    keep: Path | None = (
-        None  # put the runs that count into this results.csv, in place of older ones, and stop
-    )
+    keep: Path | None = None  # put the runs that count into this results.csv, in place of older ones; stop
+    watch: float | None = None  # show unfinished runs, renewed after so many seconds, and nothing else
 
 
 def main(args: Args) -> None:
     found: list[Found] = []
+    if args.watch is not None:
+        if not args.watch > 0 or args.csv:
+            raise run.UsageError("--watch", args.watch, "seconds above 0, of a folder with run directories")
+        watch.watch(args.runs, args.watch)
+        return
     if args.csv:
         rows = read_rows(args.csv)
     else:
@@ -717,6 +723,8 @@ def main(args: Args) -> None:
         return
     if args.figure:
         write_svg(study(found), args.figure)
+    if going := "" if args.csv else watch.table(args.runs):
+        print(f"Unfinished\n\n{going}")
     text = report(rows)
     out = args.out or (None if args.csv else args.runs / "report")
     if args.readme:
