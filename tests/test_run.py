@@ -73,7 +73,7 @@ def test_signals_write_a_checkpoint_and_the_same_command_goes_on(phase, sent, co
     folder = run_dir(tmp_path, "iql", dataset)
     process = subprocess.Popen(argv, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    ready = folder / ("args.json" if phase == "offline" else "offline.pt")
+    ready = folder / ("args.json" if phase == "offline" else "policy.pt2")
     while not ready.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.5)
@@ -396,6 +396,27 @@ def test_wandb_gets_the_log(dataset, tmp_path, monkeypatch):
     result = module("iql").train(tiny_args("iql", dataset=dataset, out_dir=tmp_path, wandb=True))
     assert fake.settings["config"]["hidden"] == TINY["hidden"]
     assert fake.rows[-1] == "finished" and fake.rows[-2]["eval/score"] == result["final_score"]
+
+
+def test_a_machine_without_posix_modules_trains(dataset, tmp_path):
+    """As on Windows: no fcntl, no resource. The lock is another, memory is not known, all else is the same."""
+    code = """
+import sys
+sys.modules["fcntl"] = sys.modules["resource"] = None
+sys.path.insert(0, sys.argv[1])
+from conftest import *
+args = tiny_args("iql", dataset=Path(sys.argv[2]), out_dir=Path("runs"))
+with run.lock_of(Path(".")).acquire(blocking=False), pytest.raises(run.Timeout):
+    run.lock_of(Path(".")).acquire(blocking=False)
+result = module("iql").train(args)
+assert result["peak_memory_gib"] == 0.0 and module("iql").train(args) == result
+"""
+    script = [sys.executable, "-c", code, ROOT / "tests", dataset]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "finished" in done.stdout, done.stderr[-2_000:]
+    here = module("iql").train(tiny_args("iql", dataset=dataset, out_dir=tmp_path / "here"))
+    there = json.loads(next(tmp_path.glob("runs/**/final.json")).read_text())
+    assert {k: here[k] for k in UNTIMED} == {k: there[k] for k in UNTIMED}
 
 
 def test_results_are_what_the_log_says(dataset, tmp_path):
