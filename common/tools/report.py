@@ -77,6 +77,8 @@ NOT_SETTINGS = run.NOT_COMPARED | {"seed", "env"}  # may differ between seeds of
 PHASES = "offline", "online"
 MISSING = "–"
 MARKERS = "<!-- results -->", "<!-- end results -->"
+HEADLINE = "<!-- headline -->", "<!-- end headline -->"  # optional, in README's first lines
+ENOUGH = 5  # pairs, for the headline
 RESAMPLES = 2_000
 
 Row = dict[str, Any]  # of results.csv; a missing number is None
@@ -381,6 +383,22 @@ def paired_lines(groups: dict[tuple[str, str], list[Row]]) -> list[list[str]]:
         line.append("{:.2f} [{:.2f}, {:.2f}]".format(*improvement(*both)))
         lines.append(line)
     return lines
+
+
+def headline(rows: list[Row]) -> str:
+    """Per small task one line of result: which methods end above their backbone, which below, which neither."""
+    own = {k: v for k, v in grouped(rows).items() if section(k[1]) == "other"}
+    told = []
+    for env in order((env for _, env in own), data.TASKS):
+        kinds: dict[str, list[str]] = {"above their backbone": [], "below it": [], "no difference seen": []}
+        for task, name, pairs, _, final, *_ in paired_lines(own):
+            if task == env and int(pairs) >= ENOUGH:
+                middle, low, high = (float(x) for x in re.findall(r"[-+][\d.]+", final))
+                kind = "above their backbone" if low > 0 else "below it" if high < 0 else "no difference seen"
+                kinds[kind].append(f"{name.split()[0]} {middle:+.1f}" if kind[0] != "n" else name.split()[0])
+        parts = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
+        told += [f"**On `{env}`, final scores** " + "; ".join(parts) + "."] if parts else []
+    return "\n\n".join(told) or f"No method has {ENOUGH} pairs with its backbone yet."
 
 
 def cost_lines(groups: dict[tuple[str, str], list[Row]]) -> list[list[str]]:
@@ -729,6 +747,8 @@ def main(args: Args) -> None:
     out = args.out or (None if args.csv else args.runs / "report")
     if args.readme:
         insert(text, args.readme)
+        if HEADLINE[0] in args.readme.read_text(encoding="utf-8"):
+            insert(headline(rows), args.readme, HEADLINE)
     print(text, end="")
     if out is None:
         return
