@@ -39,6 +39,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from common import usage
+
 CHECKPOINT_SECONDS = 60.0  # wall time between checkpoints; evaluations and ends of phases write one anyway
 LOG_EVERY = 1_000  # steps of the running phase between two lines of losses
 NOT_COMPARED = {"device", "compile", "out_dir", "wandb", "overwrite", "dataset"}  # may change on resume
@@ -70,6 +72,10 @@ def parse_args(args_type: type, presets: dict[str, dict] | None = None) -> Any:
 
     switch = {"--compile": ["--compile", "True"], "--no-compile": ["--compile", "False"]}  # None is neither
     words = [word for arg in sys.argv[1:] for word in switch.get(arg, [arg])]
+    if presets is not None and not {"-h", "--help"}.isdisjoint(words):
+        env = [args_type.env, *re.findall(r"(?<!\S)--env[= ](\S+)", " ".join(words))][-1]
+        print(usage.help_text(with_presets(args_type, presets, env)))
+        sys.exit()
 
     def cli(**kwargs) -> Any:
         text = io.StringIO()
