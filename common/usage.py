@@ -20,13 +20,11 @@ DEFAULTS_AT = 44  # column
 
 def groups(args_type: type) -> dict[str, dict[str, str]]:
     """Group -> setting -> comment, in the order of the class."""
-    found, group = {}, "run"
+    found, group, known = {}, "run", args_type.__dataclass_fields__
     for line in inspect.getsource(args_type).split("\n"):
         if m := re.match(r"    # (.+)$", line):
             group = m[1]
-        elif (m := re.match(r"    (\w+): .*?(?:  # (.*))?$", line)) and m[
-            1
-        ] in args_type.__dataclass_fields__:
+        elif (m := re.match(r"    (\w+): .*?(?:  # (.*))?$", line)) and m[1] in known:
             found.setdefault(group, {})[m[1]] = m[2] or ""
     return found
 
@@ -45,11 +43,10 @@ def flag_of(name: str, hint: Any) -> str:
 
 def shown(value: Any) -> str:
     """A value as it may be typed; switches are on or off."""
-    if isinstance(value, bool) or value is None:
-        return {None: "none", True: "on", False: "off"}[value]
-    return (
-        f"{value:g}" if isinstance(value, float) else f"{value:_}" if isinstance(value, int) else str(value)
-    )
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    form = {int: "_", float: "g"}.get(type(value))
+    return "none" if value is None else format(value, form) if form else str(value)
 
 
 def help_text(preset: Any) -> str:
