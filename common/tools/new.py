@@ -60,7 +60,8 @@ STEPS = """\
          (a function that you change, but losses, update and train, needs a name of its own: one name, one body)
   lint   uv run ruff check . && uv run ruff format .
   study  run_all.sh: a row `method {stem} HOURS TASKS`, and its name in the first line of `backbone`, as long as
-         OFFLINE_SETTINGS has {name}_weight; common/tools/report.py: a row of METHODS"""
+         OFFLINE_SETTINGS has {name}_weight; common/tools/report.py: a row of METHODS. Without them, and a paper's
+         numbers, tests/test_{{run_all,report,presets}}.py fail: they want every file to be some paper's"""
 
 
 Source, Name = (Annotated[str, tyro.conf.arg(metavar=x)] for x in ("SOURCE", "NAME"))
