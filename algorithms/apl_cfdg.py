@@ -84,15 +84,17 @@ class Args:
     fifo_prob: Share = 0.5  # p, chance that a batch is of the newest own rows alone [code]
     fifo_rows: Count = 20_000  # the newest own rows [code]
     fifo_from: Natural = 10_000  # own rows beyond which such batches are drawn [code]
-    # NEW: diffusion model and synthetic rows
+    # NEW: labels
     labels: bool = True  # the model knows dataset from own rows; without, one unlabelled model: U46
     guidance_w: Weight = 0.5  # w of Eq. 7; 0 = no guidance: U40, D43
     label_dropout: Portion = 0.25  # p_uncond, share of training rows with the null label: U40
     online_label_frac: Rate = 0.8  # share of generated rows with the online label; 1 = no others [§4.1]
+    # NEW: synthetic rows
     terminal_flag: Literal["classifier", "joint"] = "classifier"  # from s', or as a feature of the rows: D21
     synthetic_frac: Fraction = 1 / 3  # share of a batch that is generated [§4.1]: U44
     regenerations: Count = 10  # parts of the online phase, a new model after all but the last [Table 5]: U45
     synthetic_rows: Count = 125_000  # rows per regeneration [EDIS]: U43, D42
+    # NEW: diffusion model
     diffusion_steps: Count = 100_000  # gradient steps per regeneration [Table 5]: D41
     diffusion_batch: Count = 256  # rows [Table 5]
     diffusion_lr: Positive = 3e-4  # Adam, cosine to 0 within a regeneration [Table 5]

@@ -80,10 +80,12 @@ class Args:
     qf_lr: Positive = 3e-4  # Adam, critics [code]
     hidden: Count = 256  # width of the hidden layers [code]
     denoise_steps: Count = 5  # T, of the chain [code]
+    # D-Diff-QL: U113
     distill: bool = False  # a chain that halves to one step before the online phase [DUAL: D-Diff-QL]: U113
     distill_from: Several = 8  # T of that chain, a power of two
     halving_steps: Count = 20_000  # gradient steps per halving, twice as many to 2 and 1 denoising steps
     distill_lr: Positive = 3e-4  # Adam, linear to 0 in each halving [dual.py]
+    # Diffusion-QL
     eta: Weight = 1.0  # η, weight of Q beside behavior cloning [code, per task]
     max_q_backup: bool = False  # TD target from the best of backup_actions next actions [code, per task]
     backup_actions: Count = 10  # next actions per row of such a target [code]

@@ -96,7 +96,7 @@ class Args:
     utd: Count = 1  # gradient steps per environment step
     offline_frac: Portion = 0.5  # share of a batch from the dataset; 0 = own rows only
     append_online: bool = True  # one buffer, batches from all of it [CORL: D59]
-    # NEW: planner and actor
+    # NEW: planner
     from_planner: Path | None = None  # run directory (or its planner.pt) to take the planner from
     horizon: Count = 4  # H, steps of a window; 1 = no planner; the paper's is unknown: U51
     normalize_windows: bool = True  # states of windows in units of their std: U51; not one-hot ones: U62
@@ -106,6 +106,7 @@ class Args:
     planner_width: Count = 512  # of the residual blocks; the paper names no network: U50
     planner_blocks: Natural = 3  # residual blocks: U50
     teacher_steps: Count = 32  # denoising steps of the planner; 32 to 1 from Table 4: U52
+    # NEW: actor
     distill_steps: Count = 1  # T, denoising steps of the actor; teacher_steps = no distillation: U52
     halving_steps: Count = 20_000  # gradient steps per halving, twice as many to 2 and 1 denoising steps: U52
     eval_halvings: bool = False  # evaluate the clone of each halving's student

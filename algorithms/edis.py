@@ -108,11 +108,12 @@ class Args:
     # online
     warmup_steps: Natural = 5_000  # environment steps without updates, counted in online_steps: D4
     utd: Count = 1  # gradient steps per environment step
-    # NEW: diffusion model, energies and synthetic rows
+    # NEW: synthetic rows
     terminal_flag: Literal["classifier", "joint"] = "classifier"  # from s', or as a feature of the rows: D21
     synthetic_frac: Fraction = 0.2  # share of a batch that is generated [code of EDIS]: D47, U45
     regenerate_every: Count = 10_000  # environment steps [code of EDIS]
     synthetic_rows: Count = 100_000  # rows per regeneration [code of EDIS]
+    # NEW: diffusion model
     diffusion_steps: Count = 10_000  # gradient steps per regeneration [code of EDIS]
     diffusion_batch: Count = 256  # rows [code of EDIS]
     diffusion_lr: Positive = 3e-4  # Adam, cosine to 0 within a regeneration [SynthER, EDIS]
@@ -122,6 +123,7 @@ class Args:
     sample_steps: Several = 128  # noise levels, N [code of EDIS]
     sample_churn: Weight = 80.0  # S_churn; 0 = deterministic, which 32 levels need [code of EDIS]
     sample_batch: Count = 10_000  # rows generated at once [code of EDIS]
+    # NEW: energies
     energy_form: Literal["row", "paper"] = "row"  # what energies see and their gradients act on: D41
     state_energy: Weight = 1.0  # λ of E_s; 0 = without: D41
     policy_energy: Weight = 1.0  # λ of E_π; 0 = without: D41

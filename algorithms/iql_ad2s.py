@@ -97,15 +97,17 @@ class Args:
     scorer_lr: Positive = 3e-4  # Adam, w_ψ and g_φ [Table 4]
     scorer_batch: Count = 256  # rows of each buffer for w_ψ, of both together for g_φ: U44
     pgr: bool = False  # PGR instead: curiosity alone, no partial noising, weaker guidance: U48
-    # NEW: diffusion model and synthetic rows
+    # NEW: partial noising and guidance
     noising_scale: Rate = 0.5  # μ, share of the noise levels; 1: pure noise, w/o PN [Table 4]
     guidance_eta: Annotated[float, "[-1, 10]"] = 2.0  # η; 0: condition alone, -1: w/o CG [Table 4]: U42
     amplification: Annotated[float, "[0, 10]"] = 1.2  # α [Table 4]
     condition_dropout: Share = 0.25  # λ, share of rows whose condition is dropped in training [Table 4]
+    # NEW: synthetic rows
     terminal_flag: Literal["classifier", "joint"] = "classifier"  # from s', or as a feature of the rows: D21
     synthetic_frac: Fraction = 0.5  # share of a batch that is generated [PGR; EDIS]: U40
     regenerate_every: Count = 10_000  # environment steps [Table 4]: U41
     synthetic_rows: Count = 100_000  # rows per regeneration [EDIS]: U30
+    # NEW: diffusion model
     diffusion_steps: Count = 50_000  # gradient steps per regeneration [AD2S]: U30
     diffusion_batch: Count = 256  # rows [Table 4]
     diffusion_lr: Positive = 3e-4  # Adam, cosine to 0 within a regeneration [Table 4]

@@ -96,13 +96,14 @@ class Args:
     warmup_steps: Natural = 5_000  # environment steps without updates, counted in online_steps [PEX]
     utd: Count = 1  # gradient steps per environment step
     offline_frac: Portion = 0.5  # share of a batch from the dataset; ρ [B]
-    # NEW: behavior model and energy
+    # NEW: behavior model
     from_behavior: Path | None = None  # run directory (or its behavior.pt) to take the behavior model from
     guidance_scale: Weight = 8.0  # s [Table 4]; 0 = no energy
     behavior_steps: Natural = 600_000  # gradient steps [B.3]
     behavior_batch: Count = 4_096  # [B.3]
     behavior_lr: Positive = 1e-4  # Adam [B.3]
     behavior_width: Annotated[int, "[4, inf)"] = 512  # of the widest block [SfBC]
+    # NEW: energy
     energy_steps: Natural = 100_000  # steps of f_φ before going online: U12
     energy_batch: Count = 256  # states [B.3]
     energy_lr: Positive = 3e-4  # Adam [B.3]

@@ -89,9 +89,11 @@ class Args:
     policy_lr_online: Positive = 1e-3  # Adam, actor online [SO2]
     critic_lr_online: Positive = 1e-3  # Adam, critics online [SO2]
     entropy_weight: Weight = 0.2  # α online [SO2]: U102
+    # online: perturbed targets
     perturbation: bool = True  # off: targets at π's own next action
     perturbation_std: Weight = 0.3  # of ε [SO2]
     perturbation_clip: Weight = 0.6  # largest |ε| [SO2]
+    # online: balanced replay
     balanced_replay: bool = True  # off: SO2 alone: U100
     mixed_rows: Count = 2_304  # rows of dataset and own ones together, beside batch_size own ones [SO2]
     own_frac: Fraction = 0.5  # f, share of own rows in the first draws [OFF2ON]

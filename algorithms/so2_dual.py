@@ -96,9 +96,11 @@ class Args:
     policy_lr_online: Positive = 3e-4  # Adam, actor online; so2.py's is 1e-3: U141
     critic_lr_online: Positive = 1e-3  # Adam, critics online [SO2]
     entropy_weight: Weight = 0.2  # α online [SO2]: U102
+    # online: perturbed targets
     perturbation: bool = True  # off: targets at π's own next action
     perturbation_std: Weight = 0.3  # of ε [SO2]
     perturbation_clip: Weight = 0.6  # largest |ε| [SO2]
+    # online: balanced replay
     balanced_replay: bool = True  # off: SO2 alone: U100
     mixed_rows: Count = 2_304  # rows of dataset and own ones together, beside batch_size own ones [SO2]
     own_frac: Fraction = 0.5  # f, share of own rows in the first draws [OFF2ON]
@@ -106,7 +108,7 @@ class Args:
     ratio_lr: Positive = 3e-4  # Adam, density ratio [OFF2ON]
     ratio_hidden: Count = 256  # width of its two hidden layers [OFF2ON]
     ratio_temperature: Positive = 5.0  # T, priorities are w^(1/T) [OFF2ON]
-    # NEW: planner and actor
+    # NEW: planner
     from_planner: Path | None = None  # run directory (or its planner.pt) to take the planner from
     horizon: Count = 4  # H, steps of a window; 1 = no planner; the paper's is unknown: U51
     normalize_windows: bool = True  # states of windows in units of their std: U51
@@ -116,6 +118,7 @@ class Args:
     planner_width: Count = 512  # of the residual blocks; the paper names no network: U50
     planner_blocks: Natural = 3  # residual blocks: U50
     teacher_steps: Count = 32  # denoising steps of the planner; 32 to 1 from Table 4: U52
+    # NEW: actor
     distill_steps: Count = 1  # T, denoising steps of the actor; teacher_steps = no distillation: U52
     halving_steps: Count = 20_000  # gradient steps per halving, twice as many to 2 and 1 denoising steps: U52
     eval_halvings: bool = False  # evaluate the clone of each halving's student

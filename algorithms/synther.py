@@ -93,13 +93,14 @@ class Args:
     warmup_steps: Natural = 5_000  # environment steps without updates, counted in online_steps: D4
     utd: Count = 1  # gradient steps per environment step
     offline_frac: Portion = 0.5  # share of a batch from the dataset [CORL]
-    # NEW: diffusion model and synthetic rows
+    # NEW: synthetic rows
     synther_data: Literal["online", "both"] = "online"  # what the model learns from online: U32
     offline_upsample: bool = False  # offline phase on generated rows only [SynthER, offline]
     terminal_flag: Literal["classifier", "joint"] = "classifier"  # from s', or as a feature of the rows: D21
     synthetic_frac: Fraction = 0.5  # share of a batch that is generated [SynthER]: U33
     regenerate_every: Count = 10_000  # environment steps [SynthER]
     synthetic_rows: Count = 100_000  # rows per regeneration [EDIS]: U30
+    # NEW: diffusion model
     diffusion_steps: Count = 50_000  # gradient steps per regeneration [AD2S]: U30
     diffusion_batch: Count = 256  # rows [SynthER, online]
     diffusion_lr: Positive = 3e-4  # Adam, cosine to 0 within a regeneration [SynthER]

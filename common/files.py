@@ -116,7 +116,7 @@ def refuse(path: Path, got: str, allowed: str) -> UsageError:
 
 
 def read_columns(path: Path, name: str, obs_dim: int, act_dim: int) -> dict[str, np.ndarray]:
-    """An HDF5 file in D4RL layout as finite float32 arrays (N, ·) and (N,); raises UsageError.
+    """An HDF5 file in D4RL layout as finite float32 arrays (N, ·) and (N,), flags 0 or 1; raises UsageError.
 
     Names, types, shapes and sizes are checked before anything is read.
     """
@@ -157,6 +157,14 @@ def read_columns(path: Path, name: str, obs_dim: int, act_dim: int) -> dict[str,
         if bad.any():
             got = f"{bad.sum()} rows of '{k}' are NaN or infinite, first {bad.argmax()}"
             raise refuse(path, got, "finite numbers")
+    for k in sorted({"terminals", "timeouts"} & columns.keys()):
+        odd = ~np.isin(columns[k], (0, 1))
+        if odd.any():
+            first = odd.argmax()
+            got = f"{odd.sum()} rows of '{k}' are neither 0 nor 1, first {first}: {columns[k][first]:g}"
+            raise refuse(path, got, "0 or 1, or booleans")
+    if columns["terminals"].all():  # nothing to bootstrap: none of our tasks is so, but a broken column
+        raise refuse(path, "'terminals' is 1 in every row", "1 only where the MDP ended")
     if (excess := np.abs(columns["actions"]).max()) > 1.001:
         raise refuse(path, f"actions up to {excess:.3g}", "actions in [-1, 1]")
     return columns

@@ -42,6 +42,8 @@ import tyro
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from common import usage
+
 try:
     import resource
 except ImportError:  # Windows
@@ -89,6 +91,10 @@ def parse_args(args_type: type, presets: dict[str, dict] | None = None) -> Any:
 
     switch = {"--compile": ["--compile", "True"], "--no-compile": ["--compile", "False"]}  # None is neither
     words = [word for arg in sys.argv[1:] for word in switch.get(arg, [arg])]
+    if presets is not None and not {"-h", "--help"}.isdisjoint(words):
+        env = [args_type.env, *re.findall(r"(?<!\S)--env[= ](\S+)", " ".join(words))][-1]
+        print(usage.help_text(with_presets(args_type, presets, env)))
+        sys.exit()
 
     def cli(**kwargs) -> Any:
         text = io.StringIO()

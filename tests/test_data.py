@@ -444,6 +444,30 @@ def test_nan_flags_are_refused(key, tmp_path):
     assert key in refusal(write(tmp_path / "x.hdf5", arrays))
 
 
+@pytest.mark.parametrize("key", ["terminals", "timeouts"])
+@pytest.mark.parametrize("value, kind", [(7, "i4"), (-1, "i1"), (255, "u1"), (0.5, "f4"), (0.99, "f2")])
+def test_flags_other_than_0_and_1_are_refused_with_value_count_and_place(key, value, kind, tmp_path):
+    """They would be read as a truth value: 7 as an end, -1 as none."""
+    arrays = good(8)
+    arrays[key] = arrays[key].astype(kind)
+    arrays[key][[3, 5]] = value
+    told = f"2 rows of '{key}' are neither 0 nor 1, first 3: {arrays[key][3]:g}; allowed: 0 or 1, or booleans"
+    assert told in refusal(write(tmp_path / "x.hdf5", arrays))
+
+
+@pytest.mark.parametrize("kind", ["?", "u1", "f4"])
+def test_terminals_in_every_row_are_refused_and_timeouts_are_not(kind, tmp_path):
+    """Without `next_observations` too; a timeout in every row is an episode of one step that keeps its bootstrap."""
+    arrays, ones = good(8), np.ones(8, kind)
+    broken = arrays | {"terminals": ones}
+    told = "'terminals' is 1 in every row; allowed: 1 only where the MDP ended"
+    assert told in refusal(write(tmp_path / "x.hdf5", broken))
+    del broken["next_observations"]
+    assert told in refusal(write(tmp_path / "y.hdf5", broken))
+    d = data.read_d4rl(write(tmp_path / "z.hdf5", arrays | {"timeouts": ones}), data.TASKS[HOPPER], "")
+    assert d.ends.all() and d.terminations.tolist() == [0] * 7 + [1]
+
+
 @pytest.mark.parametrize("value", [5.0, -5.0, 1.01])
 def test_actions_outside_the_box_are_refused(value, tmp_path):
     arrays = good(8)

@@ -83,7 +83,8 @@ def test_a_file_is_read_exactly_or_refused_in_one_line(tree):
             assert "\n" not in str(e) and str(path) in str(e)
             return
     assert not cut and {"observations", "actions", "rewards", "terminals"} <= set(arrays)
-    flags = {k: arrays[k].reshape(n) > 0.5 for k in ("terminals", "timeouts") if k in arrays}
+    flags = {k: arrays[k].reshape(n) == 1 for k in ("terminals", "timeouts") if k in arrays}
+    assert all(np.isin(arrays[k], (0, 1)).all() for k in flags) and not flags["terminals"].all()
     timeouts = flags.get("timeouts", np.zeros(n, bool))  # 40 rows are below the limit
     keep = np.ones(n, bool)
     if "next_observations" not in arrays:  # the rows whose successor the file does not hold
