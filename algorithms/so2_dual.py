@@ -77,7 +77,7 @@ class Args:
     wandb: bool = False  # also log to Weights & Biases
     tensorboard: bool = False  # also log to the run directory, for TensorBoard
     eval_every: Count = 5_000  # steps of the running phase [PEX, CORL]: D105
-    eval_episodes: Count = 10  # [PEX, CORL]: D105
+    eval_episodes: Count = 10  # episodes of an evaluation [PEX, CORL]: D105
     # CQL with an ensemble
     batch_size: Several = 256  # transitions [OFF2ON]; online without balanced replay: own rows [SO2]
     gamma: Share = 0.99  # discount [SO2, OFF2ON]

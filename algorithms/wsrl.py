@@ -65,7 +65,7 @@ class Args:
     wandb: bool = False  # also log to Weights & Biases
     tensorboard: bool = False  # also log to the run directory, for TensorBoard
     eval_every: Count = 5_000  # steps of the running phase [DARE averages the last 4; period: PEX, CORL]: D80
-    eval_episodes: Count = 10  # [PEX, CORL]; WSRL 20: D80
+    eval_episodes: Count = 10  # episodes of an evaluation [PEX, CORL]; WSRL 20: D80
     # WSRL
     batch_size: Several = 256  # transitions; of the actor and α online: utd times as many [WSRL: 1,024]
     gamma: Share = 0.99  # discount [WSRL]
