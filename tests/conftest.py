@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import data, envs, files, run
+from common import data, envs, files, policy, run
 from common.tools import collect
 
 ROOT = Path(__file__).parent.parent
@@ -139,6 +139,13 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, owner, name: str, calls: int) ->
         return original(*args)
 
     monkeypatch.setattr(owner, name, deadly)
+
+
+@pytest.fixture(autouse=True)
+def quick_exports(request, monkeypatch) -> None:
+    """An export takes a second, and many tests train: only those of the policy's file export for real."""
+    if request.path.stem not in ("test_policy", "test_play"):
+        monkeypatch.setattr(policy, "save", lambda _, about, path: path.write_text(str(about)))
 
 
 @pytest.fixture(autouse=True)

@@ -85,6 +85,32 @@ def test_a_bare_process_acts_as_the_run_does(stem, dataset, tmp_path, told):
     assert (args.out_dir / stem / f"{HOPPER}@{dataset.stem}" / "seed0" / "policy.pt2").read_bytes() == second
 
 
+@pytest.mark.parametrize(
+    ("stem", "changes"),
+    [
+        ("pex", {"eval_random": 0.0}),
+        ("diffql", {"distill": True}),
+        ("diffuser", {"distill": True}),
+        ("diffuser", {"guide_repeats": 0}),
+        ("dual", {"latent": "sample"}),
+        ("calql_dual", {"uq": "latent"}),
+        ("iql", {"dropout": 0.5}),
+    ],
+)
+def test_other_forms_of_the_policy_are_exported_as_they_act(stem, changes, dataset, tmp_path, told):
+    """Settings that change what acts; dropout is not in evaluation, so that nothing is drawn for it."""
+    module(stem).train(tiny_args(stem, dataset=dataset, out_dir=tmp_path, **changes))
+    raw, content = told[-1]
+    (tmp_path / "policy.pt2").write_bytes(content)
+    act, about = policy.load(tmp_path / "policy.pt2")
+    obs, got = torch.from_numpy(RAW).float(), []
+    for which in (act, raw):
+        torch.manual_seed(0)
+        got.append(which(obs))
+    torch.testing.assert_close(*got, atol=1e-5, rtol=0)
+    assert about["draws"] == (stem in DRAWS)
+
+
 def test_evaluation_seeds_what_a_policy_draws():
     """Twice the same score, other seeds others, and the run's own random numbers are left alone."""
     task, seen = data.get_task("reacher-mini-v0"), []
