@@ -67,7 +67,7 @@ class Args:
     wandb: bool = False  # also log to Weights & Biases
     tensorboard: bool = False  # also log to the run directory, for TensorBoard
     eval_every: Count = 5_000  # steps of the running phase [code: offline; online every 1,000]
-    eval_episodes: Count = 10  # [PEX, CORL; code: 5]: D94
+    eval_episodes: Count = 10  # episodes of an evaluation [PEX, CORL; code: 5]: D94
     # CQL with an ensemble
     batch_size: Several = 256  # transitions [code]
     gamma: Share = 0.99  # discount [code]

@@ -77,7 +77,7 @@ class Args:
     wandb: bool = False  # also log to Weights & Biases
     tensorboard: bool = False  # also log to the run directory, for TensorBoard
     eval_every: Count = 5_000  # steps of the running phase [CORL]
-    eval_episodes: Count = 10  # [CORL]
+    eval_episodes: Count = 10  # episodes of an evaluation [CORL]
     # Cal-QL
     batch_size: Several = 256  # transitions [DARE Table 4]
     gamma: Share = 0.99  # discount [DARE Table 4]

@@ -71,7 +71,7 @@ class Args:
     wandb: bool = False  # also log to Weights & Biases
     tensorboard: bool = False  # also log to the run directory, for TensorBoard
     eval_every: Count = 5_000  # steps of the running phase [CORL]
-    eval_episodes: Count = 10  # [code]
+    eval_episodes: Count = 10  # episodes of an evaluation [code]
     # Diffusion-QL
     batch_size: Several = 256  # transitions [code]
     gamma: Share = 0.99  # discount [code]

@@ -78,7 +78,7 @@ class Args:
     wandb: bool = False  # also log to Weights & Biases
     tensorboard: bool = False  # also log to the run directory, for TensorBoard
     eval_every: Count = 5_000  # steps of the running phase [CORL]
-    eval_episodes: Count = 10  # [CORL]
+    eval_episodes: Count = 10  # episodes of an evaluation [CORL]
     # planner
     horizon: Count = 4  # H, steps of a window [DUAL: Lu et al.]: D122
     normalize_windows: bool = True  # states of windows in units of their std [code]

@@ -114,10 +114,10 @@ def test_what_is_new_is_marked_and_has_its_place(folder):
     ],
 )  # fmt: skip
 def test_refusals(source, name, told, folder):
-    before = {path: path.read_bytes() for path in folder.iterdir()}
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     with pytest.raises(run.UsageError, match=told):
         start(source, name)
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
 def test_on_the_command_line(tmp_path):

@@ -316,8 +316,9 @@ def test_results_csv_gives_the_same_report_and_readme(tmp_path, capsys):
     (runs / "iql" / "hopper-medium-v2@a,b" / "seed1" / "final.json").unlink()
     readme.write_text("before\n<!-- results -->\nold\n<!-- end results -->\nafter\n")
     report.main(report.Args(runs=runs, readme=readme))
-    printed = capsys.readouterr().out
+    printed, going = capsys.readouterr().out.split("\nUnfinished\n\n")
     assert printed.encode() == (runs / "report" / "report.md").read_bytes() and "unfinished" in printed
+    assert "iql/hopper-medium-v2@a,b/seed1" in going and going.count("seed") == 1
     assert readme.read_text() == f"before\n<!-- results -->\n\n{printed}\n<!-- end results -->\nafter\n"
     kept = runs / "report" / "results.csv"
     report.main(report.Args(csv=kept, out=tmp_path / "again", readme=readme))

@@ -95,7 +95,7 @@ def test_unfinished_runs_are_shown_and_finished_ones_are_not(dataset, tmp_path, 
     capsys.readouterr()
     report.main(report.Args(tmp_path))
     out = capsys.readouterr().out
-    heading, row = out.split("\n")[2:4]
+    heading, row = out.split("\nUnfinished\n\n")[1].split("\n")[:2]
     assert heading.split()[:5] == ["run", "is", "phase", "step", "steps/s"]
     score = [x for x in log_rows(tmp_path / "pex") if x["eval/score"]][-1]["eval/score"]
     assert row.startswith(f"pex/{HOPPER}@{dataset.stem}/seed0  stopped  2/2 online  30 of 30")

@@ -741,8 +741,6 @@ def main(args: Args) -> None:
         return
     if args.figure:
         write_svg(study(found), args.figure)
-    if going := "" if args.csv else watch.table(args.runs):
-        print(f"Unfinished\n\n{going}")
     text = report(rows)
     out = args.out or (None if args.csv else args.runs / "report")
     if args.readme:
@@ -750,6 +748,8 @@ def main(args: Args) -> None:
         if HEADLINE[0] in args.readme.read_text(encoding="utf-8"):
             insert(headline(rows), args.readme, HEADLINE)
     print(text, end="")
+    if going := "" if args.csv else watch.table(args.runs):
+        print(f"\nUnfinished\n\n{going}", end="")
     if out is None:
         return
     out.mkdir(parents=True, exist_ok=True)
