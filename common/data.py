@@ -5,6 +5,7 @@ One table says what a task is; a new domain is a few rows and, if need be, a bui
 
 import os
 import re
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -505,10 +506,20 @@ class Evaluator:
         return returns, lengths
 
     def export(self, act: Callable[[torch.Tensor], torch.Tensor], r: Run) -> None:
-        """Write the run's policy.pt2: what is evaluated, as a file that needs nothing of this project."""
+        """Write the run's policy.pt2: what is evaluated, as a file that needs nothing of this project.
+
+        An `act` that cannot be exported (that reads len(obs), say, instead of obs.shape[0]) stops no run: it says so.
+        """
         env = self.envs[0] if self.envs else make_env(self.task, self.units)
         flat = env.has_wrapper_attr("half")  # envs.Flat: its box is not the environment's own
         box = [env.get_wrapper_attr(x) for x in ("center", "half")] if flat else (0.0, 1.0)
         about = {"task": self.task.name, "obs_dim": self.task.obs_dim, "act_dim": self.task.act_dim}
         about |= {"file": r.dir.parts[-3], "phase": r.current, "seed": self.seed, "commit": r.info["commit"]}
-        policy.save(policy.Raw(act, self.units.moments, *box, r.device), about, r.dir / "policy.pt2")
+        path = r.dir / "policy.pt2"
+        try:
+            policy.save(policy.Raw(act, self.units.moments, *box, r.device), about, path)
+        except OSError:
+            raise
+        except Exception as e:  # whatever tracing meets
+            path.unlink(missing_ok=True)  # of an earlier phase
+            print(f"warning: no {path}: {' '.join(str(e).split())[:200]}", file=sys.stderr)

@@ -39,19 +39,35 @@ class Raw(nn.Module):
 def save(policy: Raw, about: dict, path: Path) -> None:
     """Write `policy` for any number of rows, on the CPU; `about` (with obs_dim) goes with it as about.json.
 
-    Only the weights that act are in it. No random number is used, and nothing of the run changes.
+    Only the weights that act are in it. No random number is used, and nothing of the run changes. Raises an error of
+    torch's, or ValueError, if it cannot be had.
     """
     rows = torch.zeros(2, about["obs_dim"], device=policy.mean.device)
     batch = {0: torch.export.Dim("batch")}
     with torch.no_grad():  # traced first: export itself does not see through the gradients that a guide takes
         traced = make_fx(policy, tracing_mode="symbolic", _allow_non_fake_inputs=True)(rows)
         program = torch.export.export(traced, (rows,), dynamic_shapes=(batch,), strict=False)
+        check(program.module(), policy, rows)
     if rows.is_cuda:
         program = torch.export.passes.move_to_device_pass(program, "cpu")
     content = io.BytesIO()
     about = about | {"draws": draws(program.module(), rows.cpu()), "torch": torch.__version__}
     torch.export.save(program, content, extra_files={"about.json": json.dumps(about)})
     write_atomically(content.getbuffer(), path)
+
+
+def check(program: nn.Module, policy: Raw, rows: torch.Tensor) -> None:
+    """ValueError unless both act alike on other numbers of rows than `rows`, with which `program` was traced."""
+    with torch.random.fork_rng([rows.device] if rows.is_cuda else []):
+        for n in (1, 5):
+            obs, got = rows.new_tensor(range(n))[:, None] + rows[:1].cos(), []
+            for act in (policy, program):
+                torch.manual_seed(0)
+                got.append(act(obs))
+            if got[0].shape != got[1].shape or not torch.allclose(*got, atol=1e-4, equal_nan=True):
+                raise ValueError(
+                    "other numbers of rows do not act alike; len(obs)? obs.shape[0] can be traced"
+                )
 
 
 def draws(policy: nn.Module, obs: torch.Tensor) -> bool:

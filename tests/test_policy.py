@@ -141,6 +141,21 @@ def test_actions_are_in_the_box_of_the_environment(tmp_path):
     assert got.tolist() == [[1.0], [2.0]] and about["draws"] is False
 
 
+def test_a_policy_that_cannot_be_exported_stops_no_run(dataset, tmp_path, monkeypatch, capsys):
+    """An action that depends on the number of rows as Python sees it: a warning, a whole run, no stale file."""
+    export, phases = data.Evaluator.export, []
+
+    def spoiled(evaluate: data.Evaluator, act, r: run.Run) -> None:
+        phases.append(r.current)
+        export(evaluate, act if r.current == "offline" else lambda obs: act(obs) * len(obs), r)
+
+    monkeypatch.setattr(data.Evaluator, "export", spoiled)
+    final = module("iql").train(tiny_args("iql", dataset=dataset, out_dir=tmp_path))
+    err = capsys.readouterr().err
+    assert phases == ["offline", "online"] and "final_score" in final
+    assert err.count("warning: no ") == 1 and "policy.pt2: " in err and not [*tmp_path.glob("**/policy.pt2")]
+
+
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 and no more", "half"])
 def test_what_is_no_policy_is_named(content, tmp_path):
     path = tmp_path / "policy.pt2"
