@@ -517,7 +517,8 @@ class Evaluator:
         about |= {"file": r.dir.parts[-3], "phase": r.current, "seed": self.seed, "commit": r.info["commit"]}
         path = r.dir / "policy.pt2"
         try:
-            policy.save(policy.Raw(act, self.units.moments, *box, r.device), about, path)
+            if policy.save(policy.Raw(act, self.units.moments, *box, r.device), about, path):
+                print(f"{path}: draws random numbers, it has no deterministic form")
         except OSError:
             raise
         except Exception as e:  # whatever tracing meets

@@ -2,8 +2,8 @@
 
 torch.export.load("policy.pt2").module()(obs)  # raw observations (B, O) float32 -> actions (B, A) in the box
 
-A policy that draws random numbers (`draws` in its about.json, and the file says it when it is written) takes them from
-torch's global generator: it has no deterministic form, and repeats itself after `torch.manual_seed`.
+A policy that draws random numbers in evaluation, too, has no deterministic form (`draws` in the file's about.json, and
+the run says so): it takes them from torch's global generator, and repeats itself after `torch.manual_seed`.
 """
 
 import io
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.export.passes import move_to_device_pass
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from common.run import UsageError, write_atomically
@@ -36,11 +37,11 @@ class Raw(nn.Module):
         return self.middle + self.width * self.act(obs).clamp(-1, 1)
 
 
-def save(policy: Raw, about: dict, path: Path) -> None:
-    """Write `policy` for any number of rows, on the CPU; `about` (with obs_dim) goes with it as about.json.
+def save(policy: Raw, about: dict, path: Path) -> bool:
+    """Write `policy` for any number of rows, on the CPU, and return whether it draws random numbers.
 
-    Only the weights that act are in it. No random number is used, and nothing of the run changes. Raises an error of
-    torch's, or ValueError, if it cannot be had.
+    `about` (with obs_dim) goes with it as about.json. Only the weights that act are in it. No random number is used,
+    and nothing of the run changes. Raises an error of torch's, or ValueError, if it cannot be had.
     """
     rows = torch.zeros(2, about["obs_dim"], device=policy.mean.device)
     batch = {0: torch.export.Dim("batch")}
@@ -49,11 +50,12 @@ def save(policy: Raw, about: dict, path: Path) -> None:
         program = torch.export.export(traced, (rows,), dynamic_shapes=(batch,), strict=False)
         check(program.module(), policy, rows)
     if rows.is_cuda:
-        program = torch.export.passes.move_to_device_pass(program, "cpu")
+        program = move_to_device_pass(program, "cpu")
     content = io.BytesIO()
     about = about | {"draws": draws(program.module(), rows.cpu()), "torch": torch.__version__}
     torch.export.save(program, content, extra_files={"about.json": json.dumps(about)})
     write_atomically(content.getbuffer(), path)
+    return about["draws"]
 
 
 def check(program: nn.Module, policy: Raw, rows: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ A run lives in `<out_dir>/<file>/<env>/seed<k>/`:
   offline.pt  what `--from-offline` of another run reads; behavior.pt likewise
   policy.pt2  what acts, for other programs (policy.py); of the end of the offline phase until the run is finished
   progress.json  of an unfinished run: phase, step, speed, time left
+  .lock       held by the process that trains here
   final.json  what `train` returns; its presence means finished
 """
 

@@ -41,24 +41,26 @@ def told(monkeypatch) -> list:
     """(policy, file's content) of every export."""
     found, save = [], policy.save
 
-    def spy(raw: policy.Raw, about: dict, path: Path) -> None:
+    def spy(raw: policy.Raw, about: dict, path: Path) -> bool:
         state = torch.get_rng_state()
-        save(raw, about, path)
+        drawn = save(raw, about, path)
         assert torch.equal(state, torch.get_rng_state())
         found.append((raw, path.read_bytes()))
+        return drawn
 
     monkeypatch.setattr(policy, "save", spy)
     return found
 
 
 @pytest.mark.parametrize("stem", FILES)
-def test_a_bare_process_acts_as_the_run_does(stem, dataset, tmp_path, told):
+def test_a_bare_process_acts_as_the_run_does(stem, dataset, tmp_path, told, capsys):
     """At the end of the offline phase and of the run, on raw observations, with the run's normalisation."""
     norm = "normalize_obs" in module(stem).Args.__dataclass_fields__
     args = tiny_args(stem, dataset=dataset, out_dir=tmp_path, **{"normalize_obs": True} if norm else {})
     module(stem).train(args)
     units = data.Units(moments=data.load(HOPPER, dataset).moments() if norm else None)
     (_, first), (online, second) = told
+    assert ("no deterministic form" in capsys.readouterr().out) == (stem in DRAWS)
     paths = [str(tmp_path / f"{k}.pt2") for k in ("offline", "online")]
     for path, content in zip(paths, (first, second), strict=True):
         Path(path).write_bytes(content)
