@@ -390,11 +390,21 @@ def headline(rows: list[Row]) -> str:
     own = {k: v for k, v in grouped(rows).items() if section(k[1]) == "other"}
     told = []
     for env in order((env for _, env in own), data.TASKS):
-        kinds: dict[str, list[str]] = {"above their backbone": [], "below it": [], "no difference seen": []}
+        kinds: dict[str, list[str]] = {
+            "above their backbone": [],
+            "below their backbone": [],
+            "no difference seen": [],
+        }
         for task, name, pairs, _, final, *_ in paired_lines(own):
             if task == env and int(pairs) >= ENOUGH:
                 middle, low, high = (float(x) for x in re.findall(r"[-+][\d.]+", final))
-                kind = "above their backbone" if low > 0 else "below it" if high < 0 else "no difference seen"
+                kind = (
+                    "above their backbone"
+                    if low > 0
+                    else "below their backbone"
+                    if high < 0
+                    else "no difference seen"
+                )
                 kinds[kind].append(f"{name.split()[0]} {middle:+.1f}" if kind[0] != "n" else name.split()[0])
         parts = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
         told += [f"**On `{env}`, final scores** " + "; ".join(parts) + "."] if parts else []
