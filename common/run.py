@@ -55,15 +55,8 @@ LOG_EVERY = 1_000  # steps of the running phase between two lines of losses
 TELL_SECONDS = 5.0  # wall time between two looks at speed and time left: the bar's, and progress.json
 MAIN = "offline", "online"  # the two phases of every run; others lie before, between and within them
 BAR = "{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} {rate_fmt}{postfix}"
-NOT_COMPARED = {
-    "device",
-    "compile",
-    "out_dir",
-    "wandb",
-    "tensorboard",
-    "overwrite",
-    "dataset",
-}  # may change on resume
+# settings that may change on resume
+NOT_COMPARED = {"device", "compile", "out_dir", "wandb", "tensorboard", "overwrite", "dataset"}
 
 # The range of a number stands with the setting, in its file: "(" and ")" exclude the end.
 Natural, Count, Several = (Annotated[int, f"[{n}, inf)"] for n in range(3))

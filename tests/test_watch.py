@@ -20,20 +20,21 @@ def told(folder) -> dict:
 
 def pace(monkeypatch, seconds_of: dict[str, float]) -> list[dict]:
     """Steps last as many seconds as their phase says; what is told at each of them, phase and step included."""
-    now, found, tick, tell = [0.0], [], run.Run._tick, run.Run._tell
+    found, tell = [], run.Run._tell
 
     def ticking(r: run.Run) -> None:
         if r.bar is not None:
-            r._started, now[0] = 0.0, seconds_of[r.current] * (r.done[r.current] - r.seconds_at[r.current])
-            r.seconds_at[r.current] = r.done[r.current]
-            r.seconds[r.current] = r.seconds.get(r.current, 0.0) + now[0]
+            counted = r.__dict__.setdefault("counted", {})
+            steps = r.done[r.current] - counted.setdefault(
+                r.current, r.bar.n
+            )  # n: where the phase began, no terminal
+            counted[r.current] += steps
+            r.seconds[r.current] = r.seconds.get(r.current, 0.0) + seconds_of[r.current] * steps
 
     def telling(r: run.Run) -> None:
         tell(r)
         found.append(told(r.dir) | {"bar": r.bar.postfix})
 
-    assert tick
-    monkeypatch.setattr(run.Run, "seconds_at", defaultdict(int), raising=False)
     monkeypatch.setattr(run.Run, "_tick", ticking)
     monkeypatch.setattr(run.Run, "_tell", telling)
     monkeypatch.setattr(run, "TELL_SECONDS", -1.0)  # at every step
@@ -68,18 +69,19 @@ def test_phases_within_the_online_one_count_for_its_pace(dataset, tmp_path, monk
 
 
 def test_a_resumed_run_remembers_its_pace(dataset, tmp_path, monkeypatch):
+    """Killed online: the folder tells how far it was; from the checkpoint on, the end is as far as without the kill."""
     found = pace(monkeypatch, {"offline": 2.0, "online": 3.0})
     args = tiny_args("iql", dataset=dataset, out_dir=tmp_path)
     with monkeypatch.context() as m:
-        kill_after(m, run.Run, "finish", 0)
+        kill_after(m, run.Run, "log", 20 + 8)  # online, 10 steps of warm-up are not logged
         with pytest.raises(Killed):
             module("iql").train(args)
-    assert told(tmp_path)["phase"] == "2/2 online"
-    run_of = next(tmp_path.glob("*/*/seed0"))
-    assert watch.line(run_of)[:3] == (f"iql/{HOPPER}@{dataset.stem}/seed0", "stopped", "2/2 online")
+    assert watch.line(next(tmp_path.glob("*/*/seed0")))[1:4] == ("stopped", "2/2 online", "18 of 30")
     before = len(found)
     module("iql").train(args)
-    assert len(found) == before or math.isfinite(found[-1]["left_s"])
+    again = found[before:]
+    assert again[0]["step"] > 1 and again[-1]["step"] == 30
+    assert all(x["left_s"] == (30 - x["step"]) * 3 for x in again)
 
 
 # ---- the table ----

@@ -51,11 +51,8 @@ METHODS = {  # file and what makes it another method -> method and backbone in p
     "diffql": ("Diff-QL", "IQL"), "dacer": ("DACER", "IQL"),
     "diffuser": ("Diffuser", "IQL"),
 }  # fmt: skip
-STANDS_ON = {
-    "diffql": "",
-    "diffuser": "",
-    "dacer": "diffql",
-}  # not on IQL, in whose column DUAL's tables have them
+# not on IQL, in whose column DUAL's tables have them
+STANDS_ON = {"diffql": "", "diffuser": "", "dacer": "diffql"}
 ON = {"PEX": "IQL", "APL": "Cal-QL", "WSRL": "Cal-QL"}  # a backbone beside the one it comes from
 SECTIONS = {
     "d4rl": "D4RL",
