@@ -291,10 +291,9 @@ class Maze(gym.Env):
             (x, y), (width, height, z) = self.place(cell), box
             geom = {"type": "box", "pos": f"{x} {y} {z}", "size": f"{width} {width} {height}"}
             ET.SubElement(xml.find("worldbody"), "geom", geom, contype="1", conaffinity="1")
-        mark = {"type": "cylinder", "size": "0.5 0.01", "rgba": "0 1 0 0.5"}  # to be seen, nothing else
-        ET.SubElement(
-            xml.find("worldbody"), "site", mark, name="goal", pos="1 1 0"
-        )  # at 0 it could not be moved
+        # the goal's place, to be seen and nothing else; not at 0, from where it could not be moved
+        mark = {"type": "cylinder", "size": "0.5 0.01", "rgba": "0 1 0 0.5", "pos": "1 1 0"}
+        ET.SubElement(xml.find("worldbody"), "site", mark, name="goal")
         self.model = mujoco.MjModel.from_xml_string(ET.tostring(xml, encoding="unicode"))
         self.data = mujoco.MjData(self.model)
         self.goal_cell = self.goal = self.place(np.array(goal))
