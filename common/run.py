@@ -117,9 +117,14 @@ def check_limits(args: Any) -> None:
                 raise UsageError(flag(name), value, limits)
 
 
+def idle_settings(args: Any, needs: dict[str, tuple[str, ...]]) -> dict[str, str]:
+    """Setting without effect -> what it lacks. `needs`: condition on the settings -> what has no effect without it."""
+    return {name: x for x, names in needs.items() if not eval(x, {}, vars(args)) for name in names}
+
+
 def check_needs(args: Any, presets: dict[str, dict], needs: dict[str, tuple[str, ...]]) -> None:
-    """Raise UsageError for a flag without effect. `needs`: condition on the settings -> what has none without it."""
-    idle = {name: x for x, names in needs.items() if not eval(x, {}, vars(args)) for name in names}
+    """Raise UsageError for a flag without effect, which is not its default."""
+    idle = idle_settings(args, needs)
     for name, value in given(args, presets).items():
         if name in idle and value != type(args).__dataclass_fields__[name].default:  # as Args(env=...) has it
             raise UsageError(flag(name), value, f"its default, as it has no effect unless {idle[name]}")

@@ -889,12 +889,12 @@ def measure(args: Args, device: torch.device) -> list[Row]:
     return rows
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, columns: list[str] = COLUMNS) -> list[Row]:
     """Rows of a kept table; UsageError if it is not one."""
     try:
         with open(path, newline="") as f:
             rows = list(csv.DictReader(f))
-        if not rows or any(set(r) != set(COLUMNS) or None in r.values() for r in rows):
+        if not rows or any(set(r) != set(columns) or None in r.values() for r in rows):
             raise ValueError("other columns")
     except (OSError, ValueError, csv.Error) as e:
         raise UsageError("--csv", path, f"a table that this program wrote ({type(e).__name__})") from e
@@ -909,9 +909,9 @@ def grouped(rows: list[Row]) -> dict[tuple[str, ...], list[Row]]:
     return groups
 
 
-def write_rows(rows: list[Row], path: Path) -> None:
+def write_rows(rows: list[Row], path: Path, columns: list[str] = COLUMNS) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     run.write_atomically(text.getvalue().encode(), path)
@@ -933,7 +933,7 @@ def markdown(rows: list[Row]) -> str:
 # ---- whole files ----
 
 
-def few(module: ModuleType, steps: int, cuda: bool) -> dict[str, Any]:
+def few(module: ModuleType, steps: int, cuda: bool, **flags: Any) -> Any:
     """Settings with sizes as published, phases of `steps`, and one regeneration, when the warm-up is over."""
     phases = ("offline", "behavior", "energy", "planner", "guide", "halving", "diffusion", "warmup")
     sizes = {f"{k}_steps": steps for k in phases} | dict(online_steps=2 * steps, regenerate_every=steps)
@@ -944,7 +944,10 @@ def few(module: ModuleType, steps: int, cuda: bool) -> dict[str, Any]:
         sizes |= dict(
             sample_batch=CHUNK["cpu"], synthetic_rows=2 * CHUNK["cpu"], energy_pool=2 * CHUNK["cpu"]
         )
-    return {k: v for k, v in sizes.items() if k in module.Args.__dataclass_fields__}
+    sizes = {k: v for k, v in sizes.items() if k in module.Args.__dataclass_fields__} | flags
+    make = partial(run.with_presets, module.Args, module.ENV_PRESETS, TASK)
+    idle = run.idle_settings(make(**sizes), getattr(module, "NEEDS", {}))
+    return make(**{k: v for k, v in sizes.items() if k not in idle})
 
 
 def measure_file(stem: str, args: Args) -> dict[str, float]:
@@ -996,8 +999,8 @@ def measure_file(stem: str, args: Args) -> dict[str, float]:
         with h5py.File(data.get_task("hopper-mini-v0").path) as mini, h5py.File(rows, "w") as f:
             for k in mini:  # again and again, or the first ones
                 f[k] = np.resize(mini[k][()], (1_000_000 if cuda else 600, *mini[k].shape[1:]))
-        settings = few(module, steps, cuda) | dict(dataset=rows, out_dir=Path(folder), device=args.device)
-        settings = run.with_presets(module.Args, module.ENV_PRESETS, TASK, **settings)
+        flags = dict(dataset=rows, out_dir=Path(folder), device=args.device)
+        settings = few(module, steps, cuda, **flags)
         result = module.train(settings)
     for name, limit in (("sampling", "synthetic_rows"), ("pool", "energy_pool")):
         if name in rates:  # chunks -> rows

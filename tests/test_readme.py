@@ -57,7 +57,7 @@ def run_in(copy: Path, command: str) -> subprocess.CompletedProcess:
         command = shlex.join([*shlex.split(command), *flags, *tiny_flags(stem)])
     if "run_all.sh" in command and "--list" not in command:
         command += " --list"
-    command += " --from-csv" if "bench.py" in command else ""
+    command += " --from-csv" if any(x in command for x in ("bench.py", "acting.py")) else ""
     env = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
     script = ["bash", "-c", command]
     return subprocess.run(script, cwd=copy, env=env, capture_output=True, text=True, timeout=500)
