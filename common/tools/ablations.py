@@ -6,7 +6,8 @@
 
 Whole method minus ablated one, paired by seed, from one checkpoint: mean [95% bootstrap interval]. The papers say that
 every part helps: runs agree if the interval of the final score or of the online average is above 0, disagree if one is
-below it, else they cannot tell.
+below it, else they cannot tell. The controls are ours: EDIS and AD2S also take the dataset from the learner when it goes
+online; a backbone without it (one row of a batch remains) tells what that does.
 """
 
 from collections import defaultdict
@@ -31,6 +32,8 @@ class Ablation(NamedTuple):
 
 # fmt: off
 ABLATIONS = [
+    Ablation("iql", "--offline-frac 0.004", "control", "dataset rows online"),
+    Ablation("calql", "--offline-frac 0.004", "control", "dataset rows online"),
     Ablation("iql_cfdg", "--guidance-w 0.0", "CFDG Table 3", "guidance, labels kept"),
     Ablation("iql_cfdg", "--no-labels", "CFDG Table 3", "guidance"),
     Ablation("iql_cfdg", "--online-label-frac 1.0", "CFDG Table 3", "offline augmentation"),
