@@ -6,7 +6,7 @@
 
 Whole method minus ablated one, paired by seed, from one checkpoint: mean [95% bootstrap interval]. The papers say that
 every part helps: runs agree if the interval of the final score or of the online average is above 0, disagree if one is
-below it, else they cannot tell. The controls are ours: EDIS and AD2S also take the dataset from the learner when it goes
+below it, else they cannot tell. The controls are ours: EDIS and AD2S also take the dataset from the learner that goes
 online; a backbone without it (one row of a batch remains) tells what that does.
 """
 
