@@ -119,7 +119,10 @@ def test_the_full_list(bench):
     first = [m for m, _, _ in jobs]
     assert max(i for i, m in enumerate(first) if m in ("iql", "calql")) < first.index("iql_dare")
     for stem, base in BACKBONES.items():  # but no paper has IQL's own score on that task
-        assert tasks[stem] - {"hopper-friction-2.0", "frozenlake-8x8"} <= tasks[base] or stem in ("iql", "calql")
+        assert tasks[stem] - {"hopper-friction-2.0", "frozenlake-8x8"} <= tasks[base] or stem in (
+            "iql",
+            "calql",
+        )
 
 
 def test_narrowing(bench):
