@@ -56,7 +56,7 @@ Run      python algorithms/calql_ad2s.py --env hopper-medium-v2 --seed 0
          Table 10: --beta-dr 1 --beta-curi 1 | Table 11: --beta-dr 0, --beta-curi 0 | PGR: --pgr, settings in PGR below
          the stochastic sampler --sample-churn 80 | four times cheaper sampling --sample-steps 32
          the common start: --from-offline runs/calql/hopper-medium-v2/seed0
-Cost     hopper-mini-v0: 249 CPU seconds beside other jobs; published sizes want a GPU (not measured there).
+Cost     reacher-mini-v0 from an offline phase: 2.2 CPU minutes; published sizes want a GPU (not measured there).
 Fails    where reward is high at the goal alone: D_re, rows of the highest reward, leaves out the way there, and no
          other row of the dataset is seen. Reacher, seed 100: 70.4; Cal-QL 79.1; --p-dr 1 --p-curi 1, all rows, 82.9.
 """

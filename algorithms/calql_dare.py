@@ -42,7 +42,7 @@ Run      python algorithms/calql_dare.py --env hopper-medium-v2 --seed 0
          n = 16, no cap: --exchange-cap 16, -1 | losses by origin --exchange-cap 0 | no energy --guidance-scale 0 |
          direct exchange --threshold sort
          --from-offline runs/calql/hopper-medium-v2/seed0: the papers' common start | --from-behavior RUN: its model
-Cost     hopper-mini-v0: about 6 CPU minutes beside other jobs; published sizes want a GPU (not measured there).
+Cost     reacher-mini-v0 from an offline phase: 3.4 CPU minutes; published sizes want a GPU (not measured there).
 """
 
 import math

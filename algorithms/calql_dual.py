@@ -40,7 +40,7 @@ Metrics  calql.py's, but policy/data_log_prob; dual.py's; policy/outside: mean o
 Run      python algorithms/calql_dual.py --env hopper-medium-v2 --seed 0; another run's phase: --from-offline, or
          --from-planner (also dual.py's, if the planner settings agree). Ablations as in dual.py: --horizon 1
          --shift-weight 0 | --distill-steps 32 | --uq none | --uq latent | --laplace-weights elbo | --time-acting
-Cost     hopper-mini-v0: about 4.8 CPU minutes; published sizes want a GPU (not measured there).
+Cost     reacher-mini-v0: 2.1 CPU minutes; published sizes want a GPU (not measured there).
 """
 
 import math

@@ -40,7 +40,7 @@ Metrics  those of calql.py, cql/gap over all rows; split/exchanged pairs, half o
 Run      python algorithms/calql_stratdiff.py --env hopper-medium-v2 --seed 0
          n_c = 8, 16 [Table 7]: --exchange-cap 8, 16 | losses by origin --exchange-cap 0 | no energy --guidance-scale 0
          --from-offline runs/calql/hopper-medium-v2/seed0: the papers' common start | --from-behavior RUN: its model
-Cost     hopper-mini-v0: about 6 CPU minutes beside other jobs; published sizes want a GPU (not measured there).
+Cost     reacher-mini-v0 from an offline phase: 5.7 CPU minutes; published sizes want a GPU (not measured there).
 """
 
 import math

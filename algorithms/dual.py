@@ -40,7 +40,7 @@ Run      python algorithms/dual.py --env hopper-medium-v2 --seed 0; another run'
          none | w/o shift-aware --shift-weight 0 | latencies --time-acting. Table 5: --shift-weight 0.1 to 1. Fig. 2b:
          --distill-steps 16 to 2, --eval-halvings. Fig. 3c, no shift: w sampling --uq latent | w LA with ELBO
          --laplace-weights elbo. Eq. 6 to the letter: --laplace-noise sigma --laplace-std 0 --laplace-prior 1e-6
-Cost     hopper-mini-v0: about 4.2 CPU minutes; published sizes want a GPU (not measured there).
+Cost     reacher-mini-v0: 1.5 CPU minutes; published sizes want a GPU (not measured there).
 Fails    constant rates online: the mean is one path through Hopper and may fall where the noisy policy seldom does.
 """
 

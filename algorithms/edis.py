@@ -48,7 +48,9 @@ Run      python algorithms/edis.py --env hopper-medium-v2 --seed 0
          without an energy --state-energy 0 | --policy-energy 0 | --dynamics-energy 0 | as described --energy-form paper
          EDIS as DARE ran it --diffusion-steps 50000 | four times cheaper sampling --sample-steps 32 --sample-churn 0
          the common start: --from-offline runs/calql/hopper-medium-v2/seed0
-Cost     hopper-mini-v0: 238 CPU seconds beside other jobs; published sizes want a GPU (not measured there).
+Cost     reacher-mini-v0 from an offline phase: 2.4 CPU minutes; published sizes want a GPU (not measured there).
+Fails    to do much beside taking the dataset from its learner: on reacher-mini-v0 Cal-QL loses as much by that
+         alone (README: controls).
 """
 
 import math

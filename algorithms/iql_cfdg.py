@@ -40,7 +40,7 @@ Run      python algorithms/iql_cfdg.py --env hopper-medium-v2 --seed 0
          --guidance-w 2 | --label-dropout 0.1 | 1 : 1 labels --online-label-frac 0.5 | --synthetic-frac 0.5
          every 10,000 steps --regenerations 100 | four times cheaper sampling --sample-steps 32 --sample-churn 0
          the common start: --from-offline runs/iql/hopper-medium-v2/seed0
-Cost     hopper-mini-v0: 184 CPU seconds beside other jobs; published sizes want a GPU (not measured there).
+Cost     reacher-mini-v0 from an offline phase: 1.3 CPU minutes; published sizes want a GPU (not measured there).
 """
 
 import math

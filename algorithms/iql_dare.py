@@ -42,7 +42,7 @@ Run      python algorithms/iql_dare.py --env hopper-medium-v2 --seed 0
          no energy --guidance-scale 0 | no exchange --exchange-cap 0, capped 32 | direct exchange --threshold sort |
          DARE-IV --value-loss expectile | UTD 10 --utd 10 --online-steps 100000 | the papers' common start
          --from-offline runs/iql/hopper-medium-v2/seed0 | another run's behavior model --from-behavior RUN
-Cost     hopper-mini-v0: about 6 CPU minutes beside other jobs; published sizes want a GPU (not measured there).
+Cost     reacher-mini-v0 from an offline phase: 4.3 CPU minutes; published sizes want a GPU (not measured there).
 """
 
 import math

@@ -41,7 +41,7 @@ Run      python algorithms/iql_stratdiff.py --env hopper-medium-v2 --seed 0
          no expectile --online-value advantage | no stratification --exchange-cap 0 | no energy --guidance-scale 0 |
          UTD 10 --utd 10 --online-steps 120000 [Table 5]
          --from-offline runs/iql/hopper-medium-v2/seed0: the papers' common start | --from-behavior RUN: its model
-Cost     hopper-mini-v0: about 6 CPU minutes beside other jobs; published sizes want a GPU (not measured there).
+Cost     reacher-mini-v0 from an offline phase: 3.6 CPU minutes; published sizes want a GPU (not measured there).
 """
 
 import math

@@ -30,7 +30,7 @@ Run      python algorithms/iql_synther.py --env hopper-medium-v2 --seed 0
          SynthER's offline mode: --offline-upsample --online-steps 0 --diffusion-steps 100000 --synthetic-rows 5000000
          --diffusion-width 2048 --diffusion-time-dim 128 --diffusion-batch 1024 (256 below 800,000 rows)
          the common start: --from-offline runs/iql/hopper-medium-v2/seed0
-Cost     hopper-mini-v0: 155 CPU seconds beside other jobs; published sizes want a GPU (not measured there).
+Cost     reacher-mini-v0 from an offline phase: 1.3 CPU minutes; published sizes want a GPU (not measured there).
 """
 
 import math

@@ -32,7 +32,7 @@ Run      python algorithms/synther.py --env hopper-medium-v2 --seed 0
          --synthetic-rows 5000000 --diffusion-width 2048 --diffusion-time-dim 128 --diffusion-batch 1024 (256 below
          800,000 rows)
          the common start: --from-offline runs/calql/hopper-medium-v2/seed0
-Cost     hopper-mini-v0: 223 CPU seconds beside other jobs; published sizes want a GPU (not measured there).
+Cost     reacher-mini-v0 from an offline phase: 1.5 CPU minutes; published sizes want a GPU (not measured there).
 """
 
 import math
