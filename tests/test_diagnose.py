@@ -16,16 +16,17 @@ def rows_of(file: str, metric: str, values: list[float]) -> list[dict[str, str]]
 
 
 def test_verdicts_of_known_differences():
-    """All above 0, all below, both; seeds that one side lacks do not count; one seed says nothing."""
-    assert diagnose.verdict([1.0, 2.0, 3.0]).endswith(", 3: agree")
-    assert diagnose.verdict([-1.0, -2.0, -3.0]).endswith(", 3: **disagree**")
-    assert diagnose.verdict([-1.0, 1.0, 0.2]).endswith(", 3: cannot tell")
+    """All above 0, all below, both; seeds that one side lacks do not count; one is not shown, four say nothing."""
+    assert diagnose.verdict([1.0, 2.0, 3.0, 1.0, 2.0]).endswith(", 5: agree")
+    assert diagnose.verdict([-1.0, -2.0, -3.0, -1.0, -2.0]).endswith(", 5: **disagree**")
+    assert diagnose.verdict([-1.0, 1.0, 0.2, -1.0, 1.0]).endswith(", 5: cannot tell")
+    assert diagnose.verdict([1.0, 2.0, 3.0, 1.0]).endswith(", 4: too few")
     assert diagnose.verdict([5.0]) == "–"
     rows = rows_of("iql_edis", "syn/js_states", [0.5, 0.6, 0.9]) + rows_of(
         "iql_cfdg", "syn/js_states", [0.3, 0.5]
     )
     line = next(x for x in diagnose.show(rows).splitlines() if "nearer than EDIS's" in x)
-    assert line.endswith("| +0.15 [+0.1, +0.2], 2: agree |")  # 0.2 and 0.1; seed 2 has no pair
+    assert line.endswith("| +0.15 [+0.1, +0.2], 2: too few |")  # 0.2 and 0.1; seed 2 has no pair
 
 
 def read_one(folder: Path) -> dict[str, float]:

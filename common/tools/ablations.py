@@ -5,9 +5,9 @@
     python -m common.tools.ablations --readme README.md                  README's table, from the kept results
 
 Whole method minus ablated one, paired by seed, from one checkpoint: mean [95% bootstrap interval]. The papers say that
-every part helps: runs agree if the interval of the final score or of the online average is above 0, disagree if one is
-below it, else they cannot tell. The controls are ours: EDIS and AD2S also take the dataset from the learner that goes
-online; a backbone without it (one row of a batch remains) tells what that does.
+every part helps: with five pairs or more, runs agree if the interval of the final score or of the online average is
+above 0, disagree if one is below it, else they cannot tell. The controls are ours: EDIS and AD2S also take the dataset
+from the learner that goes online; a backbone without it (one row of a batch remains) tells what that does.
 """
 
 from collections import defaultdict
@@ -83,6 +83,7 @@ def show(whole: list[report.Row], ablated: list[report.Row]) -> str:
             word = (
                 "agree" if above and not below else "**disagree**" if below and not above else "cannot tell"
             )
+            word = word if len(found) >= report.ENOUGH else "too few pairs"
             cells = [f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]" for middle, low, high in told]
             head = [part.source, f"`{part.file}`", part.without, f"`{part.flags}`", env, str(len(found))]
             lines.append([*head, *cells, word])

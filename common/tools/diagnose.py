@@ -6,8 +6,8 @@
 
 A claim is that one logged number is above another (or 0), of one method or of two with the same seeds. Over the seeds
 of a task: mean difference [95% bootstrap interval]; runs agree with the paper if the interval is above 0, disagree if
-it is below, else they cannot tell. What is logged: files' docstrings and common/judge.py; of each run its last value,
-of split/* and ref/*, which are a batch's, the mean.
+it is below, else they cannot tell, and say nothing with fewer than five seeds. What is logged: files' docstrings and
+common/judge.py; of each run its last value, of split/* and ref/*, which are a batch's, the mean.
 """
 
 import csv
@@ -188,11 +188,12 @@ def differences(values: Values, told: Claim, env: str) -> list[float]:
 
 
 def verdict(found: list[float]) -> str:
-    """Mean difference [interval], seeds, and what it says of the claim; two seeds at least."""
+    """Mean difference [interval], seeds, and what it says of the claim if they are enough; two seeds at least."""
     if len(found) < 2:
         return report.MISSING
     middle, low, high = report.mean_interval(found)
     word = "agree" if low > 0 else "**disagree**" if high < 0 else "cannot tell"
+    word = word if len(found) >= report.ENOUGH else "too few"
     return f"{middle:+.3g} [{low:+.3g}, {high:+.3g}], {len(found)}: {word}"
 
 

@@ -75,7 +75,7 @@ PHASES = "offline", "online"
 MISSING = "–"
 MARKERS = "<!-- results -->", "<!-- end results -->"
 HEADLINE = "<!-- headline -->", "<!-- end headline -->"  # optional, in README's first lines
-ENOUGH = 5  # pairs, for the headline
+ENOUGH = 5  # pairs, for a verdict
 RESAMPLES = 2_000
 
 Row = dict[str, Any]  # of results.csv; a missing number is None
