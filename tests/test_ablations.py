@@ -44,7 +44,9 @@ def test_verdicts_of_known_differences(ablated, cell, word):
     whole = rows_of("edis", [60.0, 60.0, 70.0, 60.0, 60.0, 10.0])  # the last seed has no pair
     text = ablations.show(whole, rows_of("edis", ablated, "policy_energy=0.0"))
     (line,) = text.splitlines()[2:]
-    head = f"| EDIS | `edis` | energy of the policy | `--policy-energy 0.0` | reacher-mini-v0 | {len(ablated)} |"
+    head = (
+        f"| EDIS | `edis` | energy of the policy | `--policy-energy 0.0` | reacher-mini-v0 | {len(ablated)} |"
+    )
     assert line == f"{head} {cell} | +0.0 [+0.0, +0.0] | {word} |"
     assert ablations.show(whole, rows_of("edis", [1.0], "policy_energy=0.0")).startswith("No ablation")
 

@@ -21,6 +21,11 @@ INSTALLATION = {  # needs a package index; the suite itself was installed by the
     "python3 -m pip install uv", "uv venv", "uv sync --extra video", "uv pip install --torch-backend cpu -e .",
     "pip install -e .",
 }  # fmt: skip
+SHORTER = {
+    "--rows 90000 --epoch 249": "--rows 500 --epoch 1",
+    "--rows 1000000": "--rows 600",
+    "-n auto": "--co -n 0",
+}
 NO_OPENGL = "error: --video: got no OpenGL"  # what a machine without it is told, in one line
 
 
@@ -48,9 +53,8 @@ def run_in(copy: Path, command: str) -> subprocess.CompletedProcess:
     command = re.sub(r"^uv run (--no-sync )?(?=algorithms|pytest)", r"python ", command)
     command = re.sub(r"^(\.venv/bin/)?python (?=pytest)", "python -m ", command)
     command = re.sub(r"^(\.venv/bin/)?python ", f"{shlex.quote(sys.executable)} ", command)
-    command = command.replace("--rows 90000 --epoch 249", "--rows 500 --epoch 1").replace(
-        "-n auto", "--co -n 0"
-    )
+    for long, short in SHORTER.items():
+        command = command.replace(long, short)
     if (m := re.search(r"algorithms/(\w+)\.py", command)) and "--help" not in command:
         stem = m[1] if m[1] in FILES else "iql"
         flags = [] if "--env" in command else ["--env", "reacher-mini-v0", "--seed", "1"]
