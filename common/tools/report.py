@@ -383,28 +383,29 @@ def paired_lines(groups: dict[tuple[str, str], list[Row]]) -> list[list[str]]:
 
 
 def headline(rows: list[Row]) -> str:
-    """Per small task one line of result: which methods end above their backbone, which below, which neither."""
+    """Per small task: which methods are clearly above their backbone, which below, which neither."""
     own = {k: v for k, v in grouped(rows).items() if section(k[1]) == "other"}
     told = []
     for env in order((env for _, env in own), data.TASKS):
         kinds: dict[str, list[str]] = {
-            "above their backbone": [],
-            "below their backbone": [],
-            "no difference seen": [],
+            f"{what} {where}": []
+            for what in ("final score", "online average")
+            for where in ("above", "below")
         }
-        for task, name, pairs, _, final, *_ in paired_lines(own):
-            if task == env and int(pairs) >= ENOUGH:
-                middle, low, high = (float(x) for x in re.findall(r"[-+][\d.]+", final))
-                kind = (
-                    "above their backbone"
-                    if low > 0
-                    else "below their backbone"
-                    if high < 0
-                    else "no difference seen"
-                )
-                kinds[kind].append(f"{name.split()[0]} {middle:+.1f}" if kind[0] != "n" else name.split()[0])
+        kinds["neither seen to differ"] = []
+        for task, name, pairs, _, final, _, average, *_ in paired_lines(own):
+            if task != env or int(pairs) < ENOUGH:
+                continue
+            file, clear = name.split()[0], False
+            for what, cell in (("final score", final), ("online average", average)):
+                middle, low, high = (float(x) for x in re.findall(r"[-+][\d.]+", cell))
+                if low > 0 or high < 0:
+                    clear = True
+                    kinds[f"{what} {'above' if low > 0 else 'below'}"].append(f"{file} {middle:+.1f}")
+            if not clear:
+                kinds["neither seen to differ"].append(file)
         parts = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
-        told += [f"**On `{env}`, final scores** " + "; ".join(parts) + "."] if parts else []
+        told += [f"**`{env}`, beside the backbone:** " + "; ".join(parts) + "."] if parts else []
     return "\n\n".join(told) or f"No method has {ENOUGH} pairs with its backbone yet."
 
 
