@@ -91,7 +91,7 @@ def test_sections_keep_other_data_away_from_d4rl(tmp_path):
     for env in envs[:3]:
         write_run(tmp_path, "calql_dare", env, 0)
     text = report.report(report.find(tmp_path)[0])
-    d4rl, standin, other = text.split("### ")[1:4]
+    d4rl, other, standin = text.split("### ")[1:4]
     assert "@" not in d4rl and "mini" not in d4rl and "DARE, Table 1" in d4rl
     assert "@mine" in standin and "DARE, Table" not in standin + other and "mini" in other
 

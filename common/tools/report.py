@@ -57,8 +57,8 @@ ON = {"PEX": "IQL", "APL": "Cal-QL", "WSRL": "Cal-QL"}  # a backbone beside the 
 SECTIONS = {
     "d4rl": "D4RL",
     "shifted": "Shifted dynamics (data of D4RL, scores with the shift's reference returns)",
-    "standin": "Stand-ins: `<task>@<file>`, a task with another dataset (not comparable with a paper)",
     "other": "Other tasks (not comparable with D4RL's or with a paper)",
+    "standin": "Stand-ins: `<task>@<file>`, a task with another dataset (not comparable with a paper)",
 }
 SCORES = {  # column of results.csv -> heading, metric in published.csv
     "offline": ("end of offline", "offline"), "final": ("final", "final"),
