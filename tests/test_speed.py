@@ -12,7 +12,7 @@ import bench
 import numpy as np
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, FILES, module
 from test_iql import CountDispatches
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -432,3 +432,15 @@ def test_shared_offline_phases_are_counted_once(monkeypatch):
     assert bench.whole_list(hour).endswith(f": {4 * 60_000} hours")
     own = bench.whole_list({"dual": free | {"offline": 10 / 3600}})
     assert own == f"run_all.sh: 4 of 16 jobs, one after the other: {4 * 100_000} hours"
+
+
+@pytest.mark.parametrize("stem", FILES)
+def test_short_phases_are_settings_that_a_run_accepts(stem):
+    """`few` leaves out what has no effect: diffql.py's halvings without --distill are refused."""
+    file = module(stem)
+    args = bench.few(file, 3, False)
+    run.check_needs(args, file.ENV_PRESETS, getattr(file, "NEEDS", {}))
+    phases = {
+        k: v for k, v in vars(args).items() if k in ("offline_steps", "planner_steps", "diffusion_steps")
+    }
+    assert set(phases.values()) == {3}
