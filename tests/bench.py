@@ -25,6 +25,8 @@ The textbooks follow public repositories, with the same networks, batches, numbe
            module per critic and target; priorities in a sum tree on the host, searched row by row [SO2, OFF2ON].
   Diff-QL  the same; modules for the critics; the schedule's numbers looked up per row at each step of the chain, an
            optimizer each for denoiser and critics, the average parameter by parameter [DIFFQL].
+  Diffuser a step of the planner and one of the guide: windows gathered and normalised on the host, the schedule looked
+           up per row, averages parameter by parameter every 10th step [DIFFUSER].
   EDM      training: batches put together on the host, `.item()` of the loss, clipping, a schedule object, EMA parameter
            by parameter every 10th step. Sampling: three noise levels read back per step, noise drawn also where the
            churn is 0, a vector of sigmas filled for each evaluation [SynthER].
@@ -64,7 +66,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from algorithms import apl, calql, diffql, iql, iql_dare, pex, so2, synther, wsrl
+from algorithms import apl, calql, diffql, diffuser, iql, iql_dare, pex, so2, synther, wsrl
 from common import data, edm, run
 from common.buffer import Batch, ReplayBuffer, mix
 from common.run import CapturedStep, UsageError, pick_device
@@ -490,6 +492,50 @@ def diffql_textbook(table: Batch, device: torch.device) -> Step:
     return step
 
 
+def diffuser_textbook(table: Batch, device: torch.device) -> Step:
+    """One gradient step of Diffuser's planner and one of its guide, of the same networks."""
+    zero, one, horizon = torch.zeros(OBS), torch.ones(OBS), 4
+    planner, trunk = (diffuser.PlannerNet(horizon, ACT, zero, one, 512, 3) for _ in range(2))
+    guide = diffuser.ReturnGuide(trunk, torch.zeros(()), torch.ones(())).to(device)
+    nets = [planner.to(device), guide]
+    averages, opts = deepcopy(nets), [torch.optim.Adam(net.parameters(), lr=2e-4) for net in nets]
+    host = [x.cpu().numpy() for x in (table.actions, table.obs, table.rewards)]
+    mean, std = host[1].mean(0), host[1].std(0)
+    weight = torch.ones(horizon, ACT + OBS, device=device)
+    weight[0, :ACT], weight[0, ACT:] = 10.0, 0.0
+    steps, log = count(), {}
+    angles = 0.5 * math.pi * torch.arange(1, 21, device=device) / 20
+    schedule = dict(signal=angles.cos(), noise=angles.sin())
+
+    def look_up(name: str, t: torch.Tensor) -> torch.Tensor:
+        return schedule[name].gather(0, t)[:, None, None]
+
+    def windows() -> tuple[torch.Tensor, ...]:
+        start = np.random.randint(0, ROWS - horizon, size=256)
+        rows = start[:, None] + np.arange(horizon)
+        x = np.concatenate([host[0][rows], (host[1][rows] - mean) / std], 2)
+        x, t = torch.as_tensor(x, device=device), torch.randint(20, (256,), device=device)
+        eps = torch.randn_like(x)
+        z = look_up("signal", t) * x + look_up("noise", t) * eps
+        z[:, 0, ACT:] = x[:, 0, ACT:].clone()
+        return z, eps, (t + 1) / 20, torch.as_tensor(host[2][start], device=device)
+
+    def step() -> None:
+        z, eps, u, _ = windows()
+        losses = [((planner(z, u, torch.zeros_like(u)) - eps).square() * weight).mean()]
+        z, _, u, returns = windows()
+        losses += [F.mse_loss(guide(z, u), returns)]
+        for loss, opt in zip(losses, opts, strict=True):
+            learn(opt, loss)
+        log.update(planner=losses[0].item(), guide=losses[1].item())
+        if next(steps) % 10 == 0:
+            for average, net in zip(averages, nets, strict=True):
+                for mine, live in zip(average.parameters(), net.parameters(), strict=True):
+                    mine.data = 0.995 * mine.data + 0.005 * live.data
+
+    return step
+
+
 def transition_net(device: torch.device) -> nn.Module:
     """The textbooks' EDM network: ours, for the same arithmetic."""
     a, features = synther.Args(), 2 * OBS + ACT + 2
@@ -739,6 +785,29 @@ def diffql_step(offline: ReplayBuffer, device: torch.device, compiled: bool) -> 
     return step
 
 
+def diffuser_step(offline: ReplayBuffer, device: torch.device, compiled: bool) -> Step:
+    """Of planner and guide, as online."""
+    args = diffuser.Args()
+    episodes = diffuser.Episodes(
+        offline, offline.take(torch.arange(ROWS)).terminations.cpu().numpy() > 0, args
+    )
+    nets = diffuser.make_diffuser_nets(episodes, ACT, args).to(device)
+    opt = diffuser.make_plan_optimizer(nets, args.lr, device)
+    losses = diffuser.planner_loss, diffuser.guide_loss
+    planner_loss, guide_loss = [torch.compile(f) if compiled else f for f in losses]
+
+    def step() -> dict:
+        planned = planner_loss(nets["planner"], *episodes.weighted())
+        diffuser.update(opt, planned)
+        diffuser.move_average(nets["average"]["planner"], nets["planner"], nets.planner_updates)
+        guided, _ = guide_loss(nets["guide"], *episodes.labelled())
+        diffuser.update(opt, guided)
+        diffuser.move_average(nets["average"]["guide"], nets["guide"], nets.guide_updates)
+        return {"loss/planner": planned.detach(), "loss/guide": guided.detach()}
+
+    return step
+
+
 def as_it_is(step: Step) -> Step:
     return step
 
@@ -798,6 +867,7 @@ def workloads(table: Batch, offline: ReplayBuffer, device: torch.device) -> dict
         ("APL update", partial(apl_textbook, *at), lambda c, capture: apl_step(*on, c, capture)),
         ("SO2 update", partial(so2_textbook, *at), lambda c, capture: capture(so2_step(*on, c))),
         ("Diff-QL update", partial(diffql_textbook, *at), lambda c, capture: capture(diffql_step(*on, c))),
+        ("Diffuser update", partial(diffuser_textbook, *at), lambda c, capture: capture(diffuser_step(*on, c))),
         ("EDM training step", partial(edm_textbook, *at), lambda c, capture: edm_step(*on, c, capture)),
         ("EDM sample", partial(sampling_textbook, device, chunk),
          lambda c, capture: capture(generator(*on, c).sample_step)),

@@ -55,6 +55,7 @@ OURS: dict[str, Callable] = {
     "Cal-QL": lambda offline: bench.calql_step(offline, CPU, False),
     "WSRL": lambda offline: bench.wsrl_step(offline, CPU, False),
     "APL": lambda offline: bench.apl_step(offline, CPU, False, bench.as_it_is),
+    "Diffuser": lambda offline: bench.diffuser_step(offline, CPU, False),
     "EDM": lambda offline: bench.edm_step(offline, CPU, False),
     "EDM sample": lambda offline: bench.generator(offline, CPU, False).sample_step,
     "behavior": lambda offline: bench.guide(offline, CPU, False).behavior_step,
@@ -66,6 +67,7 @@ TEXTBOOKS: dict[str, Callable] = {
     "Cal-QL": lambda: bench.calql_textbook(rows_of(11, 3), CPU),
     "WSRL": lambda: bench.wsrl_textbook(rows_of(11, 3), CPU),
     "APL": lambda: bench.apl_textbook(rows_of(11, 3), CPU),
+    "Diffuser": lambda: bench.diffuser_textbook(rows_of(11, 3), CPU),
     "EDM": lambda: bench.edm_textbook(rows_of(11, 3), CPU),
     "behavior": lambda: bench.behavior_textbook(rows_of(11, 3), CPU),
 }
