@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from unittest import mock
 
 import bench
@@ -31,7 +31,6 @@ import torch
 from algorithms import dacer
 from common import data, run
 from common.buffer import ReplayBuffer
-from common.run import UsageError, pick_device
 from common.tools import report
 
 MARKERS = "<!-- acting -->", "<!-- end acting -->"
@@ -57,16 +56,11 @@ Row = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(bench.Timing):
     """Milliseconds per action online, and ratios to DUAL's."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = 1  # on a CPU
     rounds: int = 15
-    seconds: float = 0.5  # of each policy in a round; one call if that takes longer
-    csv: Path | None = None  # keep the table here
-    from_csv: bool = False  # measure nothing, read --csv
-    readme: Path | None = None  # put the table between this file's markers
+    seconds: float = 0.5
 
 
 class Ready(Exception):
@@ -150,26 +144,14 @@ def markdown(rows: list[Row]) -> str:
 
 
 def main(args: Args) -> None:
-    for name in ("threads", "rounds", "seconds"):
-        if not getattr(args, name) > 0:
-            raise UsageError(f"--{name}", getattr(args, name), "above 0")
-    if args.from_csv and args.csv is None:
-        raise UsageError("--from-csv", "no --csv", "with --csv, the file to read")
-    if args.csv and not args.csv.parent.is_dir():
-        raise UsageError("--csv", args.csv, "a file in a folder that exists")
-    if args.readme:
-        report.around(args.readme, MARKERS)  # refused before, not after, minutes of measuring
+    bench.check(args, MARKERS)
     if args.from_csv:
         rows = bench.read_rows(args.csv, COLUMNS)
     else:
-        device = pick_device(args.device)
+        device = run.pick_device(args.device)
         torch.set_num_threads(args.threads)
         rows = measure(args, device)
-    if args.csv and not args.from_csv:
-        bench.write_rows(rows, args.csv, COLUMNS)
-    if args.readme:
-        report.insert(markdown(rows), args.readme, MARKERS)
-    print(markdown(rows), end="")
+    bench.tell(rows, markdown(rows), args, MARKERS, COLUMNS)
 
 
 if __name__ == "__main__":

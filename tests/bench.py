@@ -85,17 +85,23 @@ Step = Callable[[], Any]
 
 
 @dataclass(frozen=True)
-class Args:
-    """Speed of ours beside textbook loops; with --files, of whole files."""
+class Timing:
+    """What a program that times things in rounds and keeps a table is asked."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 1  # on a CPU
     rounds: int = 5
-    seconds: float = 1.0  # of each variant in a round; one call if that takes longer
-    only: tuple[str, ...] = ()  # measure what has one of these words in its name
-    csv: Path | None = None  # keep the table here; what is not measured now, on this device, stays
+    seconds: float = 1.0  # of each thing in a round; one call if that takes longer
+    csv: Path | None = None  # keep the table here
     from_csv: bool = False  # measure nothing, read --csv
     readme: Path | None = None  # put the table between this file's markers
+
+
+@dataclass(frozen=True)
+class Args(Timing):
+    """Speed of ours beside textbook loops; with --files, of whole files. What is not measured again stays in --csv."""
+
+    only: tuple[str, ...] = ()  # measure what has one of these words in its name
     files: tuple[str, ...] | None = None  # instead of the table: these files, without a name all
     steps: int | None = None  # of each phase of a file; default: 200 on a GPU, 20 without
 
@@ -1172,18 +1178,32 @@ def whole_files(args: Args) -> None:
         sys.exit(1)
 
 
-def main(args: Args) -> None:
+def check(args: Timing, markers: tuple[str, str]) -> None:
+    """Refuse what cannot be before, not after, minutes of measuring."""
     for name in ("threads", "rounds", "seconds"):
         if not getattr(args, name) > 0:
             raise UsageError(f"--{name}", getattr(args, name), "above 0")
-    if args.files is not None:
-        return whole_files(args)
     if args.from_csv and args.csv is None:
         raise UsageError("--from-csv", "no --csv", "with --csv, the file to read")
     if args.csv and not args.csv.parent.is_dir():
         raise UsageError("--csv", args.csv, "a file in a folder that exists")
     if args.readme:
-        report.around(args.readme, MARKERS)  # refused before, not after, minutes of measuring
+        report.around(args.readme, markers)
+
+
+def tell(rows: list[Row], text: str, args: Timing, markers: tuple[str, str], columns: list[str]) -> None:
+    """Keep the rows, unless they were read, and their table; print it."""
+    if args.csv and not args.from_csv:
+        write_rows(rows, args.csv, columns)
+    if args.readme:
+        report.insert(text, args.readme, markers)
+    print(text, end="")
+
+
+def main(args: Args) -> None:
+    check(args, MARKERS)
+    if args.files is not None:
+        return whole_files(args)
     rows = read_rows(args.csv) if args.csv and (args.from_csv or args.csv.exists()) else []
     if not args.from_csv:
         device = pick_device(args.device)
@@ -1191,11 +1211,7 @@ def main(args: Args) -> None:
             torch.set_num_threads(args.threads)
         merged = grouped(rows) | grouped(measure(args, device))
         rows = [r for group in merged.values() for r in group]
-    if args.csv and not args.from_csv:
-        write_rows(rows, args.csv)
-    if args.readme:
-        report.insert(markdown(rows), args.readme, MARKERS)
-    print(markdown(rows), end="")
+    tell(rows, markdown(rows), args, MARKERS, COLUMNS)
 
 
 if __name__ == "__main__":
