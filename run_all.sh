@@ -5,9 +5,10 @@
 #   bash run_all.sh --quick    every method on hopper-mini-v0, seed 0: about an hour on one CPU core
 #   bash run_all.sh --evidence the study: every method on both embedded tasks, seeds 0 to 9, each from its backbone's
 #                              checkpoint; results go to common/results.csv run by run, and what is there is not run again
-#   bash run_all.sh --ablations  the papers' ablations on reacher-mini-v0, seeds 0 to 4, from the study's checkpoints in OUT;
-#                              runs to OUT-ablations, results to common/ablations.csv in the same way. Frozen-Lake, Fig. 3c
-#                              of DUAL: ENVS=frozenlake-8x8 METHODS="dual diffql" with --evidence, then dual with --ablations
+#                              (a backbone only if OUT lacks its checkpoint: another machine's would not be the same)
+#   bash run_all.sh --ablations  the papers' ablations on reacher-mini-v0, seeds 0 to 4, each from the checkpoint of its whole
+#                              method in OUT; runs to OUT-ablations, results to common/ablations.csv in the same way. Frozen-
+#                              Lake, Fig. 3c of DUAL: ENVS=frozenlake-8x8 METHODS="dual diffql" with --evidence, then dual here
 #   bash run_all.sh --list     print a command per job instead, backbones first; --quick --list too
 #   bash run_all.sh --help     this text
 #
@@ -117,12 +118,15 @@ job() { # METHOD ENV SEED
   [[ -f $OUT/$1/$2/seed$3/final.json ]] && echo "finished before: $*" && return
   echo "start: $*${WHOLE:+ $EXTRA}"
   base=$(backbone "$1")
-  [[ $base || ! $WHOLE ]] || base=$1 # an ablation, of a method with an offline phase of its own
-  if [[ $base ]]; then
-    from=(--from-offline "${WHOLE:-$OUT}/$base/$2/seed$3")
-    [[ -f ${from[1]}/offline.pt ]] || OUT=${WHOLE:-$OUT} EXTRA=$([[ $WHOLE ]] || echo "$EXTRA") \
-      train offline.pt "$base" "$2" "$3" || rc=$?
-    (( rc == 0 )) || { echo "FAILED ($rc, its backbone): $*: $(tail -n 1 "${WHOLE:-$OUT}/logs/$base-$2-$3.log")"; return $rc; }
+  if [[ $WHOLE ]]; then # an ablation: the whole method first, with the same checkpoint
+    [[ -f $WHOLE/$1/$2/seed$3/final.json ]] || (OUT=$WHOLE EXTRA="" WHOLE="" KEEP="" && job "$@") || return
+    (OUT=$WHOLE WHOLE="" && keep "$@") || return
+    from=(--from-offline "$WHOLE/$1/$2/seed$3")
+  elif [[ $base ]]; then
+    from=(--from-offline "$OUT/$base/$2/seed$3")
+    [[ -f ${from[1]}/offline.pt ]] || train offline.pt "$base" "$2" "$3" || rc=$?
+    (( rc == 0 )) || { echo "FAILED ($rc, its backbone): $*: $(tail -n 1 "$OUT/logs/$base-$2-$3.log")"; return $rc; }
+    [[ ! -f ${from[1]}/final.json ]] || keep "$base" "$2" "$3" || return # of this checkpoint: the method's pair
   fi
   train final.json "$@" "${from[@]}" || rc=$?
   (( rc == 0 )) || { echo "FAILED ($rc): $*: $(tail -n 1 "$OUT/logs/$1-$2-$3.log")"; return $rc; }

@@ -35,7 +35,7 @@ Notes    As in calql.py: D1 one backward, D2 no half before the TD loss (as in E
          U25 R online: uncalibrated (D3), exchanged own rows need no return; with --calibrate-online they have theirs.
 Metrics  those of calql.py, cql/gap over all rows; split/exchanged M;
          split/tau; split/root_valid: the fits cross between the means, else midpoint; split/gap, split/gap_after of
-         mean d, on minus off, below 0: own rows are nearer; ref/q_gain, Q of references less that of rows; ref/q_std;
+         mean d, on minus off, below 0: own rows are nearer; ref/q_gain_off, _on, Q of references less rows'; ref/q_std;
          split/off_std, split/on_std; energy/loss; energy/label_entropy, near 0: one-hot labels, weak guidance;
          energy/std_bq; ref/clip_frac of reference coordinates at the box; loss/behavior.
 Run      python algorithms/calql_dare.py --env hopper-medium-v2 --seed 0
@@ -628,7 +628,10 @@ class Guide:
         logs = {"ref/clip_frac": (refs.abs() > 1).float().mean()}
         refs = refs.clamp(-1, 1)  # where data and Q are: D12
         q_ref, q_row = (self.q_target(batch.obs, a).amin(0) for a in (refs, batch.actions))
-        logs |= {"ref/q_gain": (q_ref - q_row).mean(), "ref/q_std": q_row.std()}
+        n_offline = round(self.args.offline_frac * self.args.batch_size)  # dataset rows first
+        gain = q_ref - q_row
+        logs |= {"ref/q_gain_off": gain[:n_offline].mean(), "ref/q_gain_on": gain[n_offline:].mean()}
+        logs["ref/q_std"] = q_row.std()
         return alignment(self.args.score, batch.actions, refs, log_std), logs
 
 

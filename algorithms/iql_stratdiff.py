@@ -34,7 +34,7 @@ Notes    As in iql.py: D1 one backward, D2 raw rewards, D3 new optimizer online,
          U26 the policy's loss, of which the paper says nothing: AWR on all rows.
          U27 "w/o stratification" (App. G): losses by origin; the other reading, IQL's losses on all rows, is iql.py.
 Metrics  those of iql.py; split/exchanged pairs per batch, half of ρN when the halves overlap; split/tau;
-         split/gap, split/gap_after of mean d, on minus off; ref/q_gain, Q of references less that of rows; ref/q_std;
+         split/gap, split/gap_after of mean d, on minus off; ref/q_gain_off, _on, Q of references less rows'; ref/q_std;
          energy/loss; energy/label_entropy, near 0: one-hot labels, weak guidance; energy/std_bq; ref/clip_frac of
          reference coordinates at the box; loss/behavior.
 Run      python algorithms/iql_stratdiff.py --env hopper-medium-v2 --seed 0
@@ -597,7 +597,10 @@ class Guide:
         logs = {"ref/clip_frac": (refs.abs() > 1).float().mean()}
         refs = refs.clamp(-1, 1)  # where data and Q are: D12
         q_ref, q_row = (self.q_target(batch.obs, a).amin(0) for a in (refs, batch.actions))
-        logs |= {"ref/q_gain": (q_ref - q_row).mean(), "ref/q_std": q_row.std()}
+        n_offline = round(self.args.offline_frac * self.args.batch_size)  # dataset rows first
+        gain = q_ref - q_row
+        logs |= {"ref/q_gain_off": gain[:n_offline].mean(), "ref/q_gain_on": gain[n_offline:].mean()}
+        logs["ref/q_std"] = q_row.std()
         return alignment(self.args.score, batch.actions, refs, log_std), logs
 
 

@@ -4,6 +4,7 @@ Its behavior model: test_behavior.py.
 """
 
 import math
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -639,6 +640,19 @@ def test_references_come_from_the_sampler_and_are_clamped(dataset, tmp_path, mon
     for (scores, *_), (batch, *_) in zip(watch.exchange, watch.losses, strict=True):
         assert torch.allclose(scores, 0.5 * (batch.actions - 1).square().sum(-1), atol=1e-5)
     assert {float(r["ref/clip_frac"]) for r in log_rows(tmp_path) if r["ref/clip_frac"]} == {1.0}
+
+
+def test_gain_in_q_is_that_of_each_half_s_own_rows(monkeypatch):
+    """Q is the action: references at 1/4, dataset rows at 1/2, own rows at -1; halves of 3 and 1."""
+    monkeypatch.setattr(dare, "sample_actions", lambda _, noise: torch.full_like(noise, 0.25))
+    actions = torch.tensor([[0.5], [0.5], [0.5], [-1.0]])
+    batch = Batch(actions, actions, actions[:, 0], actions, actions[:, 0])
+    args = SimpleNamespace(guidance_scale=1.0, score="gauss", offline_frac=0.75, batch_size=4)
+    twice = lambda _, a: a.expand(-1, 2).T  # noqa: E731
+    guide = SimpleNamespace(args=args, batch_behavior=None, energy=None, q_target=twice)
+    scores, logs = dare.Guide.score(guide, batch, torch.zeros(1))
+    assert (logs["ref/q_gain_off"].item(), logs["ref/q_gain_on"].item()) == (-0.25, 1.25)
+    assert scores.tolist() == [0.25**2 / 2] * 3 + [1.25**2 / 2]
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_a_run_gives_what_claims_name(dataset, tmp_path):
     module("iql_dare").train(args)
     found, log = read_one(tmp_path / "a"), log_rows(tmp_path / "a")
     log = [{k: float(v) for k, v in x.items() if k != "phase" and v} for x in log if x["split/gap"]]
-    assert found["ref/q_gain"] == pytest.approx(np.mean([x["ref/q_gain"] for x in log]))
+    assert found["ref/q_gain_off"] == pytest.approx(np.mean([x["ref/q_gain_off"] for x in log]))
     # of each gap, by M pairs from halves of a batch
     left = [x["split/gap"] * (1 - 2 * x["split/exchanged"] / (args.batch_size / 2)) for x in log]
     assert len(log) > 1 and found["split/gap_random"] == pytest.approx(np.mean(left))

@@ -480,6 +480,36 @@ def test_kept_results_are_replaced_run_by_run_and_stay_when_their_folder_is_gone
     report.main(report.Args(runs=tmp_path / "b", keep=kept))
     second = report.read_rows(kept)
     assert second[0]["final"] == 2 and second[1:] == first[1:]
+    write_run(tmp_path / "c", "iql_dare", "hopper-medium-v2", 2, (OFFLINE, (1.0, 2.0)), batch_size=32)
+    report.main(report.Args(runs=tmp_path / "c", keep=kept))
+    third = report.read_rows(kept, report.by_flags)
+    assert len(third) == 3 and third[0]["settings"] != first[0]["settings"]  # other settings: replaced, too
+
+
+def test_a_run_is_paired_with_the_backbone_of_its_own_checkpoint(tmp_path):
+    """Two machines, four seeds: the second's checkpoints score 1 higher; the last run has an own offline phase."""
+    kept = tmp_path / "results.csv"
+    for machine, seeds in [(0, (0, 1)), (1, (1, 2, 3))]:
+        for seed in seeds:
+            start = (0.0, 10.0 + machine)
+            write_run(tmp_path / str(machine), "iql", "hopper-mini-v0", seed, (start, (50.0 + machine,)))
+            own = (0.0, 99.0) if seed == 3 else start
+            write_run(
+                tmp_path / str(machine), "iql_dare", "hopper-mini-v0", seed, (own, (53.0 + 3 * machine,))
+            )
+        report.main(report.Args(runs=tmp_path / str(machine), keep=kept))
+        report.main(report.Args(runs=tmp_path / str(machine), keep=kept))  # the same again changes nothing
+    rows = report.read_rows(kept)
+    assert [(x["file"], x["seed"], x["offline"]) for x in rows if x["seed"] == "1"] == [
+        ("iql", "1", 10.0), ("iql", "1", 11.0), ("iql_dare", "1", 10.0), ("iql_dare", "1", 11.0)
+    ]  # fmt: skip
+    assert not any(x["problem"] for x in rows)
+    found = {x["seed"] + str(x["offline"]): report.pair(x, [y for y in rows if y["file"] == "iql"])["final"]
+             for x in rows if x["file"] == "iql_dare"}  # fmt: skip
+    assert found == {"010.0": 50.0, "110.0": 50.0, "111.0": 51.0, "211.0": 51.0, "399.0": 51.0}
+    assert report.pair({"seed": "4", "offline": 10.0}, rows) is None
+    (line,) = report.paired_lines(report.grouped(rows))
+    assert line[2] == "5" and line[4].startswith("+4.2 ")  # 3, 3, 5, 5, 5
 
 
 def test_the_study_s_figure_is_the_same_twice_and_has_a_panel_for_each_backbone(tmp_path):

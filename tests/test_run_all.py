@@ -148,10 +148,14 @@ def test_the_study_runs_what_is_not_kept_yet_and_keeps_each_result(bench):
     assert sorted(bench.read("kept")) == [f"-m common.tools.report {x} --keep {kept}" for x in folders]
     rc, out, _ = bench("--evidence", **some | {"SEEDS": "0"})
     assert (rc, out) == (0, [f"nothing left: 1 results are in {kept}"])
+    # of a backbone that is kept, but whose checkpoint is gone, the new run is kept as well: it is the method's pair
+    rc, _, _ = bench("--evidence", **some | {"SEEDS": "0", "METHODS": "iql_dare"})
+    folders = [f"{bench.out}/{x}/reacher-mini-v0/seed0" for x in ("iql", "iql_dare")]
+    assert bench.read("kept")[2:] == [f"-m common.tools.report {x} --keep {kept}" for x in folders]
 
 
 def test_ablations_start_from_the_study_s_checkpoints_and_keep_their_results(bench):
-    """Flags after all others; a method with an offline phase of its own starts from its whole run."""
+    """Flags after all others; the whole method is run and kept with them where its run is not there."""
     bench.set(ablations="iql_cfdg\t--guidance-w 0\ndual\t--uq none")
     kept, some = bench.folder / "kept.csv", dict(SEEDS="0 1", METHODS="iql_cfdg dual")
     kept.write_text("iql_cfdg,reacher-mini-v0,1,abc,a.py --seed 1 --guidance-w 0,,1.0,\n")
@@ -162,8 +166,9 @@ def test_ablations_start_from_the_study_s_checkpoints_and_keep_their_results(ben
     begin = "--env reacher-mini-v0 --seed {} --out-dir {}"
     folders = {k: f"{bench.out}-ablations/{k}" for k in ("--guidance-w_0", "--uq_none")}
     of = {stem: begin + f" --from-offline {bench.out}/{base}/reacher-mini-v0/seed{{}}"
-          for stem, base in [("iql_cfdg", "iql"), ("dual", "dual")]}  # fmt: skip
+          for stem, base in [("whole", "iql"), ("iql_cfdg", "iql_cfdg"), ("dual", "dual")]}  # fmt: skip
     calls = ["algorithms/iql.py " + begin.format(0, bench.out)]
+    calls += [f"algorithms/iql_cfdg.py {of['whole'].format(0, bench.out, 0)}"]
     calls += [
         f"algorithms/iql_cfdg.py {of['iql_cfdg'].format(0, folders['--guidance-w_0'], 0)} --guidance-w 0"
     ]
@@ -171,7 +176,14 @@ def test_ablations_start_from_the_study_s_checkpoints_and_keep_their_results(ben
         calls += ["algorithms/dual.py " + begin.format(seed, bench.out)]
         calls += [f"algorithms/dual.py {of['dual'].format(seed, folders['--uq_none'], seed)} --uq none"]
     assert sorted(line.rstrip() for line in bench.read("calls")) == sorted(calls)
-    assert len(bench.read("kept")) == 3
+    whole = [f"{bench.out}/{x}" for x in ("iql_cfdg/reacher-mini-v0/seed0",
+             "dual/reacher-mini-v0/seed0", "dual/reacher-mini-v0/seed1")]  # fmt: skip
+    places = "--guidance-w_0", "--uq_none", "--uq_none"
+    ablated = [
+        f"{bench.out}-ablations/{k}{x[len(str(bench.out)) :]}" for x, k in zip(whole, places, strict=True)
+    ]
+    told = sorted(bench.read("kept"))
+    assert told == sorted(f"-m common.tools.report {x} --keep {kept}" for x in whole + ablated)
     bench.set(broken="dual")
     assert bench("--ablations", KEEP=str(kept), SEEDS="2", METHODS="dual")[0] == 1
     bad = dict(METHODS="iql"), dict(METHODS="iq"), dict(SEEDS="-1"), dict(ENVS="x"), dict(EXTRA="--utd 2")

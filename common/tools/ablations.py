@@ -12,6 +12,7 @@ from the learner that goes online; a backbone without it (one row of a batch rem
 
 from collections import defaultdict
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,10 +68,11 @@ def kept_flags(flags: str) -> str:
 
 def show(whole: list[report.Row], ablated: list[report.Row]) -> str:
     """The Markdown table of all ablations that have two pairs at least."""
-    full = {(x["file"], x["env"], x["seed"]): x for x in whole if not x["flags"]}
+    checkpoint = itemgetter("file", "env", "seed", "offline")
+    full = {checkpoint(x): x for x in (*whole, *ablated) if not x["flags"]}
     pairs = defaultdict(list)
     for row in ablated:
-        if base := full.get((row["file"], row["env"], row["seed"])):
+        if row["flags"] and (base := full.get(checkpoint(row))):
             pairs[row["file"], row["flags"], row["env"]].append((base, row))
     lines = []
     for part in ABLATIONS:
@@ -98,7 +100,7 @@ class Args:
     """Whole methods beside those that lack a part."""
 
     list: bool = False  # print the ablations, file and flags, and stop
-    csv: Path = KEPT  # results of the ablated runs
+    csv: Path = KEPT  # results of the ablated runs, and of whole ones that started with them
     whole: Path = WHOLE  # results of the whole methods
     readme: Path | None = None  # put the table between this file's markers
 

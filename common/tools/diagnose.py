@@ -74,7 +74,7 @@ claim("AD2S Eq. 5, `calql_ad2s`", "u weighs nearness beside reward (ours: rank c
 for name, file in [("DARE", "iql_dare"), ("DARE", "calql_dare"),
                    ("StratDiff", "iql_stratdiff"), ("StratDiff", "calql_stratdiff")]:
     source = f"{name}, `{file}`"
-    claim(source, "guided references have a higher Q than the rows' actions", f"{file} ref/q_gain")
+    claim(source, "guided references have a higher Q than the dataset's actions", f"{file} ref/q_gain_off")
     claim(source, "own rows are less aligned with references than the dataset's (mean d)", f"{file} split/gap")
     claim(source, "exchanges part the halves more than as many random ones (mean d; so made)",
           f"{file} split/gap_after", f"{file} split/gap_random")

@@ -214,8 +214,13 @@ def by_flags(row: Row) -> str:
     return f"{row['file']} {row['flags']}".rstrip()
 
 
-def settle(rows: list[Row], settings: dict[str, dict], key: Callable[[Row], str] = method) -> None:
-    """Give a problem to rows whose settings are not their group's, and to a seed that is there twice.
+def settle(
+    rows: list[Row],
+    settings: dict[str, dict],
+    key: Callable[[Row], str] = method,
+    once: tuple[str, ...] = ("seed",),
+) -> None:
+    """Give a problem to rows whose settings are not their group's, and to those with the same `once` as another.
 
     `settings` are those behind each hash, where they are known: then the problem names the differences.
     """
@@ -231,9 +236,10 @@ def settle(rows: list[Row], settings: dict[str, dict], key: Callable[[Row], str]
             elif row["settings"] != best:
                 own = settings.get(row["settings"], {})
                 row["problem"] = f"settings are not those of {votes[0][1]} other runs" + difference(told, own)
-            elif row["seed"] in seeds:
+            elif (this := tuple(row[k] for k in once)) in seeds:
                 row["problem"] = "the same method, task and seed as another run"
-            seeds |= set() if row["problem"] else {row["seed"]}
+            else:
+                seeds.add(this)
 
 
 def difference(a: dict, b: dict) -> str:
@@ -359,6 +365,13 @@ def iqm_lines(groups: dict[tuple[str, str], list[Row]]) -> list[list[str]]:
     return lines
 
 
+def pair(row: Row, bases: list[Row]) -> Row | None:
+    """Of the runs of `row`'s backbone that of the same seed; of several, that with the same checkpoint."""
+    same = [x for x in bases if x["seed"] == row["seed"]]
+    one = [x for x in same if x["offline"] == row["offline"]]  # one checkpoint, one score
+    return next(iter(one + same), None)
+
+
 def paired_lines(groups: dict[tuple[str, str], list[Row]]) -> list[list[str]]:
     """A line for each method on each task whose backbone has runs of the same seeds there, two at least."""
     bases, lines = {backbone: name for name, (kind, backbone) in METHODS.items() if kind == "base"}, []
@@ -366,17 +379,16 @@ def paired_lines(groups: dict[tuple[str, str], list[Row]]) -> list[list[str]]:
         kind, backbone = METHODS.get(name, ("base", ""))
         backbone = ON.get(backbone, "") if kind == "base" else backbone
         base = STANDS_ON.get(name, bases.get(backbone, ""))
-        theirs = {row["seed"]: row for row in groups.get((base, env), [])}
-        rows = [row for row in rows if row["seed"] in theirs]
-        if len(rows) < 2:
+        pairs = [(row, theirs) for row in rows if (theirs := pair(row, groups.get((base, env), [])))]
+        if len(pairs) < 2:
             continue
-        line = [env, f"`{name}` - `{base}`", str(len(rows))]
+        line = [env, f"`{name}` - `{base}`", str(len(pairs))]
         for column in SCORES:
-            differences = [row[column] - theirs[row["seed"]][column] for row in rows]
+            differences = [row[column] - theirs[column] for row, theirs in pairs]
             same = column == "offline" and not any(differences)  # one checkpoint
             middle, low, high = mean_interval(differences)
             line.append("0" if same else f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]")
-        both = ([row["online_mean"] for row in x] for x in (rows, [theirs[row["seed"]] for row in rows]))
+        both = ([row["online_mean"] for row in side] for side in zip(*pairs, strict=True))
         line.append("{:.2f} [{:.2f}, {:.2f}]".format(*improvement(*both)))
         lines.append(line)
     return lines
@@ -425,7 +437,7 @@ def report(rows: list[Row]) -> str:
         if not (own := {k: v for k, v in groups.items() if section(k[1]) == kind}):
             continue
         heads, lines = [head for head, _ in SCORES.values()], score_lines(own)
-        parts += [f"### {title}\n", table(["task", "method", "seeds", *heads], lines)]
+        parts += [f"### {title}\n", table(["task", "method", "runs", *heads], lines)]
         if any(not line[0] for line in lines):
             parts.append("A paper's numbers are as printed; protocols and sources: `common/published.csv`.\n")
         if lines := paired_lines(own):
@@ -439,7 +451,7 @@ def report(rows: list[Row]) -> str:
             parts.append("Settings that are not the file's own for the task:\n")
             parts.append("".join(f"- `{name}` on {env}: {told}\n" for (name, env), told in flags.items()))
     if groups:
-        head = ["task", "method", "seeds", "device", *COSTS.values()]
+        head = ["task", "method", "runs", "device", *COSTS.values()]
         parts += ["### Cost\n", table(head, cost_lines(groups))]
     if left := [row for row in rows if row["problem"]]:
         names = [f"{x['file']}/{x['env']}/{'seed' * x['seed'].isdigit()}{x['seed']}" for x in left]
@@ -470,20 +482,26 @@ def read_rows(path: Path, key: Callable[[Row], str] = method) -> list[Row]:
     except (OSError, ValueError, KeyError, TypeError, csv.Error, AssertionError) as e:
         reason = f"{type(e).__name__}: {e}"[:100]
         raise run.UsageError("--csv", path, f"a results.csv that this program wrote ({reason})") from e
-    settle(rows, {}, key)
+    settle(rows, {}, key, once=("seed", "offline"))
     return rows
 
 
 def keep(rows: list[Row], path: Path) -> None:
-    """Put `rows` into the results.csv at `path`, each in place of that of the same method, task and seed."""
-    names = ("file", "flags", "env", "seed")
+    """Put `rows` into the results.csv at `path`, each in place of that of the same method, task and seed.
+
+    A row from another checkpoint (another machine rounds differently) with the same settings stays beside it: runs
+    that started there have it as their pair.
+    """
     old = read_rows(path, by_flags) if path.exists() else []
-    kept = {tuple(x[k] for k in names): x for x in (*old, *rows)}
+
+    def replaced(x: Row, y: Row) -> bool:
+        same = all(x[k] == y[k] for k in ("file", "flags", "env", "seed"))
+        return same and (x["settings"] != y["settings"] or x["offline"] == y["offline"])
+
+    kept = [x for x in old if not any(replaced(x, y) for y in rows)] + rows
     tasks = {name: i for i, name in enumerate(data.TASKS)}
-    ordered = sorted(
-        kept.values(), key=lambda x: (tasks.get(x["env"], len(tasks)), by_flags(x), int(x["seed"]))
-    )
-    run.write_atomically(write_rows(ordered).encode(), path)
+    kept.sort(key=lambda x: (tasks.get(x["env"], len(tasks)), by_flags(x), int(x["seed"])))
+    run.write_atomically(write_rows(kept).encode(), path)
 
 
 def around(readme: Path, markers: tuple[str, str]) -> tuple[str, str]:
