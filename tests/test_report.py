@@ -523,3 +523,37 @@ def test_the_study_s_figure_is_the_same_twice_and_has_a_panel_for_each_backbone(
         report.main(report.Args(runs=tmp_path, out=tmp_path / "out", figure=tmp_path / name / "curves.svg"))
     first, second = ((tmp_path / name / "curves.svg").read_bytes() for name in "ab")
     assert first == second and first.startswith(b"<?xml")
+    kept = tmp_path / "kept.csv"  # tells it again, when the folders are gone
+    report.main(report.Args(runs=tmp_path, keep=kept))
+    report.main(report.Args(csv=kept, figure=tmp_path / "c" / "curves.svg"))
+    assert (tmp_path / "c" / "curves.svg").read_bytes() == first
+    rows = report.read_rows(kept)
+    assert rows[-1]["curve"] == "100:31.0000 200:40.0000"
+    rows[-1]["curve"] = ""  # unknown
+    assert len(report.drawn(rows)) == len(rows) - 1
+
+
+def test_the_forest_has_every_difference_once_and_colours_what_is_clear(tmp_path):
+    """DARE is 3 above IQL and 2 below Cal-QL in each of three seeds at the end; averages vary by their first scores."""
+    for seed, first in enumerate((20.0, 30.0, 40.0)):
+        for file, x, end in [
+            ("iql", 30, 50),
+            ("iql_dare", first, 53),
+            ("calql", 30, 60),
+            ("calql_dare", first, 58),
+        ]:
+            write_run(tmp_path, file, "reacher-mini-v0", seed, (OFFLINE, (float(x), float(end))))
+    rows, _ = report.find(tmp_path)
+    (panel,) = report.forest(rows).axes
+    assert [x.get_text() for x in panel.get_yticklabels()] == ["calql_dare on calql", "iql_dare on iql"]
+    dots = {(round(y), line.get_fillstyle()): (x, line.get_color()) for line in panel.lines
+            if line.get_marker() == "o" for x, y in line.get_xydata()}  # fmt: skip
+    assert dots == {
+        (1, "full"): (3.0, "C0"),
+        (1, "none"): (1.5, "0.6"),
+        (0, "full"): (-2.0, "C3"),
+        (0, "none"): (-1.0, "0.6"),
+    }
+    for name in "ab":
+        report.main(report.Args(runs=tmp_path, out=tmp_path / "out", forest=tmp_path / name / "forest.svg"))
+    assert (tmp_path / "a" / "forest.svg").read_bytes() == (tmp_path / "b" / "forest.svg").read_bytes()

@@ -4,6 +4,7 @@
     python -m common.tools.report runs/ --watch 30                    what is going on, renewed every 30 seconds
     python -m common.tools.report runs/ --keep common/results.csv       results of these runs into the kept ones
     python -m common.tools.report --csv common/results.csv --readme README.md      README's tables, from kept results
+    python -m common.tools.report --csv common/results.csv --forest .figures/differences.svg      and its figure
 
 Writes report.md (what is printed), results.csv (one row per run; gives the same tables again) and the figures
 curves-*.png, exchange-*.png, synthetic-*.png. Scores are D4RL-normalised; spread is the standard deviation over seeds,
@@ -68,8 +69,12 @@ COSTS = {
     "hours_offline": "offline h", "hours_online": "online h", "hours_other": "other h",
     "offline_per_s": "offline steps/s", "online_per_s": "online steps/s", "memory_gib": "peak GiB",
 }  # fmt: skip
-WORDS = ("file", "env", "seed", "commit", "command", "flags", "settings", "device", "problem")  # not numbers
-COLUMNS = (*WORDS[:-1], *SCORES, *COSTS, "problem")
+FIRST, LAST = (
+    ("file", "env", "seed", "commit", "command", "flags", "settings", "device"),
+    ("curve", "problem"),
+)
+WORDS = FIRST + LAST  # no numbers
+COLUMNS = (*FIRST, *SCORES, *COSTS, *LAST)
 NOT_SETTINGS = run.NOT_COMPARED | {"seed", "env"}  # may differ between seeds of one group, so may from_*
 PHASES = "offline", "online"
 MISSING = "–"
@@ -177,6 +182,9 @@ def read_run(folder: Path) -> Found:
     row["flags"] = clean(" ".join(f"{k}={settings[k]}" for k in compared if origins.get(k) == "flag"))
     row |= {"file": clean(file), "env": clean(env), "seed": str(settings["seed"]), "problem": ""}
     row["settings"] = hashlib.sha256(text.encode()).hexdigest()[:12]
+    row["curve"] = " ".join(  # of online scores, by step
+        f"{x['step']:g}:{x['eval/score']:.4f}" for x in log if x["phase"] == "online" and "eval/score" in x
+    )
     return Found(row, folder, compared | {"env": settings["env"], "dataset": dataset}, log)
 
 
@@ -372,23 +380,40 @@ def pair(row: Row, bases: list[Row]) -> Row | None:
     return next(iter(one + same), None)
 
 
-def paired_lines(groups: dict[tuple[str, str], list[Row]]) -> list[list[str]]:
-    """A line for each method on each task whose backbone has runs of the same seeds there, two at least."""
-    bases, lines = {backbone: name for name, (kind, backbone) in METHODS.items() if kind == "base"}, []
+class Paired(NamedTuple):
+    """A method on a task beside its backbone."""
+
+    env: str
+    name: str
+    base: str
+    pairs: list[tuple[Row, Row]]
+
+    def difference(self, column: str) -> tuple[float, float, float]:
+        """Mean over the pairs, and its interval."""
+        return mean_interval([row[column] - theirs[column] for row, theirs in self.pairs])
+
+
+def paired(groups: dict[tuple[str, str], list[Row]]) -> list[Paired]:
+    """Each method on each task whose backbone has runs of the same seeds there, two at least."""
+    bases, found = {backbone: name for name, (kind, backbone) in METHODS.items() if kind == "base"}, []
     for (name, env), rows in groups.items():
         kind, backbone = METHODS.get(name, ("base", ""))
         backbone = ON.get(backbone, "") if kind == "base" else backbone
         base = STANDS_ON.get(name, bases.get(backbone, ""))
         pairs = [(row, theirs) for row in rows if (theirs := pair(row, groups.get((base, env), [])))]
-        if len(pairs) < 2:
-            continue
-        line = [env, f"`{name}` - `{base}`", str(len(pairs))]
+        found += [Paired(env, name, base, pairs)] if len(pairs) > 1 else []
+    return found
+
+
+def paired_lines(groups: dict[tuple[str, str], list[Row]]) -> list[list[str]]:
+    lines = []
+    for x in paired(groups):
+        line = [x.env, f"`{x.name}` - `{x.base}`", str(len(x.pairs))]
         for column in SCORES:
-            differences = [row[column] - theirs[column] for row, theirs in pairs]
-            same = column == "offline" and not any(differences)  # one checkpoint
-            middle, low, high = mean_interval(differences)
+            middle, low, high = x.difference(column)
+            same = column == "offline" and not any((middle, low, high))  # one checkpoint
             line.append("0" if same else f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]")
-        both = ([row["online_mean"] for row in side] for side in zip(*pairs, strict=True))
+        both = ([row["online_mean"] for row in side] for side in zip(*x.pairs, strict=True))
         line.append("{:.2f} [{:.2f}, {:.2f}]".format(*improvement(*both)))
         lines.append(line)
     return lines
@@ -397,27 +422,25 @@ def paired_lines(groups: dict[tuple[str, str], list[Row]]) -> list[list[str]]:
 def headline(rows: list[Row]) -> str:
     """Per small task: which methods are clearly above their backbone, which below, which neither."""
     own = {k: v for k, v in grouped(rows).items() if section(k[1]) == "other"}
-    told = []
-    for env in order((env for _, env in own), data.TASKS):
+    found, told = [x for x in paired(own) if len(x.pairs) >= ENOUGH], []
+    for env in dict.fromkeys(x.env for x in found):
         kinds: dict[str, list[str]] = {
             f"{what} {where}": []
             for what in ("final score", "online average")
             for where in ("above", "below")
         }
         kinds["neither seen to differ"] = []
-        for task, name, pairs, _, final, _, average, *_ in paired_lines(own):
-            if task != env or int(pairs) < ENOUGH:
-                continue
-            file, clear = name.split()[0], False
-            for what, cell in (("final score", final), ("online average", average)):
-                middle, low, high = (float(x) for x in re.findall(r"[-+][\d.]+", cell))
+        for x in (x for x in found if x.env == env):
+            clear = False
+            for what, column in (("final score", "final"), ("online average", "online_mean")):
+                middle, low, high = (round(v, 1) for v in x.difference(column))  # as the table has them
                 if low > 0 or high < 0:
                     clear = True
-                    kinds[f"{what} {'above' if low > 0 else 'below'}"].append(f"{file} {middle:+.1f}")
+                    kinds[f"{what} {'above' if low > 0 else 'below'}"].append(f"`{x.name}` {middle:+.1f}")
             if not clear:
-                kinds["neither seen to differ"].append(file)
+                kinds["neither seen to differ"].append(f"`{x.name}`")
         parts = [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
-        told += [f"**`{env}`, beside the backbone:** " + "; ".join(parts) + "."] if parts else []
+        told.append(f"**`{env}`, beside the backbone:** " + "; ".join(parts) + ".")
     return "\n\n".join(told) or f"No method has {ENOUGH} pairs with its backbone yet."
 
 
@@ -721,6 +744,42 @@ def figures(found: list[Found]) -> Iterable[tuple[str, Callable[[], Any]]]:
             yield f"synthetic-{env}.png", lambda runs=runs: synthetic(runs)
 
 
+def drawn(rows: list[Row]) -> list[Found]:
+    """Kept runs, of which no more is known than their online scores; without those that have none."""
+    found = []
+    for row in rows:
+        points = [text.split(":") for text in row["curve"].split()]
+        log = [{"phase": "online", "step": float(a), "eval/score": float(b)} for a, b in points]
+        found += [Found(row, Path(), {}, log)] if log and not row["problem"] else []
+    return found
+
+
+def forest(rows: list[Row]) -> Any:
+    """Of tasks that are no paper's: each method's difference to its backbone, final score and online average."""
+    own = {k: v for k, v in grouped(rows).items() if section(k[1]) == "other"}
+    found = paired(own)
+    envs = list(dict.fromkeys(x.env for x in found))
+    names = order((x.name for x in found), METHODS)[::-1]
+    figure = new_figure(5 * max(len(envs), 1), 1.2 + 0.27 * len(names))
+    panels = figure.subplots(1, max(len(envs), 1), sharey=True, squeeze=False)[0]
+    for panel, env in zip(panels, envs, strict=False):
+        for x in (x for x in found if x.env == env):
+            for lift, column in ((0.14, "final"), (-0.14, "online_mean")):
+                middle, low, high = x.difference(column)
+                color = "C0" if low > 0 else "C3" if high < 0 else "0.6"
+                y, fill = names.index(x.name) + lift, "full" if column == "final" else "none"
+                panel.plot([low, high], [y, y], color=color, linewidth=1.2)
+                panel.plot(middle, y, "o", color=color, markersize=4, fillstyle=fill)
+        panel.axvline(0, color="0.3", linewidth=0.8)
+        panel.set_title(env, fontsize=9)
+        panel.set_xlabel("points above the backbone", fontsize=8)
+        panel.tick_params(labelsize=8)
+        panel.grid(axis="x", alpha=0.25)
+    on = {x.name: x.base for x in found}
+    panels[0].set_yticks(range(len(names)), [f"{name} on {on[name]}" for name in names])
+    return figure
+
+
 def write_svg(figure: Any, path: Path) -> None:
     """The same figure makes the same file."""
     import matplotlib
@@ -743,7 +802,8 @@ class Args:
     out: Path | None = None  # folder for report.md, results.csv and figures; default: RUNS/report
     readme: Path | None = None  # put the tables between this file's markers
     figure: Path | None = None  # put the learning curves of the embedded tasks into this SVG file
-    csv: Path | None = None  # make the tables from this results.csv instead of run directories; no figures
+    forest: Path | None = None  # and their differences to the backbones into this one
+    csv: Path | None = None  # make these from this results.csv instead of run directories; no other figures
     keep: Path | None = None  # put the runs that count into this results.csv, in place of older ones; stop
     watch: float | None = None  # show unfinished runs, renewed after so many seconds, and nothing else
 
@@ -757,6 +817,7 @@ def main(args: Args) -> None:
         return
     if args.csv:
         rows = read_rows(args.csv)
+        found = drawn(rows)
     else:
         rows, found = find(args.runs)
     if not rows:
@@ -767,6 +828,8 @@ def main(args: Args) -> None:
         return
     if args.figure:
         write_svg(study(found), args.figure)
+    if args.forest:
+        write_svg(forest(rows), args.forest)
     text = report(rows)
     out = args.out or (None if args.csv else args.runs / "report")
     if args.readme:
@@ -781,7 +844,7 @@ def main(args: Args) -> None:
     out.mkdir(parents=True, exist_ok=True)
     run.write_atomically(text.encode(), out / "report.md")
     run.write_atomically(write_rows(rows).encode(), out / "results.csv")
-    for name, make in figures(found):
+    for name, make in figures([] if args.csv else found):
         try:
             content = io.BytesIO()
             make().savefig(content, metadata={"Software": None})
