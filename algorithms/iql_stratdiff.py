@@ -306,7 +306,7 @@ class FourierTime(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x (B, width_in), embedding e (B, 128) of time and state -> (B, width).  [SfBC]"""
+    """x (B, width_in), SiLU of the embedding of time and state e (B, 128) -> (B, width).  [SfBC]"""
 
     def __init__(self, width_in: int, width: int):
         super().__init__()
@@ -315,7 +315,7 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Linear(width_in, width) if width_in != width else nn.Identity()
 
     def forward(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-        h = F.silu(self.first(x)) + self.cond(F.silu(e))
+        h = F.silu(self.first(x)) + self.cond(e)
         return F.silu(self.second(h)) + self.skip(x)
 
 
@@ -337,6 +337,7 @@ class BehaviorNet(nn.Module):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
         e = self.embed(torch.cat([F.silu(self.state(obs)), self.time(t).expand(len(obs), -1)], -1))
+        e = F.silu(e)  # once for all blocks
         d1 = self.down1(x, e)
         d2 = self.down2(d1, e)
         d3 = self.down3(d2, e)
