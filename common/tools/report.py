@@ -69,10 +69,8 @@ COSTS = {
     "hours_offline": "offline h", "hours_online": "online h", "hours_other": "other h",
     "offline_per_s": "offline steps/s", "online_per_s": "online steps/s", "memory_gib": "peak GiB",
 }  # fmt: skip
-FIRST, LAST = (
-    ("file", "env", "seed", "commit", "command", "flags", "settings", "device"),
-    ("curve", "problem"),
-)
+FIRST = "file", "env", "seed", "commit", "command", "flags", "settings", "device"
+LAST = "curve", "problem"
 WORDS = FIRST + LAST  # no numbers
 COLUMNS = (*FIRST, *SCORES, *COSTS, *LAST)
 NOT_SETTINGS = run.NOT_COMPARED | {"seed", "env"}  # may differ between seeds of one group, so may from_*
@@ -374,7 +372,7 @@ def iqm_lines(groups: dict[tuple[str, str], list[Row]]) -> list[list[str]]:
 
 
 def pair(row: Row, bases: list[Row]) -> Row | None:
-    """Of the runs of `row`'s backbone that of the same seed; of several, that with the same checkpoint."""
+    """Of the runs of `row`'s backbone that of the same seed; of several, that from the same checkpoint."""
     same = [x for x in bases if x["seed"] == row["seed"]]
     one = [x for x in same if x["offline"] == row["offline"]]  # one checkpoint, one score
     return next(iter(one + same), None)
