@@ -96,7 +96,9 @@ def parse_args(args_type: type, presets: dict[str, dict] | None = None) -> Any:
             with redirect_stderr(text):
                 return tyro.cli(args_type, args=words, **kwargs)
         except SystemExit as e:
-            if e.code not in (0, None):  # tyro draws a box; keep its words
+            if (
+                e.code not in (0, None) and text.getvalue()
+            ):  # tyro draws a box; keep its words (none: a signal)
                 plain = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯├┤─]", " ", text.getvalue())
                 print("error: " + " ".join(plain.split()), file=sys.stderr)
             raise

@@ -327,6 +327,14 @@ def parsed(stem: str, argv: list[str], monkeypatch):
     return run.parse_args(module(stem).Args, module(stem).ENV_PRESETS)
 
 
+def test_a_signal_while_flags_are_read_is_no_bad_flag(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["iql.py"])
+    monkeypatch.setattr(run.tyro, "cli", lambda *_, **__: sys.exit(143))  # what the handler of SIGTERM does
+    with pytest.raises(SystemExit, match="143"):
+        run.parse_args(iql.Args, iql.ENV_PRESETS)
+    assert capsys.readouterr().err == ""
+
+
 def test_class_default_then_preset_then_flag(monkeypatch, tmp_path):
     """A flag equal to the class default still wins over the preset; args.json tells the origin of each."""
     preset = module("iql").ENV_PRESETS["hopper-mini"]
