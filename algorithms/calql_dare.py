@@ -35,9 +35,9 @@ Notes    As in calql.py: D1 one backward, D2 no half before the TD loss (as in E
          U25 R online: uncalibrated (D3), exchanged own rows need no return; with --calibrate-online they have theirs.
 Metrics  those of calql.py, cql/gap over all rows; split/exchanged M;
          split/tau; split/root_valid: the fits cross between the means, else midpoint; split/gap, split/gap_after of
-         mean d, on minus off, below 0: own rows are nearer; ref/q_gain_off, _on, Q of references less rows'; ref/q_std;
-         split/off_std, split/on_std; energy/loss; energy/label_entropy, near 0: one-hot labels, weak guidance;
-         energy/std_bq; ref/clip_frac of reference coordinates at the box; loss/behavior.
+         mean d, on minus off, below 0: own rows are nearer; ref/q_gain_off, ref/q_gain_on, Q of references less rows';
+         ref/q_std; split/off_std, split/on_std; energy/loss; energy/label_entropy, near 0: one-hot labels, weak
+         guidance; energy/std_bq; ref/clip_frac of reference coordinates at the box; loss/behavior.
 Run      python algorithms/calql_dare.py --env hopper-medium-v2 --seed 0
          n = 16, no cap: --exchange-cap 16, -1 | losses by origin --exchange-cap 0 | no energy --guidance-scale 0 |
          direct exchange --threshold sort

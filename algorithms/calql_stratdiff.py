@@ -34,9 +34,9 @@ Notes    As in calql.py: D1 one backward, D2 no half before the TD loss (twice E
          U24 losses of actor and temperature: on all rows, as in Cal-QL.
          U25 R online: uncalibrated (D3), exchanged own rows need no return; with --calibrate-online they have theirs.
 Metrics  those of calql.py, cql/gap over all rows; split/exchanged pairs, half of ρN when the halves overlap; split/tau;
-         split/gap, split/gap_after of mean d, on minus off; ref/q_gain_off, _on, Q of references less rows'; ref/q_std;
-         energy/loss; energy/label_entropy, near 0: one-hot labels, weak guidance; energy/std_bq; ref/clip_frac of
-         reference coordinates at the box; loss/behavior.
+         split/gap, split/gap_after of mean d, on minus off; ref/q_gain_off, ref/q_gain_on, Q of references less rows';
+         ref/q_std; energy/loss; energy/label_entropy, near 0: one-hot labels, weak guidance; energy/std_bq;
+         ref/clip_frac of reference coordinates at the box; loss/behavior.
 Run      python algorithms/calql_stratdiff.py --env hopper-medium-v2 --seed 0
          n_c = 8, 16 [Table 7]: --exchange-cap 8, 16 | losses by origin --exchange-cap 0 | no energy --guidance-scale 0
          --from-offline runs/calql/hopper-medium-v2/seed0: the papers' common start | --from-behavior RUN: its model

@@ -35,9 +35,9 @@ Notes    As in iql.py: D1 one backward, D2 raw rewards, D3 new optimizer online,
          U21 DARE-IV (App. G): Eq. 15's Q-target, Eq. 35's value loss, AWR on all rows in place of the SAC term.
 Metrics  split/exchanged M, often < 70 of 128; dare/awr_term, dare/sac_term of Eq. 16, far larger on raw rewards;
          split/tau; split/root_valid: the fits cross between the means, else midpoint; split/gap, split/gap_after of
-         mean d, on minus off, below 0: own rows are nearer; ref/q_gain_off, _on, Q of references less rows'; ref/q_std;
-         split/off_std, split/on_std; energy/loss; energy/label_entropy, near 0: one-hot labels, weak guidance;
-         energy/std_bq; ref/clip_frac of reference coordinates at the box; loss/behavior.
+         mean d, on minus off, below 0: own rows are nearer; ref/q_gain_off, ref/q_gain_on, Q of references less rows';
+         ref/q_std; split/off_std, split/on_std; energy/loss; energy/label_entropy, near 0: one-hot labels, weak
+         guidance; energy/std_bq; ref/clip_frac of reference coordinates at the box; loss/behavior.
 Run      python algorithms/iql_dare.py --env hopper-medium-v2 --seed 0
          no energy --guidance-scale 0 | no exchange --exchange-cap 0, capped 32 | direct exchange --threshold sort |
          DARE-IV --value-loss expectile | UTD 10 --utd 10 --online-steps 100000 | the papers' common start

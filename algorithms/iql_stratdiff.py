@@ -34,9 +34,9 @@ Notes    As in iql.py: D1 one backward, D2 raw rewards, D3 new optimizer online,
          U26 the policy's loss, of which the paper says nothing: AWR on all rows.
          U27 "w/o stratification" (App. G): losses by origin; the other reading, IQL's losses on all rows, is iql.py.
 Metrics  those of iql.py; split/exchanged pairs per batch, half of ρN when the halves overlap; split/tau;
-         split/gap, split/gap_after of mean d, on minus off; ref/q_gain_off, _on, Q of references less rows'; ref/q_std;
-         energy/loss; energy/label_entropy, near 0: one-hot labels, weak guidance; energy/std_bq; ref/clip_frac of
-         reference coordinates at the box; loss/behavior.
+         split/gap, split/gap_after of mean d, on minus off; ref/q_gain_off, ref/q_gain_on, Q of references less rows';
+         ref/q_std; energy/loss; energy/label_entropy, near 0: one-hot labels, weak guidance; energy/std_bq;
+         ref/clip_frac of reference coordinates at the box; loss/behavior.
 Run      python algorithms/iql_stratdiff.py --env hopper-medium-v2 --seed 0
          no expectile --online-value advantage | no stratification --exchange-cap 0 | no energy --guidance-scale 0 |
          UTD 10 --utd 10 --online-steps 120000 [Table 5]
