@@ -49,7 +49,7 @@ Run      python algorithms/iql_edis.py --env hopper-medium-v2 --seed 0
          the common start: --from-offline runs/iql/hopper-medium-v2/seed0
 Cost     reacher-mini-v0 from an offline phase: 2 CPU minutes; published sizes want a GPU (not measured there).
 Fails    to do much beside taking the dataset from its learner: on reacher-mini-v0 IQL gains most of it by that
-         alone (README: controls).
+         alone (README: controls). Guidance moves s' away from the simulator's, as in edis.py.
 """
 
 import math
