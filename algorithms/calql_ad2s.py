@@ -60,8 +60,8 @@ Cost     reacher-mini-v0 from an offline phase: 2.2 CPU minutes; published sizes
 Fails    where reward is high at the goal alone: D_re, rows of the highest reward, leaves out the way there, and no
          other row of the dataset is seen. Reacher, seed 100: 70.4; Cal-QL 79.1; --p-dr 1 --p-curi 1, all rows, 82.9.
          Hopper: of the tenth of rows with the highest rewards half lie within 30 steps of a fall, of all a fifth; in
-         most regenerations 3 to 4 % of the rows end an episode, of the dataset's 0.7 %. That is not why it loses there:
-         with all rows (same flags) the online average is 13.1, without them 13.6 (seeds 0 to 2; Cal-QL 22.1).
+         most regenerations 3 to 4 % of the rows end an episode, of the dataset's 0.7 %. It is not seen to be why it
+         loses there: online average with all rows (same flags) 13.1, as it is 13.6 (seeds 0 to 2; Cal-QL 22.1).
 """
 
 import math

@@ -51,7 +51,7 @@ Run      python algorithms/edis.py --env hopper-medium-v2 --seed 0
 Cost     reacher-mini-v0 from an offline phase: 2.4 CPU minutes; published sizes want a GPU (not measured there).
 Fails    to do much beside taking the dataset from its learner: on reacher-mini-v0 Cal-QL loses as much by that
          alone (README: controls). Guidance moves s' away from the simulator's, on hopper-mini-v0 from 0.082 standard
-         deviations to 0.122; the tilt alone to 0.125, E_T alone to 0.087 (flags above; seeds 0 to 4); 5,000 more
+         deviations to 0.122; the tilt alone to 0.125, E_T alone to 0.087 (sampled anew from runs 0 to 4); 5,000 more
          updates leave 0.115 of 0.117 (two seeds): learned gradients err by more than the model, which E_T should mend.
 """
 

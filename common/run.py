@@ -96,9 +96,7 @@ def parse_args(args_type: type, presets: dict[str, dict] | None = None) -> Any:
             with redirect_stderr(text):
                 return tyro.cli(args_type, args=words, **kwargs)
         except SystemExit as e:
-            if (
-                e.code not in (0, None) and text.getvalue()
-            ):  # tyro draws a box; keep its words (none: a signal)
+            if e.code and text.getvalue():  # tyro draws a box; keep its words (none: a signal)
                 plain = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯├┤─]", " ", text.getvalue())
                 print("error: " + " ".join(plain.split()), file=sys.stderr)
             raise
