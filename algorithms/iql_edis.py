@@ -243,7 +243,8 @@ class Energies:
     def regenerate(self, k: int) -> None:
         """The k-th time: the model from scratch, its pool, the energies on from where they were, guided rows."""
         self.generator.learn(k, self.sources)
-        self.fill_pool(k)
+        if self.guides:
+            self.fill_pool(k)
         self.learn("ratios", k, [*self.weighers])
         self.learn("energies", k, [*self.guides])
         self.generator.refill(k, self.gradient)

@@ -240,7 +240,7 @@ def labelled_rows(
 def guided_rows(
     energies: Any, k: int, task: data.Task, units: data.Units, offline: ReplayBuffer, online: ReplayBuffer
 ) -> dict[str, float]:
-    """generated_rows, and what EDIS's guidance changed: 2,000 rows of the model alone ("unguided") beside those.
+    """generated_rows, and what EDIS's guidance changed: beside it, if any, 2,000 rows of the model ("unguided").
 
     energy/*_js_states from own states; *_policy_gap: rms of the action against one of the policy's at that state, in
     units of the moments; *_sim_error as above; energy/clipped: share of guidance clipped; energy/effective: (Σ w)² /
@@ -254,7 +254,8 @@ def guided_rows(
     few = [spread(b.table[: b.rows, : g.features], 2_000) for b in (online, g.synthetic)]
     own, guided = (g.moments.normalize(x) for x in few)
     moving = own[:, :o].std(0) > 1e-2  # as in describe
-    for name, x in (("unguided", spread(energies.pool, 2_000)), ("guided", guided)):
+    compared = {"unguided": spread(energies.pool, 2_000)} if energies.guides else {}
+    for name, x in (compared | {"guided": guided}).items():
         logs[f"energy/{name}_js_states"] = divergence(x[:, :o][:, moving], own[:, :o][:, moving])
         gap = (x - energies.with_policy(x))[:, o : o + a]
         logs[f"energy/{name}_policy_gap"] = gap.square().mean().sqrt().item()

@@ -156,3 +156,9 @@ def quick_exports(request, monkeypatch) -> None:
 @pytest.fixture(autouse=True)
 def frequent_logs(monkeypatch) -> None:
     monkeypatch.setattr(run, "LOG_EVERY", 5)
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch) -> None:
+    """No power is lost in a test: files need not reach the disk; a run writes seventy, 5 ms each."""
+    monkeypatch.setattr(run.os, "fsync", lambda _: None)

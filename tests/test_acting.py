@@ -6,9 +6,10 @@ from collections import Counter
 import acting
 import bench
 import pytest
-import torch
+from conftest import CPU, TINY
 
-CPU = torch.device("cpu")
+WIDTHS = ["hidden", "planner_width", "planner_blocks"]
+WIDTHS += ["batch_size", "planner_batch", "laplace_rows", "laplace_draws"]
 # evaluations of a denoising network for one action, by hand from published settings: T, and for DUAL those of the
 # frozen model's next state; Diffuser: 20 steps, two guided moves in all but the last two, one value of the plans
 EVALUATIONS = {
@@ -30,7 +31,14 @@ EVALUATIONS = {
 
 @pytest.mark.parametrize("name", acting.POLICIES)
 def test_networks_are_evaluated_as_often_as_an_action_needs(name, monkeypatch):
-    calls = Counter()
+    """Of published settings, but for widths and batches, which take time and change no count."""
+    calls, few = Counter(), bench.few
+
+    def narrow(module, *sizes, **flags):
+        known = {k: TINY[k] for k in WIDTHS if k in module.Args.__dataclass_fields__}
+        return few(module, *sizes, **known | flags)
+
+    monkeypatch.setattr(bench, "few", narrow)
     for stem in ("dual", "diffuser", "diffql", "dacer"):
         module = importlib.import_module(f"algorithms.{stem}")
         for net, method in (("PlannerNet", "features"), ("Denoiser", "forward")):

@@ -40,12 +40,12 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("stem", FILES)
 def test_every_file_trains_on_every_domain(stem, name, files, tmp_path):
-    """100 steps offline, 100 online; finite scores; the losses of the last line are finite too."""
+    """50 steps offline, 50 online; finite scores; the losses of the last line are finite too."""
     algorithm = module(stem)
     tiny = vars(tiny_args(stem))  # without sizes that have no effect
     known = {k: v for k, v in TINY.items() if tiny.get(k) == v}
-    sizes = dict(offline_steps=100, online_steps=100, warmup_steps=20, eval_every=100, eval_episodes=1)
-    sizes |= {k: 40 for k in ("regenerate_every", "laplace_every") if k in known}
+    sizes = dict(offline_steps=50, online_steps=50, warmup_steps=10, eval_every=50, eval_episodes=1)
+    sizes |= {k: 20 for k in ("regenerate_every", "laplace_every") if k in known}
     args = run.with_presets(algorithm.Args, algorithm.ENV_PRESETS, name, **known | sizes, dataset=files[name],
                             out_dir=tmp_path)  # fmt: skip
     result = algorithm.train(args)

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 import re
 import subprocess
@@ -174,11 +175,25 @@ print("quiet")
     assert done.stdout == "quiet\n" and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("stem", FILES)
-def test_help_by_path_from_another_directory(stem, tmp_path):
-    script = str(ROOT / "algorithms" / f"{stem}.py")
-    done = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "--gamma" in done.stdout
+def test_help_by_path_from_another_directory(tmp_path):
+    """A process each for two files; one after the other in a third for all, as importing torch takes its seconds."""
+    paths = {stem: str(ROOT / "algorithms" / f"{stem}.py") for stem in FILES}
+    program = f"""
+import runpy, sys
+for stem, path in {paths!r}.items():
+    sys.argv = [path, "--help"]
+    print("help of", stem)
+    try:
+        runpy.run_path(path, run_name="__main__")
+        sys.exit(f"{{stem}} goes on")
+    except SystemExit as e:
+        assert not e.code, (stem, e.code)
+"""
+    for command in ([paths["iql"], "--help"], [paths["so2_dual"], "--help"], ["-c", program]):
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        told = done.stdout.split("help of ")[1:] or [done.stdout]
+        assert len(told) == (len(FILES) if command[0] == "-c" else 1) and all("--gamma" in x for x in told)
 
 
 def test_a_new_algorithm_edits_no_other_file(dataset, tmp_path):
@@ -227,6 +242,11 @@ def others(algorithm, name: str) -> list:
     return [Path("elsewhere")] if "Path" in str(hint) else []
 
 
+def another(algorithm, name: str):
+    """One other value; of a size, one beside what tests use instead of the published one."""
+    return TINY[name] + 1 if type(TINY.get(name)) is int else others(algorithm, name)[-1]
+
+
 def unless(stem: str, condition: str) -> dict:
     """A setting that makes `condition` false; none if the defaults do."""
     algorithm = module(stem)
@@ -239,25 +259,27 @@ def unless(stem: str, condition: str) -> dict:
     raise AssertionError(f"{stem}: nothing makes this false: {condition}")
 
 
-@pytest.fixture
-def reads(monkeypatch):
-    """Starts watching an algorithm: a set that fills with the settings that its code reads, but for checks."""
+@functools.cache
+def trained(stem: str, changes: tuple, dataset: Path) -> tuple[dict, Path]:
+    """A short run: its result and the folder with its log. Its code reads every setting but those it names as idle."""
+    algorithm, seen, out = module(stem), set(), dataset.parent / f"{stem}-{abs(hash(changes))}"
+    args = tiny_args(stem, dataset=dataset, out_dir=out, online_steps=40, **dict(changes))
+    known = set(algorithm.Args.__dataclass_fields__)
 
-    def watch(algorithm) -> set[str]:
+    def spy(args, name):
+        reader = sys._getframe(1).f_code.co_filename
+        if name in known and reader not in (run.__file__, dataclasses.__file__):
+            seen.add(name)
+        return object.__getattribute__(args, name)
+
+    with pytest.MonkeyPatch.context() as patch:
         for name in [x for x in vars(algorithm) if x.endswith("_SETTINGS")]:
-            monkeypatch.setattr(algorithm, name, ())  # what a checkpoint depends on
-        known, seen = set(algorithm.Args.__dataclass_fields__), set()
-
-        def spy(args, name):
-            reader = sys._getframe(1).f_code.co_filename
-            if name in known and reader not in (run.__file__, dataclasses.__file__):
-                seen.add(name)
-            return object.__getattribute__(args, name)
-
-        monkeypatch.setattr(algorithm.Args, "__getattribute__", spy)
-        return seen
-
-    return watch
+            patch.setattr(algorithm, name, ())  # what a checkpoint depends on
+        patch.setattr(algorithm.Args, "__getattribute__", spy)
+        result = algorithm.train(args)
+    unread = known - seen - PLUMBING - UNREAD
+    assert unread <= idle(stem, args), "settings without effect that the file does not name"
+    return result, out
 
 
 def idle(stem: str, args) -> set[str]:
@@ -270,27 +292,23 @@ NEEDS = [(stem, condition) for stem in FILES for condition in getattr(module(ste
 
 
 @pytest.mark.parametrize(("stem", "condition"), NEEDS)
-def test_settings_that_are_refused_have_no_effect(stem, condition, dataset, tmp_path, monkeypatch, reads):
+def test_settings_that_are_refused_have_no_effect(stem, condition, random_rows, tmp_path, monkeypatch):
     """Unless its condition holds: other values leave the log as it is; and no setting is unread but those named."""
     algorithm = module(stem)
     names, changes = algorithm.NEEDS[condition], unless(stem, condition)
-    common = dict(dataset=dataset, online_steps=40) | changes
+    common = dict(dataset=random_rows, online_steps=40) | changes
     name = names[0]
-    other = common | {name: others(algorithm, name)[-1]}
+    other = common | {name: another(algorithm, name)}
     with pytest.raises(run.UsageError, match=f"{run.flag(name)}: .*no effect unless"):
-        algorithm.train(tiny_args(stem, out_dir=tmp_path / "no", **other))
-    args = tiny_args(stem, out_dir=tmp_path / "a", **common)
-    seen = reads(algorithm)
-    algorithm.train(args)
-    unread = set(algorithm.Args.__dataclass_fields__) - seen - PLUMBING - UNREAD
-    assert unread <= idle(stem, args), "settings without effect that the file does not name"
+        algorithm.train(tiny_args(stem, out_dir=tmp_path, **other))
+    _, plain = trained(stem, tuple(changes.items()), random_rows)
     for k in (k for k in names if k not in changes and others(algorithm, k)):
-        common[k] = others(algorithm, k)[-1]
+        common[k] = another(algorithm, k)
     monkeypatch.setattr(algorithm, "NEEDS", {})
-    algorithm.train(tiny_args(stem, out_dir=tmp_path / "b", **common))
+    algorithm.train(tiny_args(stem, out_dir=tmp_path, **common))
     told = ("loss/", "eval/", "train/", "syn/")  # not what is logged of the settings themselves
     logs = [
-        [{k: v for k, v in r.items() if k.startswith(told)} for r in log_rows(tmp_path / x)] for x in "ab"
+        [{k: v for k, v in r.items() if k.startswith(told)} for r in log_rows(x)] for x in (plain, tmp_path)
     ]
     assert logs[0] == logs[1]
 
@@ -315,15 +333,11 @@ SWITCHES = [
 
 
 @pytest.mark.parametrize(("stem", "name"), SWITCHES)
-def test_training_with_each_switch_flipped(stem, name, dataset, tmp_path, reads):
+def test_training_with_each_switch_flipped(stem, name, random_rows):
     """Branches that only a non-default flag reaches still train, and change the run."""
-    plain = module(stem).train(tiny_args(stem, dataset=dataset, out_dir=tmp_path / "plain", online_steps=40))
-    flipped = not module(stem).Args.__dataclass_fields__[name].default
-    args = tiny_args(stem, dataset=dataset, out_dir=tmp_path / "flipped", online_steps=40, **{name: flipped})
-    seen = reads(module(stem))
-    result = module(stem).train(args)
-    unread = set(module(stem).Args.__dataclass_fields__) - seen - PLUMBING - UNREAD
-    assert unread <= idle(stem, args), "settings without effect that the file does not name"
+    on = module(stem).Args.__dataclass_fields__[name].default
+    plain, _ = trained(stem, (), random_rows)
+    result, _ = trained(stem, ((name, not on),), random_rows)
     assert all(abs(result[k]) < 1e4 for k in ("offline_score", "final_score"))
     assert result["final_score"] != plain["final_score"]
 

@@ -21,11 +21,8 @@ INSTALLATION = {  # needs a package index; the suite itself was installed by the
     "python3 -m pip install uv", "uv venv", "uv sync --extra video", "uv pip install --torch-backend cpu -e .",
     "pip install -e .",
 }  # fmt: skip
-SHORTER = {
-    "--rows 90000 --epoch 249": "--rows 500 --epoch 1",
-    "--rows 1000000": "--rows 600",
-    "-n auto": "--co -n 0",
-}
+THIS = "uv run pytest -n auto"  # what has this very test run
+SHORTER = {"--rows 90000 --epoch 249": "--rows 500 --epoch 1", "--rows 1000000": "--rows 600"}
 NO_OPENGL = "error: --video: got no OpenGL"  # what a machine without it is told, in one line
 
 
@@ -74,6 +71,11 @@ def copy(tmp_path_factory) -> Path:
         "__pycache__", ".venv", "runs", ".git", "*.egg-info", ".pytest_cache", ".ruff_cache"
     )
     shutil.copytree(ROOT, folder, ignore=skip)
+    collect = folder / "common" / "tools" / "collect.py"
+    source = collect.read_text()
+    long = "for _ in range(1_000):"  # SAC's updates of an epoch, which no flag shortens
+    assert source.count(long) == 1
+    collect.write_text(source.replace(long, "for _ in range(10):"))
     return folder
 
 
@@ -81,7 +83,7 @@ def test_every_command_in_readme_runs(copy):
     before = (copy / "README.md").read_bytes()
     told = {}
     for command in commands():
-        if command in INSTALLATION:
+        if command in INSTALLATION | {THIS}:
             continue
         start = time.monotonic()
         done = told[command] = run_in(copy, command)
@@ -89,7 +91,7 @@ def test_every_command_in_readme_runs(copy):
         fine = done.returncode == 0 or ("--video" in command and done.stderr.startswith(NO_OPENGL))
         assert fine, f"{command}: {done.returncode}\n{done.stdout[-2_000:]}{done.stderr[-2_000:]}"
     assert (copy / "README.md").read_bytes() == before, "what README says is written again by its commands"
-    assert set(commands()) >= INSTALLATION
+    assert set(commands()) >= INSTALLATION | {THIS}
     for part in (
         "common.tools.new",
         "common.tools.play",
