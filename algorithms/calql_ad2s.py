@@ -61,8 +61,9 @@ Fails    where reward is high at the goal alone: D_re, rows of the highest rewar
          other row of the dataset is seen. Reacher, seed 100: 70.4; Cal-QL 79.1; --p-dr 1 --p-curi 1, all rows, 82.9.
          Hopper: of the tenth of rows with the highest rewards half lie within 30 steps of a fall, of all a fifth; in
          most regenerations 3 to 4 % of the rows end an episode, of the dataset's 0.7 %. It is not seen to be why it
-         loses there: online average with all rows (same flags) 13.1, as it is 13.6 (seeds 0 to 2; Cal-QL 22.1). Half
-         of the loss, 2.8 [0.6, 4.9] of 5.8, is the preset's brief training: --diffusion-steps 12000, seeds 0 to 4.
+         loses there: online average with all rows (same flags) 13.1, as it is 13.6 (seeds 0 to 2; Cal-QL 22.1). Of
+         the loss, 5.8, a model trained longer (--diffusion-steps 12000) has 2.8 [0.6, 4.9] back, seeds 0 to 4, but it
+         was tried because of seed 0; the others have 1.8.
 """
 
 import math
