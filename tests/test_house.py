@@ -262,7 +262,8 @@ def unless(stem: str, condition: str) -> dict:
 @functools.cache
 def trained(stem: str, changes: tuple, dataset: Path) -> tuple[dict, Path]:
     """A short run: its result and the folder with its log. Its code reads every setting but those it names as idle."""
-    algorithm, seen, out = module(stem), set(), dataset.parent / f"{stem}-{abs(hash(changes))}"
+    algorithm, seen = module(stem), set()
+    out = dataset.parent / "-".join([stem, *(f"{k}={v}" for k, v in changes)])
     args = tiny_args(stem, dataset=dataset, out_dir=out, online_steps=40, **dict(changes))
     known = set(algorithm.Args.__dataclass_fields__)
 
