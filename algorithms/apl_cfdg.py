@@ -771,7 +771,7 @@ def train(args: Args) -> dict[str, float]:
                 r.log(step, logs | {"apl/recent": float(recent)})
             if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
                 r.record(step + 1, evaluate(act, r.device))
-        if until < args.online_steps:
+        if until < args.online_steps and f"report {k}" not in r.passed:
             generator.regenerate(k, [known, online], weights=[1, 1])  # alike in the moments: U42
             if r.once(f"report {k}"):
                 r.record(until, judge.labelled_rows(generator, k, task, units, offline, online))

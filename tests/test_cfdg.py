@@ -1,6 +1,7 @@
 """CFDG on IQL: labels, guidance and shares against closed forms; what a batch is made of; the ablations' switches."""
 
 import csv
+import gc
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import module, tiny_args
+from conftest import Killed, equal_states, final_state, kill_after, log_rows, module, tiny_args
 
 from algorithms import iql_cfdg
 from algorithms.iql_cfdg import NULL, OFFLINE, ONLINE, LabelledGenerator, LabelledNet, batch_counts
@@ -428,3 +429,20 @@ def test_defaults_are_the_papers():
     assert (args.diffusion_depth, args.diffusion_width, args.diffusion_batch) == (6, 1_024, 256)
     assert (args.sample_steps, args.diffusion_lr, args.diffusion_steps) == (128, 3e-4, 100_000)
     assert round(args.online_label_frac * args.synthetic_rows) == 100_000
+
+
+@pytest.mark.parametrize("stem", ["iql_cfdg", "pex_cfdg", "apl_cfdg"])
+def test_a_run_killed_between_online_labels_of_a_later_regeneration_resumes(stem, dataset, tmp_path, monkeypatch):
+    """Then the buffer has rows of one label only, which is no reason to give up: four chunks, two of each label."""
+    settings = dict(dataset=dataset, sample_batch=10)
+    module(stem).train(tiny_args(stem, out_dir=tmp_path / "straight", **settings))
+    monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
+    args = tiny_args(stem, out_dir=tmp_path / "killed", **settings)
+    with monkeypatch.context() as patch:
+        kill_after(patch, edm, "sample", 5)  # one chunk of the second time
+        with pytest.raises(Killed):
+            module(stem).train(args)
+    gc.collect()
+    module(stem).train(args)
+    assert log_rows(tmp_path / "straight") == log_rows(tmp_path / "killed")
+    assert equal_states(final_state(tmp_path / "straight"), final_state(tmp_path / "killed"))
