@@ -137,7 +137,7 @@ OFFLINE_SETTINGS = (  # what an offline checkpoint depends on, beside the datase
 )  # fmt: skip
 UPSAMPLE_SETTINGS = (  # NEW: and on with --offline-upsample
     "offline_upsample", "synthetic_rows", "diffusion_steps", "diffusion_batch", "diffusion_lr", "diffusion_width",
-    "diffusion_depth", "diffusion_time_dim", "sample_steps", "sample_churn",
+    "diffusion_depth", "diffusion_time_dim", "sample_steps", "sample_churn", "terminal_flag",
 )  # fmt: skip
 NEEDS = {  # condition -> settings that have no effect without it: a flag for one is refused then
     "lagrange": ("target_gap",),

@@ -1,6 +1,6 @@
 """Files of datasets: fetching, checking and reading D4RL's, making Frozen-Lake's, reading Minari's."""
 
-import hashlib
+import math
 import os
 import urllib.error
 import urllib.request
@@ -16,17 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from common import envs
-from common.run import UsageError
+from common.run import UsageError, sha256_of
 
 FIELDS = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def verify(path: Path, size: int | None, sha256: str | None) -> str:
@@ -57,6 +49,8 @@ def download(url: str, path: Path, size: int | None, sha256: str | None) -> None
                 while block := source.read(1 << 20):
                     f.write(block)
                     bar.update(len(block))
+            if total is not None and f.tell() != total:  # the server hung up: no error of urllib's
+                raise ConnectionError(f"{f.tell()} of {total} bytes came")
         verify(part, size, sha256)
         part.replace(path)
     except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError, ValueError) as e:
@@ -140,7 +134,9 @@ def read_columns(path: Path, name: str, obs_dim: int, act_dim: int) -> dict[str,
                 allowed = "the same number of rows, at least 2, in every array"
                 raise refuse(path, f"rows {counts}", allowed)
             needed = 4 * sum(x.size for x in found.values()) / 2**30  # as float32
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+            memory = math.inf  # not known on Windows
+            if hasattr(os, "sysconf"):
+                memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
             if needed > memory / 2:  # a copy on the device comes beside it
                 got = f"{counts['rewards']} rows, {needed:.1f} GiB"
                 raise refuse(path, got, f"half of this machine's {memory:.1f} GiB at most")

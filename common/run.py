@@ -241,6 +241,20 @@ def git_commit() -> str:
         return "unknown"
 
 
+def made_by() -> dict[str, Any]:
+    """Commit and versions: what args.json says of the code."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {"commit": git_commit(), "versions": versions}
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 # ---- the run ----
 
 
@@ -326,12 +340,11 @@ class Run:
             lock.acquire(timeout=0.5)  # somebody may just look whether a process has it
         except Timeout as e:
             raise UsageError("run directory", self.dir, "one that no other process is using") from e
-        self.release = weakref.finalize(self, lock.release)
-        for path in self.dir.iterdir() if args.overwrite else ():
-            if path.is_dir():
-                shutil.rmtree(path)  # tensorboard
-            elif path != Path(lock.lock_file):
-                path.unlink()
+        self.release, self.lock = weakref.finalize(self, lock.release), Path(lock.lock_file)
+        self.anew = args.overwrite  # what is there does not count, and is removed by `register`
+        for name, path in vars(args).items() if self.anew else ():
+            if name.startswith("from_") and path is not None:
+                self._check_source(name.removeprefix("from_"), path)
         self.objects: dict[str, Any] = {}
         self.done: dict[str, int] = {}  # steps finished, per phase
         self.passed: list[str] = []  # names that `once` was asked for
@@ -354,14 +367,14 @@ class Run:
     def final(self) -> dict[str, float] | None:
         """Contents of final.json if this run is finished."""
         path = self.dir / "final.json"
-        return read_json(path) if path.exists() else None
+        return read_json(path) if path.exists() and not self.anew else None
 
     def _settle_args(self, presets: dict[str, dict]) -> None:
         """Compare with the args.json of a run that has begun; `register` writes it."""
         path = self.dir / "args.json"
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.args).items()}
         settings = {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in settings.items()}
-        if path.exists() and ((self.dir / "state.pt").exists() or self.final):
+        if path.exists() and not self.anew and ((self.dir / "state.pt").exists() or self.final):
             self.info = read_json(path)
             before = {k: v["value"] for k, v in self.info["settings"].items()}
             pairs = {
@@ -371,6 +384,13 @@ class Run:
             if changed:
                 allowed = "the settings it was started with, another --out-dir, or --overwrite"
                 raise UsageError(f"settings of {self.dir}", ", ".join(changed), allowed)
+            file = self.args.dataset
+            if self.final and file is not None and file.is_file():  # an unfinished run reads it anyway
+                self.require(dataset=sha256_of(file))
+            before, now = ({"commit": x["commit"], **x["versions"]} for x in (self.info, made_by()))
+            other = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
+            if other and not self.final:
+                print(f"note: {self.dir} was begun with other code: {', '.join(other)}", file=sys.stderr)
             return
         defaults = {f.name: f.default for f in fields(self.args)}
         origin = {k: "default" if v == defaults[k] else "preset" for k, v in asdict(self.args).items()}
@@ -381,13 +401,8 @@ class Run:
         self.info = {
             "settings": {k: {"value": v, "origin": origin[k]} for k, v in settings.items()},
             "command": " ".join(sys.argv),
-            "commit": git_commit(),
             "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-            },
+            **made_by(),
         }
 
     def require(self, **facts: str) -> None:
@@ -409,6 +424,12 @@ class Run:
         in the order of the arguments. Call once, after everything is built and before anything is captured.
         """
         self.objects = objects
+        for old in self.dir.iterdir() if self.anew else ():
+            if old.is_dir():
+                shutil.rmtree(old)  # tensorboard
+            elif old != self.lock:
+                old.unlink()
+        self.anew = False
         write_json(self.info, self.dir / "args.json")
         path = self.dir / "state.pt"
         if path.exists():
@@ -469,12 +490,19 @@ class Run:
         save_atomically(state, self.dir / f"{phase}.pt")
         return state
 
+    def _check_source(self, phase: str, path: Path) -> Path:
+        """The <phase>.pt that --from-<phase> `path` means; UsageError if there is none, or --overwrite removes it."""
+        file = path / f"{phase}.pt" if path.is_dir() else path
+        if not file.exists():
+            allowed = f"a {phase}.pt, or a run directory whose {phase} phase is over"
+            raise UsageError(f"--from-{phase}", file, allowed)
+        if self.anew and file.resolve().is_relative_to(self.dir.resolve()):
+            raise UsageError(f"--from-{phase}", file, "another run's: --overwrite removes this one")
+        return file
+
     def import_phase(self, phase: str, path: Path, settings: dict, **objects: Any) -> None:
         """Load the <phase>.pt at `path` (or in that run directory) instead of the phase; UsageError if it differs."""
-        flag = f"--from-{phase}"
-        path = path / f"{phase}.pt" if path.is_dir() else path
-        if not path.exists():
-            raise UsageError(flag, path, f"a {phase}.pt, or a run directory whose {phase} phase is over")
+        flag, path = f"--from-{phase}", self._check_source(phase, path)
         state = load_state(path, self.device)
         theirs = state.get("settings", {})
         keys = [k for k in {**theirs, **settings} if theirs.get(k) != settings.get(k)]

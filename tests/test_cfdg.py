@@ -432,7 +432,9 @@ def test_defaults_are_the_papers():
 
 
 @pytest.mark.parametrize("stem", ["iql_cfdg", "pex_cfdg", "apl_cfdg"])
-def test_a_run_killed_between_online_labels_of_a_later_regeneration_resumes(stem, dataset, tmp_path, monkeypatch):
+def test_a_run_killed_between_online_labels_of_a_later_regeneration_resumes(
+    stem, dataset, tmp_path, monkeypatch
+):
     """Then the buffer has rows of one label only, which is no reason to give up: four chunks, two of each label."""
     settings = dict(dataset=dataset, sample_batch=10)
     module(stem).train(tiny_args(stem, out_dir=tmp_path / "straight", **settings))

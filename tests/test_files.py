@@ -118,6 +118,14 @@ def test_a_download_cut_off_is_refused(server):
     assert server.listing() == []
 
 
+def test_a_download_cut_off_is_refused_where_neither_size_nor_hash_is_known(server, tmp_path):
+    server.reply = lambda handler: server.whole_file(handler, server.body[: len(server.body) // 2])
+    words = f"{len(server.body) // 2} of {len(server.body)} bytes came"
+    with pytest.raises(UsageError, match=words):
+        files.download(f"{server.url}/d4rl/gym_mujoco_v2/hopper_medium-v2.hdf5", tmp_path / "x", None, None)
+    assert not list(tmp_path.glob("x*"))
+
+
 def test_a_download_whose_connection_breaks_is_refused(server):
     def reset(handler: BaseHTTPRequestHandler) -> None:
         server.whole_file(handler, server.body[:100])

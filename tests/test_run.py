@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -104,12 +105,44 @@ def test_a_finished_run_says_so_and_overwrite_starts_anew(dataset, tmp_path, cap
     assert set(again) == set(first)
 
 
+def test_overwrite_removes_nothing_before_the_command_is_valid(dataset, tmp_path):
+    """A path that is not there, the run's own folder, a batch without rows: the finished run stays."""
+    first = module("iql").train(tiny_args("iql", dataset=dataset, out_dir=tmp_path))
+    folder = run_dir(tmp_path, "iql", dataset)
+    for changes, words in (
+        (dict(from_offline=tmp_path / "typo"), "--from-offline: got .*typo"),
+        (dict(from_offline=folder), "--from-offline: got .*--overwrite removes this one"),
+        (dict(from_offline=folder / "offline.pt"), "--from-offline: got .*--overwrite removes this one"),
+        (dict(offline_frac=0.01), "rows of a batch"),
+    ):
+        with pytest.raises(run.UsageError, match=words):
+            module("iql").train(
+                tiny_args("iql", dataset=dataset, out_dir=tmp_path, overwrite=True, **changes)
+            )
+        assert module("iql").train(tiny_args("iql", dataset=dataset, out_dir=tmp_path)) == first
+
+
+def test_resuming_with_other_code_is_said(dataset, tmp_path, capsys, monkeypatch):
+    args = tiny_args("iql", dataset=dataset, out_dir=tmp_path)
+    first = module("iql").train(args)
+    monkeypatch.setattr(run, "git_commit", lambda: "another")
+    module("iql").train(args)
+    assert not capsys.readouterr().err  # finished: nothing is computed
+    (run_dir(tmp_path, "iql", dataset) / "final.json").unlink()
+    assert module("iql").train(args)["final_score"] == first["final_score"]
+    assert re.search(r"note: .* was begun with other code: commit \S+ -> another\n", capsys.readouterr().err)
+
+
 def test_other_settings_are_refused_by_name_and_other_data_too(dataset, tmp_path):
     module("iql").train(tiny_args("iql", dataset=dataset, out_dir=tmp_path))
     with pytest.raises(run.UsageError, match=r"gamma 0\.99 -> 0\.5, utd 1 -> 3"):
         module("iql").train(tiny_args("iql", dataset=dataset, out_dir=tmp_path, utd=3, gamma=0.5))
     other = tmp_path / dataset.name
     other.write_bytes(dataset.read_bytes() + b"\0")
+    with pytest.raises(
+        run.UsageError, match="as when the run was started"
+    ):  # finished, but not on these data
+        module("iql").train(tiny_args("iql", dataset=other, out_dir=tmp_path))
     (run_dir(tmp_path, "iql", dataset) / "final.json").unlink()
     with pytest.raises(run.UsageError, match="as when the run was started"):
         module("iql").train(tiny_args("iql", dataset=other, out_dir=tmp_path))
@@ -407,9 +440,10 @@ def test_wandb_gets_the_log(dataset, tmp_path, monkeypatch):
 
 
 def test_a_machine_without_posix_modules_trains(dataset, tmp_path):
-    """As on Windows: no fcntl, no resource. The lock is another, memory is not known, all else is the same."""
+    """As on Windows: no fcntl, no resource, no sysconf. The lock is another, memory is not known, all else is the same."""
     code = """
-import sys
+import os, sys
+del os.sysconf
 sys.modules["fcntl"] = sys.modules["resource"] = None
 sys.path.insert(0, sys.argv[1])
 from conftest import *
