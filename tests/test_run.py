@@ -440,7 +440,7 @@ def test_wandb_gets_the_log(dataset, tmp_path, monkeypatch):
 
 
 def test_a_machine_without_posix_modules_trains(dataset, tmp_path):
-    """As on Windows: no fcntl, no resource, no sysconf. The lock is another, memory is not known, all else is the same."""
+    """As on Windows: no fcntl, resource, sysconf. The lock is another, memory is not known, all else is the same."""
     code = """
 import os, sys
 del os.sysconf

@@ -296,6 +296,7 @@ def test_offline_upsample_learns_from_generated_rows_only(stem, dataset, tmp_pat
     (source,) = tmp_path.glob("**/offline.pt")
     for other, words in (
         (dict(diffusion_steps=16), "diffusion_steps 15 -> 16"),
+        (dict(terminal_flag="joint"), "terminal_flag classifier -> joint"),
         (dict(offline_upsample=False), "offline_ups"),
     ):
         with pytest.raises(run.UsageError, match=words):  # not the same offline phase
