@@ -26,7 +26,7 @@ def test_verdicts_of_known_differences():
         "iql_cfdg", "syn/js_states", [0.3, 0.5]
     )
     line = next(x for x in diagnose.show(rows).splitlines() if "nearer than EDIS's" in x)
-    assert line.endswith("| +0.15 [+0.1, +0.2], 2: too few |")  # 0.2 and 0.1; seed 2 has no pair
+    assert line.endswith("| +0.15 [-0.485, +0.785], 2: too few |")  # 0.2 and 0.1; seed 2 has no pair
 
 
 def read_one(folder: Path) -> dict[str, float]:

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import FILES, ROOT, module, tiny_args
+from scipy import stats
 
 from common import data, run
 from common.tools import report
@@ -453,14 +455,15 @@ def test_what_stands_in_iqls_column_of_a_table_is_paired_with_its_own_backbone(t
 
 
 def test_interval_of_a_mean_and_the_chance_of_improvement():
-    """Of two values, resampled means are 0, 1/2, 1 with chances 1/4, 1/2, 1/4; ties of scores count half."""
-    assert report.mean_interval([0.0, 1.0]) == (0.5, 0.0, 1.0)
-    assert report.mean_interval([3.0] * 5) == (3.0, 3.0, 3.0)
+    """scipy's for 2 to 60 values; of equal values no width, of one no bounds; ties of scores count half."""
     rng = np.random.default_rng(1)
+    for n in range(2, 61):
+        x = rng.normal(3, 1, n)
+        theirs = stats.t.interval(0.95, n - 1, x.mean(), x.std(ddof=1) / n**0.5)
+        assert report.mean_interval(x.tolist()) == pytest.approx((x.mean(), *theirs), abs=2e-3)
+    assert report.mean_interval([3.0] * 5) == (3.0, 3.0, 3.0)
+    assert report.mean_interval([3.0]) == (3.0, -math.inf, math.inf)
     x = rng.normal(size=400)
-    middle, low, high = report.mean_interval(x.tolist())
-    error = x.std() / 20
-    assert (middle - low, high - middle) == pytest.approx((1.96 * error, 1.96 * error), rel=0.1)
     assert report.improvement([1.0, 2.0], [0.0, 0.0]) == (1.0, 1.0, 1.0)
     assert report.improvement([1.0, 2.0, 3.0], [2.0, 2.0])[0] == 0.5
     chance, low, high = report.improvement(x.tolist(), (x + 0.5).tolist())
@@ -508,6 +511,8 @@ def test_a_run_is_paired_with_the_backbone_of_its_own_checkpoint(tmp_path):
              for x in rows if x["file"] == "iql_dare"}  # fmt: skip
     assert found == {"010.0": 50.0, "110.0": 50.0, "111.0": 51.0, "211.0": 51.0, "399.0": 51.0}
     assert report.pair({"seed": "4", "offline": 10.0}, rows) is None
+    bases = [x for x in rows if x["file"] == "iql"]
+    assert report.pair({"seed": "1", "offline": 77.0}, bases)["final"] == 50.5  # the mean of two as good
     (line,) = report.paired_lines(report.grouped(rows))
     assert line[2] == "5" and line[4].startswith("+4.2 ")  # 3, 3, 5, 5, 5
 

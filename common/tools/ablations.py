@@ -4,7 +4,7 @@
     python -m common.tools.ablations --list                              file, tab, flags: what that runs
     python -m common.tools.ablations --readme README.md                  README's table, from the kept results
 
-Whole method minus ablated one, paired by seed, from one checkpoint: mean [95% bootstrap interval]. The papers say that
+Whole method minus ablated one, paired by seed, from one checkpoint: mean [Student's 95% interval]. The papers say that
 every part helps: with five pairs or more, runs agree if the interval of the final score or of the online average is
 above 0, disagree if one is below it, else they cannot tell. The controls are ours: EDIS and AD2S also take the dataset
 from the learner that goes online; a backbone without it (one row of a batch remains) tells what that does, and
@@ -72,9 +72,10 @@ def kept_flags(flags: str) -> str:
 def show(whole: list[report.Row], ablated: list[report.Row]) -> str:
     """The Markdown table of all ablations that have two pairs at least."""
     checkpoint = itemgetter("file", "env", "seed", "offline")
-    full = {checkpoint(x): x for x in (*whole, *ablated) if not x["flags"]}
+    counted = [x for x in (*whole, *ablated) if not x["problem"]]
+    full = {checkpoint(x): x for x in counted if not x["flags"]}
     pairs = defaultdict(list)
-    for row in ablated:
+    for row in counted:
         if row["flags"] and (base := full.get(checkpoint(row))):
             pairs[row["file"], row["flags"], row["env"]].append((base, row))
     lines = []

@@ -4,10 +4,11 @@
     python -m common.tools.diagnose runs/ --keep common/diagnostics.csv           into the kept ones
     python -m common.tools.diagnose --csv common/diagnostics.csv --readme README.md     README's table, from those
 
-A claim is that one logged number is above another (or 0), of one method or of two with the same seeds. Over the seeds
-of a task: mean difference [95% bootstrap interval]; runs agree with the paper if the interval is above 0, disagree if
-it is below, else they cannot tell, and say nothing with fewer than five seeds. What is logged: files' docstrings and
-common/judge.py; of each run its last value, of split/* and ref/*, which are a batch's, the mean.
+A claim is that one logged number is above another (or 0), of one method or of two with the same seeds (where two
+machines shared the study, not always from one checkpoint). Over the seeds of a task: mean difference [Student's 95%
+interval]; runs agree with the paper if the interval is above 0, disagree if it is below, else they cannot tell, and say
+nothing with fewer than five seeds. What is logged: files' docstrings and common/judge.py; of each run its last value,
+of split/* and ref/*, which are a batch's, the mean.
 """
 
 import csv
@@ -75,7 +76,8 @@ for name, file in [("DARE", "iql_dare"), ("DARE", "calql_dare"),
                    ("StratDiff", "iql_stratdiff"), ("StratDiff", "calql_stratdiff")]:
     source = f"{name}, `{file}`"
     claim(source, "guided references have a higher Q than the dataset's actions", f"{file} ref/q_gain_off")
-    claim(source, "own rows are less aligned with references than the dataset's (mean d)", f"{file} split/gap")
+    claim(source, "own rows are less aligned with references than the dataset's (mean d; the idea, no sentence)",
+          f"{file} split/gap")
     claim(source, "exchanges part the halves more than as many random ones (mean d; so made)",
           f"{file} split/gap_after", f"{file} split/gap_random")
 for file in ("iql_dare", "calql_dare"):
@@ -127,7 +129,8 @@ def derived(found: report.Found) -> dict[str, float]:
             column = task.obs_dim + task.act_dim  # (s, a, r, s', terminated)
             own, generated = (file[k][:, column] for k in ("online", "synthetic"))
             real = np.concatenate([own, file["offline"][:, column]])
-        x["syn/reward_gain"] = float(generated.mean() - own.mean()) / float(real.std())
+        if spread := float(real.std()):  # none where no row is rewarded
+            x["syn/reward_gain"] = float(generated.mean() - own.mean()) / spread
     used = {metric for c in CLAIMS for side in (c.more, c.less) if side for metric in side[1:]}
     return {k: v for k, v in x.items() if k in used}
 

@@ -9,6 +9,7 @@
 Writes report.md (what is printed), results.csv (one row per run; gives the same tables again) and the figures
 curves-*.png, exchange-*.png, synthetic-*.png. Scores are D4RL-normalised; spread is the standard deviation over seeds,
 n - 1. Over tasks: interquartile mean of all (task, seed) scores, 95% bootstrap interval, seeds redrawn in each task.
+Differences to the backbone: mean over seeds and Student's 95% interval.
 
 A run counts if it is finished and its files are whole and agree: final.json's scores are those of log.csv, the folder
 is what args.json says, and seeds of one method on one task have equal settings (the majority's; without one, none
@@ -80,6 +81,11 @@ MARKERS = "<!-- results -->", "<!-- end results -->"
 HEADLINE = "<!-- headline -->", "<!-- end headline -->"  # optional, in README's first lines
 ENOUGH = 5  # pairs, for a verdict
 RESAMPLES = 2_000
+# the 97.5th percentile of Student's t with 1, 2, ... degrees of freedom
+STUDENT = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+)  # fmt: skip
 
 Row = dict[str, Any]  # of results.csv; a missing number is None
 
@@ -294,11 +300,19 @@ def bootstrap(strata: list[list[float]], resamples: int = RESAMPLES) -> tuple[fl
     return float(iqm(np.concatenate(strata))), float(low), float(high)
 
 
-def mean_interval(values: list[float], resamples: int = RESAMPLES) -> tuple[float, float, float]:
-    """Mean and its 95% percentile interval over resampled `values` (those of the seeds)."""
-    x = np.asarray(values)
-    drawn = np.random.default_rng(0).choice(x, (resamples, len(x))).mean(1)
-    return float(x.mean()), *(float(v) for v in np.percentile(drawn, [2.5, 97.5]))
+def mean_interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean of `values` (those of the seeds) and Student's 95% interval; of one value that is everything.
+
+    Not the bootstrap's, which with five seeds holds the true mean in 85 of 100 cases, with ten in 90.
+    """
+    x, df = np.asarray(values), len(values) - 1
+    mean = float(x.mean())
+    if df == 0:
+        return mean, -math.inf, math.inf
+    z = 1.95996  # beyond the table: Cornish and Fisher's expansion in 1 / df
+    beyond = z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+    half = (STUDENT[df - 1] if df <= len(STUDENT) else beyond) * float(x.std(ddof=1)) / math.sqrt(len(x))
+    return mean, mean - half, mean + half
 
 
 def improvement(
@@ -372,10 +386,12 @@ def iqm_lines(groups: dict[tuple[str, str], list[Row]]) -> list[list[str]]:
 
 
 def pair(row: Row, bases: list[Row]) -> Row | None:
-    """Of the runs of `row`'s backbone that of the same seed; of several, that from the same checkpoint."""
+    """Of the runs of `row`'s backbone that of the same seed and checkpoint; of several from others, their mean."""
     same = [x for x in bases if x["seed"] == row["seed"]]
-    one = [x for x in same if x["offline"] == row["offline"]]  # one checkpoint, one score
-    return next(iter(one + same), None)
+    for x in same:
+        if x["offline"] == row["offline"]:  # one checkpoint, one score
+            return x
+    return same[0] | {k: float(np.mean([x[k] for x in same])) for k in SCORES} if same else None
 
 
 class Paired(NamedTuple):
