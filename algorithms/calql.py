@@ -26,7 +26,7 @@ Metrics  loss/{q,actor,alpha}; cql/gap is logsumexp - Q on data, falls below 0 w
 Run      python algorithms/calql.py --env hopper-medium-v2 --seed 0
          CQL: --no-calibrate
 Cost     hopper-mini-v0: 1.5 minutes on one CPU core; GPU not measured.
-Fails    Maze2D with CORL's settings (CQL scores 9 there): rewards of 0.05 a step are little beside a conservative term
+Fails    Maze2D with CORL's settings (CQL scores -9 there): rewards of 0.05 a step are little beside a conservative term
          of weight 1 and more, Q falls below 0; --no-lagrange --cql-weight 0.1 --cql-weight-online 0.1 learns: README.
 """
 

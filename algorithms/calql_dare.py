@@ -26,7 +26,10 @@ Notes    As in calql.py: D1 one backward, D2 no half before the TD loss (as in E
          U13 K, β, behavior schedule, sampler: CEP's. It narrows peaks (spread 0.3 to 0.24; DPM-Solver++ 2M, 10 steps in
             log-SNR: 0.31), but 91 % of mini's rows are split as with 2M; as with other noise: 68 %.
          U14 support of own rows: every support_every steps; until then they are left out of f_φ's loss.
-         U15 tasks without a row in the tables: s = 3, the rest as in locomotion (large mazes: AntMaze).
+         U15 D4RL's tasks without a row in the tables: s = 3, the rest as in locomotion (large mazes: AntMaze); Minari's,
+            Reacher: s = 8. f_φ learns little in the minis' sizes, but references follow it: on seed 100 their Q is 4.0
+            above the data's on Reacher (s = 0: 1.3), 2.2 on Hopper (-0.1). With --energy-lr 3e-3 it is 6.1 at s = 3,
+            -10.5 at 8; 3.1 on Hopper. n stays 32 there, of 64 rows.
          U17 the "top" M: largest d offline against smallest d online.
          U18 spreads: of the population, at least 1e-6 of the pooled one.
          U22 mean of R: over the batch, a row keeps its weight; --cql-reduction subset: over the offline-like rows.
@@ -40,7 +43,7 @@ Metrics  those of calql.py, cql/gap over all rows; split/exchanged M;
          guidance; energy/std_bq; ref/clip_frac of reference coordinates at the box; loss/behavior.
 Run      python algorithms/calql_dare.py --env hopper-medium-v2 --seed 0
          n = 16, no cap: --exchange-cap 16, -1 | losses by origin --exchange-cap 0 | no energy --guidance-scale 0 |
-         direct exchange --threshold sort
+         direct exchange --threshold sort --exchange-cap -1
          --from-offline runs/calql/hopper-medium-v2/seed0: the papers' common start | --from-behavior RUN: its model
 Cost     reacher-mini-v0 from an offline phase: 3.4 CPU minutes; published sizes want a GPU (not measured there).
 """

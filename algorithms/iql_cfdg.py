@@ -41,9 +41,9 @@ Run      python algorithms/iql_cfdg.py --env hopper-medium-v2 --seed 0
          every 10,000 steps --regenerations 100 | four times cheaper sampling --sample-steps 32 --sample-churn 0
          the common start: --from-offline runs/iql/hopper-medium-v2/seed0
 Cost     reacher-mini-v0 from an offline phase: 1.3 CPU minutes; published sizes want a GPU (not measured there).
-Fails    on reacher-mini-v0 guidance costs 2.0 points [0.3, 4.3] of the final score, with the labels 3.7 [1.7, 5.6]
-         (README: ablations). Its rows spread less (syn/std_ratio 0.98-1.01; w = 0: 1.02-1.04; no labels: 1.13-1.16,
-         three or four seeds each), as U40 would have it; that this costs the points was not tried.
+Fails    on reacher-mini-v0 labels with guidance cost 3.7 points [0.3, 7.1] of the final score (README: ablations); of
+         guidance alone that is not seen. With it rows spread less (syn/std_ratio 0.98-1.01; w = 0: 1.02-1.04, three or
+         four seeds each), as U40 would have it; that this costs the points was not tried.
 """
 
 import math

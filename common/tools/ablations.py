@@ -50,7 +50,7 @@ ABLATIONS = [
     Ablation("edis", "--dynamics-energy 0.0", "EDIS", "energy of the dynamics"),
     Ablation("iql_dare", "--guidance-scale 0.0", "DARE Fig. 4, 14", "the energy function"),
     Ablation("iql_dare", "--exchange-cap 0", "DARE Fig. 4, 14", "exchange"),
-    Ablation("iql_dare", "--threshold sort", "DARE Fig. 4, 14", "the Gaussians: direct exchange"),
+    Ablation("iql_dare", "--threshold sort", "DARE Fig. 3 (Cal-QL)", "the Gaussians: direct exchange"),
     Ablation("iql_stratdiff", "--guidance-scale 0.0", "StratDiff Fig. 4", "the energy function"),
     Ablation("iql_stratdiff", "--exchange-cap 0", "StratDiff Table 8", "stratification"),
     Ablation("iql_stratdiff", "--online-value advantage", "StratDiff Table 6", "the expectile loss"),
