@@ -26,7 +26,7 @@ Notes    As in calql.py: D1 one backward, D2 no half before the TD loss (as in E
          U13 K, β, behavior schedule, sampler: CEP's. It narrows peaks (spread 0.3 to 0.24; DPM-Solver++ 2M, 10 steps in
             log-SNR: 0.31), but 91 % of mini's rows are split as with 2M; as with other noise: 68 %.
          U14 support of own rows: every support_every steps; until then they are left out of f_φ's loss.
-         U15 D4RL's tasks without a row in the tables: s = 3, the rest as in locomotion (large mazes: AntMaze); Minari's,
+         U15 D4RL's tasks without a row in the tables: s = 3, the rest as in locomotion (large mazes: AntMaze); Minari,
             Reacher: s = 8. f_φ learns little in the minis' sizes, but references follow it: on seed 100 their Q is 4.0
             above the data's on Reacher (s = 0: 1.3), 2.2 on Hopper (-0.1). With --energy-lr 3e-3 it is 6.1 at s = 3,
             -10.5 at 8; 3.1 on Hopper. n stays 32 there, of 64 rows.
