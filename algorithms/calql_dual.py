@@ -184,7 +184,8 @@ class Windows:
     """Windows of H = horizon steps [a, s], one from each row of a buffer's dataset, made on the device.  [Eq. 2]: U51
 
     Actions as they are; states in units of their std (+ 1e-3) from their mean over the dataset as the agent sees it, or
-    as they are too. Past an episode's end stand its last next state and zero actions, the latter without loss.
+    as they are too. Past an episode's end stand its last next state and zero actions, the latter without loss; both are
+    where that state is not known (a terminal row whose s' is s: files without next_observations).
     """
 
     def __init__(self, buffer: ReplayBuffer, ends: np.ndarray, horizon: int, normalize: bool = True):
@@ -207,7 +208,8 @@ class Windows:
         rows = self.buffer.take(torch.minimum(wanted, last).flatten())
         states = (torch.where(past, rows.next_obs, rows.obs) - self.mean) / self.std
         x = torch.cat([rows.actions.masked_fill(past, 0.0), states], 1)
-        mask = torch.cat([(~past).to(x).expand_as(rows.actions), torch.ones_like(states)], 1)
+        unknown = past & (rows.terminations > 0)[:, None] & (rows.next_obs == rows.obs).all(1, keepdim=True)
+        mask = torch.cat([(~past).expand_as(rows.actions), (~unknown).expand_as(states)], 1).to(x)
         return x.view(*wanted.shape, -1), mask.view(*wanted.shape, -1)
 
     def draw(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -211,14 +211,18 @@ class FrozenLake(gym.Wrapper):
         return self.states[state], float(reward), terminated, truncated, info | {"executed": self.moves[move]}
 
     def exact(self, actions: np.ndarray) -> tuple[float, float]:
-        """Success probability and mean episode length of the policy `actions` (S, 4), by dynamic programming."""
-        table, moves = self.env.unwrapped.P, actions.argmax(1)
+        """Success probability and mean episode length of a policy, by dynamic programming.
+
+        `actions` (S, 4), or K draws (K, S, 4) of a policy that draws at every visit: its chances are their shares.
+        """
+        table, moves = self.env.unwrapped.P, actions.reshape(-1, *actions.shape[-2:]).argmax(2)
+        shares = np.eye(4)[moves].mean(0)  # (S, 4)
         n = len(self.states)
         step, reach = np.zeros((n, n)), np.zeros(n)  # to states that go on; reward of one step
-        for s, move in enumerate(moves):
+        for s, move in zip(*shares.nonzero(), strict=True):
             for p, following, reward, over in table[s][move]:
-                reach[s] += p * reward
-                step[s, following] += p * (not over)
+                reach[s] += shares[s, move] * p * reward
+                step[s, following] += shares[s, move] * p * (not over)
         here, success, length = np.zeros(n), 0.0, 0.0
         here[0] = 1.0  # both maps start in the corner
         for _ in range(self.limit):

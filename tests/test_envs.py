@@ -296,6 +296,28 @@ def test_exact_success_and_length_are_the_means_of_episodes():
     assert mean == pytest.approx(np.mean(lengths), abs=4 * np.std(lengths) / 3_000**0.5)
 
 
+def test_exact_success_of_a_policy_that_draws_right_or_down():
+    """1/8, by hand from the goal back: 1 in the last row, 1/2, 3/4, 3/8 in the third, 1/4, 3/16, then 1/16, 1/8.
+
+    One draw per state, repeated at every visit, would walk into the border for good, or never.
+    """
+    env = envs.FrozenLake("4x4", 1_000, 0.0)
+    right, down = (np.tile(np.eye(4)[move], (16, 1)) for move in (2, 1))
+    assert env.exact(np.stack([right, down]))[0] == pytest.approx(1 / 8)
+    evaluate, seen = data.Evaluator(data.get_task("frozenlake-4x4-slip-0.1"), 1, 0), []
+
+    def act(obs: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.eye(4)[torch.where(torch.rand(len(obs)) < 0.5, 1, 2)])
+        return seen[-1]
+
+    score = evaluate(act, torch.device("cpu"))["eval/score"]
+    assert len(seen) == evaluate.DRAWS and score == pytest.approx(
+        100 * env.exact(torch.stack(seen).numpy())[0]
+    )
+    evaluate(lambda obs: torch.eye(4)[torch.ones(len(obs), dtype=torch.long)], torch.device("cpu"))
+    assert evaluate(act, torch.device("cpu"))["eval/score"] == score  # from the evaluation's own seed
+
+
 def test_slip_goes_to_either_side_of_the_move():
     env = envs.FrozenLake("4x4", 100, 0.5)
     table = env.env.unwrapped.P

@@ -42,10 +42,15 @@ def filled(n: int, seed: int = 0) -> ReplayBuffer:
 
 @pytest.mark.parametrize("horizon", [1, 2, 4, 9])
 def test_windows_by_brute_force(horizon):
-    """Episodes of 4, 1, 2 and, unflagged, 5 rows: padding with the last next state, zero actions, no loss there."""
+    """Episodes of 4, 1, 2 and, unflagged, 5 rows: padding with the last next state, zero actions, no loss there.
+
+    The terminal row of the third has no known successor: there is nothing to learn past it.
+    """
     ends = np.zeros(12, bool)
     ends[[3, 4, 6]] = True
     b = filled(12)
+    b.table[:12, -1] = torch.from_numpy(ends).float()
+    b.table[6, -1 - OBS : -1] = b.table[6, :OBS]  # s' of s
     windows = dual.Windows(b, ends, horizon)
     obs, actions, _, next_obs, _ = (x.numpy() for x in b.take(torch.arange(12)))
     mean, std = obs.mean(0), obs.std(0) + 1e-3
@@ -58,11 +63,12 @@ def test_windows_by_brute_force(horizon):
                 state = obs[i + j] if inside else next_obs[episode[-1]]
                 action = actions[i + j] if inside else np.zeros(A)
                 assert np.allclose(x[i, j], np.concatenate([action, (state - mean) / std]), atol=1e-5)
-                assert mask[i, j].tolist() == [float(inside)] * A + [1.0] * OBS
+                assert mask[i, j].tolist() == [float(inside)] * A + [float(inside or episode[-1] != 6)] * OBS
     if horizon > 1:  # row 1 is the true successor, whatever the row
         stays = ~np.isin(np.arange(12), [3, 4, 6, 11])
         assert np.allclose(x[stays, 1, A:], ((obs - mean) / std)[1:][stays[:-1]], atol=1e-5)
         assert np.allclose(x[~stays, 1, A:], ((next_obs - mean) / std)[~stays], atol=1e-5)
+        assert mask[6, 1:].sum() == 0 and mask[3, 1:, A:].all()
 
 
 def test_windows_start_in_the_dataset_only():

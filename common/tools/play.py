@@ -6,10 +6,10 @@
     python -m common.tools.play policy.pt2 --env hopper-medium-v2 --human
 
 What is played is `policy.pt2`: of a finished run, or the file itself, which an unfinished run has from the end of its
-offline phase on. Intervals are 95% bootstrap intervals of the mean over episodes; Frozen-Lake's mean is computed, not
-sampled. The picture is that of the first episode which is scored: the simulator's states are kept, and Gymnasium's
-renderer draws them afterwards. `--video` needs the package imageio-ffmpeg and OpenGL, for which EGL or OSMesa will do
-($MUJOCO_GL chooses); `--human` needs a display.
+offline phase on. Intervals are Student's 95% intervals of the mean over episodes; Frozen-Lake's mean is computed, of a
+policy that draws from 32 draws per state. The picture is that of the first episode which is scored: the simulator's
+states are kept, and Gymnasium's renderer draws them afterwards. `--video` needs the package imageio-ffmpeg and OpenGL,
+for which EGL or OSMesa will do ($MUJOCO_GL chooses); `--human` needs a display.
 """
 
 import math
