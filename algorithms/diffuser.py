@@ -23,7 +23,7 @@ Notes    D50, U50, U53 as in dual.py: v and a cosine schedule, its network, its 
          D123 1M steps of 64 windows there; here 500k of 256, at the code's rate.
          D124 the plans' noise, first and added, times 0.5, as CleanDiffuser does with the first; ω are its values, too.
          U51 windows: from every row, the padded end of an episode without loss on actions, as in dual.py.
-         U52 averages, of planner and guide: the code's, which plan with them; halvings: dual.py's.
+         U52 averages, of planner and guide, which plan with them: the code's, first plain means; halvings: dual.py's.
          U120 returns: of the row to its episode's end, where a termination costs 100 [code]; in AntMaze a missed goal
             does [CleanDiffuser], which is -1 a step for ever, and the rewards are r - 1; cut off, they end as they are.
          U121 online: one planner and one guide step per environment step on dataset and own rows alike; an episode's
@@ -442,7 +442,7 @@ def value_gradient(guide: nn.Module, z: torch.Tensor, u: torch.Tensor) -> torch.
 def guided_plans(
     planner: nn.Module, guide: nn.Module, first: torch.Tensor, known: torch.Tensor, horizon: int, args: Args
 ) -> torch.Tensor:
-    """Plans (B, H, D) whose row 0 has `first` (B, D) where `known` (B, D) bool, drawn with `generator`.  [Alg. 1]
+    """Plans (B, H, D) whose row 0 has `first` (B, D) where `known` (B, D) bool.  [Alg. 1, as in the code]
 
     Each of T steps draws from N(μ, Σ) around the plan moved by ω Σ ∇J, some times over, the last ones unguided; noise
     is scaled: D124.

@@ -39,7 +39,7 @@ Notes    D1, D2, D3, D4, D5, D6, D7, U1, U2, U3 as in calql.py. Of generated row
          U41 positives: of E_π the policy's actions at the negatives' states; real rows are of both buffers.
          U42 the clip at 10 √D [code] is on the term added to the slope, σ Σ λ ∇E, all energies together.
          U44 generated rows have no return: calibration, where it is on, does not bound them.
-         U45 share of tasks that the code has no file for (Maze2D, Adroit-cloned, shifted): 0.2.
+         U45 share of tasks that the code has no file for (Maze2D, Adroit-cloned, shifted): 0.2; embedded: 0.5.
 Metrics  those of calql.py; loss/diffusion (< 1); loss/{state,policy,dynamics,tilt}_energy (chance 2.40); of each
          regeneration energy/effective, (Σ w)² / Σ w² as a share of real rows (small: few stand for all), energy/clipped
          (about 0) and, unguided and guided, *_js_states, *_policy_gap, *_sim_error, syn/*: common/judge.py.
@@ -86,7 +86,7 @@ class Args:
     overwrite: bool = False  # start anew instead of resuming
     wandb: bool = False  # also log to Weights & Biases
     tensorboard: bool = False  # also log to the run directory, for TensorBoard
-    eval_every: Count = 5_000  # steps of the running phase [DARE averages the last 4; period: PEX, CORL]
+    eval_every: Count = 5_000  # steps of the running phase [DARE averages the last 4; period: CORL]
     eval_episodes: Count = 10  # episodes of an evaluation [PEX, CORL]
     # Cal-QL
     batch_size: Several = 256  # transitions [DARE Table 4]

@@ -36,7 +36,7 @@ Metrics  those of iql.py; loss/ratio (1.39: the buffers look alike), loss/dynami
 Run      python algorithms/iql_ad2s.py --env walker2d-medium-v2 --seed 0
          Table 2, as read here: w/o DA --p-dr 1 | w/o CG --guidance-eta -1 | w/o PN --noising-scale 1: U46
          Table 3: --advantage q | Tables 7, 8: --p-dr 0.3, --p-curi 0.3 | Table 9: --amplification 1.5
-         Tables 10, 11: --beta-dr 1 --beta-curi 1 | the stochastic sampler --sample-churn 80 | PGR: --pgr
+         Table 10: --beta-dr 1 --beta-curi 1 | 11: --beta-dr 0, --beta-curi 0 | PGR: --pgr | --sample-churn 80
          the common start: --from-offline runs/iql/walker2d-medium-v2/seed0
 Cost     reacher-mini-v0 from IQL's checkpoint: 150 CPU seconds; published sizes want a GPU (not measured there).
 """
@@ -70,7 +70,7 @@ class Args:
     overwrite: bool = False  # start anew instead of resuming
     wandb: bool = False  # also log to Weights & Biases
     tensorboard: bool = False  # also log to the run directory, for TensorBoard
-    eval_every: Count = 5_000  # steps of the running phase [DARE averages the last 4; period: PEX, CORL]
+    eval_every: Count = 5_000  # steps of the running phase [DARE averages the last 4; period: CORL]
     eval_episodes: Count = 10  # episodes of an evaluation [PEX, CORL]
     # IQL
     batch_size: Several = 256  # transitions [DARE Table 5]

@@ -38,7 +38,7 @@ Notes    D1, D2, D3, D4, D5, U1 as in iql.py. Of generated rows, in every file t
          U40 1,000 updates of each energy per regeneration (code: 20 cannot fit); nets and Adam persist [code].
          U41 positives: of E_π the policy's actions at the negatives' states; real rows are of both buffers.
          U42 the clip at 10 √D [code] is on the term added to the slope, σ Σ λ ∇E, all energies together.
-         U45 tasks that the code has no file for (Adroit-cloned): share 0.2, 30,000 model steps.
+         U45 tasks that the code has no file for (Adroit-cloned): share 0.2, 30,000 model steps; embedded: share 0.5.
 Metrics  those of iql.py; loss/diffusion (< 1); loss/{state,policy,dynamics,tilt}_energy (chance 2.40); of each
          regeneration energy/effective, (Σ w)² / Σ w² as a share of real rows (small: few stand for all), energy/clipped
          (about 0) and, unguided and guided, *_js_states, *_policy_gap, *_sim_error, syn/*: common/judge.py.
@@ -82,7 +82,7 @@ class Args:
     overwrite: bool = False  # start anew instead of resuming
     wandb: bool = False  # also log to Weights & Biases
     tensorboard: bool = False  # also log to the run directory, for TensorBoard
-    eval_every: Count = 5_000  # steps of the running phase [DARE averages the last 4; period: PEX, CORL]
+    eval_every: Count = 5_000  # steps of the running phase [DARE averages the last 4; period: CORL]
     eval_episodes: Count = 10  # episodes of an evaluation [PEX, CORL]
     # IQL
     batch_size: Several = 256  # transitions [DARE Table 5]

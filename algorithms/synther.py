@@ -66,7 +66,7 @@ class Args:
     overwrite: bool = False  # start anew instead of resuming
     wandb: bool = False  # also log to Weights & Biases
     tensorboard: bool = False  # also log to the run directory, for TensorBoard
-    eval_every: Count = 5_000  # steps of the running phase [DARE averages the last 4; period: PEX, CORL]
+    eval_every: Count = 5_000  # steps of the running phase [DARE averages the last 4; period: CORL]
     eval_episodes: Count = 10  # episodes of an evaluation [PEX, CORL]
     # Cal-QL
     batch_size: Several = 256  # transitions [DARE Table 4]

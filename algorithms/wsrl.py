@@ -28,7 +28,7 @@ Metrics  loss/{q,actor,alpha}; q/mean, q/std between critics; policy/log_prob of
          offline cql/gap, logsumexp - Q on data, below 0 when Q is conservative; cql/bound_share of policy-action
          entries below G: 0 means Cal-QL is CQL here; alpha/lagrange is α'.
 Run      python algorithms/wsrl.py --env walker2d-medium-v2 --seed 0
-         data retained: --offline-frac 0.5 | --append-online | no warm-up: --warmup-steps 0
+         data retained: --offline-frac 0.5 | --append-online | no warm-up: --warmup-steps 1024, a batch, as the code
          RLPD: --offline-steps 0 --offline-frac 0.5; on AntMaze --critic-subset 1 too
 Cost     hopper-mini-v0: 190 CPU seconds on one core. Published sizes on one core: 6 offline steps, 7 online updates a
          second; GPU not measured.
@@ -64,7 +64,7 @@ class Args:
     overwrite: bool = False  # start anew instead of resuming
     wandb: bool = False  # also log to Weights & Biases
     tensorboard: bool = False  # also log to the run directory, for TensorBoard
-    eval_every: Count = 5_000  # steps of the running phase [DARE averages the last 4; period: PEX, CORL]: D80
+    eval_every: Count = 5_000  # steps of the running phase [DARE averages the last 4; period: CORL]: D80
     eval_episodes: Count = 10  # episodes of an evaluation [PEX, CORL]; WSRL 20: D80
     # WSRL
     batch_size: Several = 256  # transitions; of the actor and α online: utd times as many [WSRL: 1,024]

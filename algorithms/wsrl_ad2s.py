@@ -37,7 +37,7 @@ Metrics  those of wsrl.py; loss/ratio (1.39: the buffers look alike), loss/dynam
 Run      python algorithms/wsrl_ad2s.py --env walker2d-medium-v2 --seed 0
          Table 2, as read here: w/o DA --p-dr 1 | w/o CG --guidance-eta -1 | w/o PN --noising-scale 1: U46
          Table 3: --advantage q | Tables 7, 8: --p-dr 0.3, --p-curi 0.3 | Table 9: --amplification 1.5
-         Tables 10, 11: --beta-dr 1 --beta-curi 1 | the stochastic sampler --sample-churn 80 | PGR: --pgr
+         Table 10: --beta-dr 1 --beta-curi 1 | 11: --beta-dr 0, --beta-curi 0 | PGR: --pgr | --sample-churn 80
          the common start: --from-offline runs/wsrl/walker2d-medium-v2/seed0
 Cost     reacher-mini-v0 from WSRL's checkpoint: 190 CPU seconds; published sizes want a GPU (not measured there).
 """
@@ -72,7 +72,7 @@ class Args:
     overwrite: bool = False  # start anew instead of resuming
     wandb: bool = False  # also log to Weights & Biases
     tensorboard: bool = False  # also log to the run directory, for TensorBoard
-    eval_every: Count = 5_000  # steps of the running phase [DARE averages the last 4; period: PEX, CORL]: D80
+    eval_every: Count = 5_000  # steps of the running phase [DARE averages the last 4; period: CORL]: D80
     eval_episodes: Count = 10  # episodes of an evaluation [PEX, CORL]; WSRL 20: D80
     # WSRL
     batch_size: Several = 256  # transitions; of the actor and α online: utd times as many [WSRL: 1,024]

@@ -32,7 +32,7 @@ def spread(rows: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def divergence(a: torch.Tensor, b: torch.Tensor, bins: int = 50) -> float:
-    """Jensen-Shannon divergence in nats between histograms of two samples (N, D), mean over features.  [CFDG §5.2]"""
+    """Jensen-Shannon divergence in nats between histograms of two samples (N, D), mean over features.  [CFDG §4.2]"""
     both = torch.cat([a, b])
     total = 0.0
     for k in range(a.shape[1]):

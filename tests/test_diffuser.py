@@ -104,11 +104,13 @@ def test_own_episodes_count_when_they_are_over():
     assert torch.equal(moments, episodes.windows.mean), "the dataset's, for good"
     again = buffer_of([1.0, 1.0, 1.0, 2.0], [0.0, 0.0, 1.0, 0.0], room=10)
     again.load_state_dict(buffer.state_dict())
-    other = diffuser.Episodes(buffer_of([1.0] * 4, [0.0] * 4, room=10), np.array([0, 0, 1, 0], bool), args)
+    other = diffuser.Episodes(again, np.array([0, 0, 1, 0], bool), args)
     other.load_state_dict(episodes.state_dict())
     assert other.rows == 10 and other.windows.rows == 10
     assert torch.equal(other.windows.last[:10], episodes.windows.last[:10])
     assert torch.equal(other.returns[4:], episodes.returns[4:])
+    other.windows.mean, other.windows.std = moments, episodes.windows.std  # of a run: the dataset's, again
+    check_windows(other, [3, 4, 7, 8, 10], 3)
 
 
 # ---- losses ----

@@ -110,16 +110,24 @@ def test_the_offline_policy_is_kept_and_the_new_one_begins_at_random(dataset, tm
 
     def spied(actor, offline_actor):
         exchange(actor, offline_actor)
-        begun.extend({k: v.clone() for k, v in x.state_dict().items()} for x in (actor, offline_actor))
+        begun.extend({k: v.clone() for k, v in x.state_dict().items()} for x in (actor, offline_actor, *nets))
 
-    exchange = pex.expand
+    def seen(*args):
+        nets.append(make_nets(*args))
+        return nets[0]
+
+    nets, make_nets, exchange = [], pex.make_nets, pex.expand
+    monkeypatch.setattr(pex, "make_nets", seen)
     monkeypatch.setattr(pex, "expand", spied)
     pex.train(tiny_args("pex", dataset=dataset, out_dir=tmp_path))
     (path,) = tmp_path.glob("**/offline.pt")
-    exported = torch.load(path, weights_only=True)
-    text = str(exported)
-    assert "actor" in text
-    end, (fresh, kept) = final_state(tmp_path), begun
+    exported = torch.load(path, weights_only=True)["objects"]["nets"]
+    end, (fresh, kept, after) = final_state(tmp_path), begun
+    assert equal_states(kept, {k[6:]: v for k, v in exported.items() if k.startswith("actor.")})
+    others = {k: v for k, v in exported.items() if not k.startswith("actor.")}
+    assert {k.split(".")[0] for k in others} == {"qf", "q_target", "vf"}
+    assert equal_states(others, {k: v for k, v in after.items() if k in others})
+    assert any(not torch.equal(v, end["nets"][k]) for k, v in others.items() if k.startswith("vf."))
     assert equal_states(kept, end["offline_actor"])
     assert not fresh["log_std"].any() and not fresh["layers.0.bias"].any() and kept["log_std"].any()
     learned = {k.removeprefix("actor."): v for k, v in end["nets"].items() if k.startswith("actor.")}

@@ -179,6 +179,18 @@ DACER = dict(
     entropy_states=256, entropy_samples=200, mixture_components=3,
     em_steps=50,  # D132
 )  # fmt: skip
+CHEETAHS = (
+    "random",
+    "medium",
+    "medium-replay",
+    "medium-expert",
+    "expert",
+    "friction-2.0",
+    "medium-replay-gravity-2.0",
+)
+DACER_CHEETAH = dict(
+    noise_scale={f"halfcheetah-{k}": 0.15 for k in CHEETAHS}
+)  # as of its Humanoid [its README]
 
 # Its code, config/locomotion.py; CleanDiffuser's scales, its H in AntMaze [D §3.1]; other tasks: U123; --distill: U125
 DIFFUSER = dict(
@@ -423,7 +435,7 @@ PAPER = {
     "calql_dual": [CAL_QL, PLANNER],
     "so2_dual": [SO2, PLANNER, DUAL_SO2],
     "diffql": [DIFFQL, D_DIFFQL, LAKE_DIFFQL],
-    "dacer": [DIFFQL, DACER],
+    "dacer": [DIFFQL, DACER, DACER_CHEETAH],
     "diffuser": [DIFFUSER, FROZEN_PLANNER],
 }
 
