@@ -610,6 +610,7 @@ class Guide:
         if path.exists():
             all_actions.copy_(run.load_state(path, self.r.device)["actions"])
             return
+        self.r.checkpoint()  # from here on the settings that these depend on are the run's
         # a generator of its own: the run goes on alike, whether these are computed or read
         generator = torch.Generator(self.r.device).manual_seed(self.args.seed)
         chunks = list(zip(all_actions.split(1_024), self.offline.obs.split(1_024), strict=True))

@@ -18,7 +18,8 @@ Notes    D1, D2, D3, D5, U1 as in iql.py. The rest: what the paper has; what is 
          D51 Eq. 6 (noise σ, flat prior, N_eff = Σ w) is a spike and dies with σ; here noise 1, prior laplace_prior, and
             N_eff such that the epistemic std on data is laplace_std when offline ends, then in proportion to the rows.
          D52 ŝ' off the plan, of an action not executed, and RL moves it (off by 0.9; P̂ 0.03); here P̂, asked again.
-         D53 no caps; here epistemic variance at most 0.25, λ d at most 1, per dimension: uniform actions have 1/3.
+         D53 no caps; here epistemic variance at most 0.25, λ d at most 1, per dimension: uniform actions have 1/3. The
+            mean of the K draws has none: off the data it may lie off W f by a third of their std.
          D55 Eq. 5 weighs with Q, which may be negative; here with IQL's bounded exponential advantage.
          D56 all of W is drawn; here not along the one direction that features never take: only the prior limits it.
          D57 P̂ is the student; here then trained on d: its own error (0.026 on mini; linear 0.015) would hide a shift.
@@ -30,7 +31,9 @@ Notes    D1, D2, D3, D5, U1 as in iql.py. The rest: what the paper has; what is 
          U54 latent of μ: zero; --latent sample draws it in training and acting. Evaluation: μ of W itself, no noise.
          U55 σ: a parameter per action, from e⁻¹, log in [-5, 0.5]; actions clipped, no squash: μ is affine; no dropout.
          U56 K draws per fit, kept as offsets from W, which moves on; fits: end of offline, every laplace_every steps.
+            ELBO's M and N_eff are of dataset windows at all noise levels, not of what acts: its std is not laplace_std.
          U57 d: mean square over states in units of their std; 0 on an episode's first step; P̂ frozen, d does not fade.
+         U58 Alg. 1's optional EDIS step (Fig. 3b) is left out; Table 6's thirds of a dataset: --dataset FILE.
          U61 no diffusion loss during RL; --bc-coef adds Eq. 3 on dataset windows to the actor's.
          U62 Frozen-Lake (reasons at ENV_PRESETS): rewards of 10, β = 10, own rows only online, states as they are.
 Metrics  loss/{planner,distill,transition}; distill/*: judge.student; laplace/{n_eff, condition of G, data_std epistemic

@@ -53,6 +53,8 @@ def check(what: tyro.conf.Positional[str], env: str = "") -> None:
         env: the task that the file is for, if its name does not begin with the robot's
     """
     path = Path(what)
+    if path.suffix in (".hdf5", ".h5") and not path.exists():
+        raise UsageError("file", path, "one that exists, or a task's name")
     if path.exists():
         stem = path.stem.replace("_", "-")
         nearest = max(
@@ -81,14 +83,14 @@ def check(what: tyro.conf.Positional[str], env: str = "") -> None:
           f"{lengths.min(initial=n)} to {lengths.max(initial=0)}; limit {task.limit}")  # fmt: skip
     print(f"returns      {returns.mean():.1f} ± {returns.std():.1f}, {returns.min():.1f} to {returns.max():.1f}; score "
           f"{task.score(returns.mean()):.1f}" + (f"; D4RL's mean {published}" if published else ""))  # fmt: skip
-    rows = np.random.default_rng(0).permutation(n)[:1_000]
+    rows = np.random.default_rng(0).permutation(np.flatnonzero(dataset.known))[:1_000]
     infos = {}
     with h5py.File(dataset.path, "r") as f:
         if "infos" in f and all(len(x) == n for x in f["infos"].values() if isinstance(x, h5py.Dataset)):
             infos = {k: x[()][rows] for k, x in f["infos"].items() if isinstance(x, h5py.Dataset)}
     result = judge.simulate(make_env(task), dataset.obs[rows], dataset.actions[rows], infos)
     if result is None:
-        print("simulator    not replayed: the file does not hold the simulator's state")
+        print("simulator    not replayed: the file does not hold the simulator's state, row by row")
         return
     told = (np.abs(dataset.obs[rows]) != 10).all(
         1
