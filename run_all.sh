@@ -3,7 +3,7 @@
 #
 #   bash run_all.sh            run the jobs that are not finished; the same command again goes on where it was
 #   bash run_all.sh --quick    every method on hopper-mini-v0, seed 0: about an hour on one CPU core
-#   bash run_all.sh --evidence the study: every method on both embedded tasks, seeds 0 to 9, each from its backbone's
+#   bash run_all.sh --evidence the study: every method on both embedded tasks, seeds 0 to 9, from its backbone's
 #                              checkpoint; results go to common/results.csv run by run, and what is there is not run again
 #                              (a backbone only if OUT lacks its checkpoint: another machine's would not be the same)
 #   bash run_all.sh --ablations  the papers' ablations on reacher-mini-v0, seeds 0 to 4, each from the checkpoint of its whole
