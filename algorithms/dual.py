@@ -33,8 +33,8 @@ Notes    D1, D2, D3, D5, U1 as in iql.py. The rest: what the paper has; what is 
          U56 K draws per fit, kept as offsets from W, which moves on; fits: end of offline, every laplace_every steps.
             ELBO's M and N_eff are of dataset windows at all noise levels, not of what acts: its std is not laplace_std.
          U57 d: mean square over states in units of their std; 0 on an episode's first step; P̂ frozen, d does not fade.
-         U58 Alg. 1's optional EDIS step (Fig. 3b) is left out; Table 6's thirds of a dataset: --dataset FILE.
-         U61 no diffusion loss during RL; --bc-coef adds Eq. 3 on dataset windows to the actor's.
+         U61 no diffusion loss during RL; --bc-coef adds Eq. 3 on dataset windows to the actor's. Nor Alg. 1's optional
+            EDIS step (Fig. 3b). Table 6's thirds of a dataset: --dataset FILE.
          U62 Frozen-Lake (reasons at ENV_PRESETS): rewards of 10, β = 10, own rows only online, states as they are.
 Metrics  loss/{planner,distill,transition}; distill/*: judge.student; laplace/{n_eff, condition of G, data_std epistemic
          on the fit's rows}; shift/offline, uq/*: judge.acting; score_online_mean in final.json: the paper's tables.
@@ -907,13 +907,15 @@ def train(args: Args) -> dict[str, float]:
     opt = make_optimizer(nets, args.lr, r.device)
     updates = torch.zeros((), device=r.device)  # of the offline phase
     explorer = Explorer(args, nets["actor"], nets["transition"], windows)  # NEW
+    # Frozen-Lake makes the largest of four numbers the move: clipped, two would be equal
+    bound = math.inf if args.env.startswith("frozenlake-") else 1.0
 
     @torch.no_grad()
     def act(obs: torch.Tensor, actor: nn.Module = nets["actor"]) -> torch.Tensor:  # deterministic
-        return actor(obs)[0].clamp(-1, 1)  # μ of W itself, no noise: U54
+        return actor(obs)[0].clamp(-bound, bound)  # μ of W itself, no noise: U54
 
     def explore(obs: torch.Tensor) -> torch.Tensor:
-        return explorer.act(obs).clamp(-1, 1)  # NEW: clipped, not squashed: U55
+        return explorer.act(obs).clamp(-bound, bound)  # NEW: clipped, not squashed: U55
 
     def score(actor: nn.Module) -> float:  # NEW
         return evaluate(partial(act, actor=actor), r.device)["eval/score"]
