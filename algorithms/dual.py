@@ -183,8 +183,8 @@ class Windows:
     """Windows of H = horizon steps [a, s], one from each row of a buffer's dataset, made on the device.  [Eq. 2]: U51
 
     Actions as they are; states in units of their std (+ 1e-3) from their mean over the dataset as the agent sees it, or
-    as they are too. Past an episode's end stand its last next state and zero actions, the latter without loss; both are
-    where that state is not known (a terminal row whose s' is s: files without next_observations).
+    as they are too. Past an episode's end stand its last next state and zero actions, the latter without loss, and
+    both where that state is not known (a terminal row whose s' is s: files without next_observations).
     """
 
     def __init__(self, buffer: ReplayBuffer, ends: np.ndarray, horizon: int, normalize: bool = True):
