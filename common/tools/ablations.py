@@ -56,6 +56,8 @@ ABLATIONS = [
     Ablation("iql_stratdiff", "--online-value advantage", "StratDiff Table 6", "the expectile loss"),
     Ablation("dual", "--uq none", "DUAL Table 4", "epistemic uncertainty"),
     Ablation("dual", "--shift-weight 0.0", "DUAL Table 4", "the shift term"),
+    Ablation("calql_dual", "--uq none", "DUAL Table 4", "epistemic uncertainty"),
+    Ablation("calql_dual", "--shift-weight 0.0", "DUAL Table 4", "the shift term"),
     Ablation("dual", "--uq latent", "DUAL Fig. 3c", "the posterior: draws of the latent"),
     Ablation("dual", "--laplace-weights elbo", "DUAL Fig. 3c", "the critic's weights: LA with ELBO"),
 ]
