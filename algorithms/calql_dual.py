@@ -42,7 +42,7 @@ Run      python algorithms/calql_dual.py --env hopper-medium-v2 --seed 0; anothe
          --shift-weight 0 | --distill-steps 32 | --uq none | --uq latent | --laplace-weights elbo | --time-acting
 Cost     reacher-mini-v0: 2.1 CPU minutes; published sizes want a GPU (not measured there).
 Fails    on reacher-mini-v0 to end where Cal-QL does, 4.9 [1.8, 8.0] below; without the epistemic noise, or the shift
-         term, it ends there, too (three pairs; README: ablations). Not known why.
+         term, it ends there, too (three or four pairs; README). Not known why.
 """
 
 import math
