@@ -761,7 +761,8 @@ def mc_returns(rewards: np.ndarray, ends: np.ndarray, gamma: float, failure: flo
 class Returns:
     """Monte-Carlo returns of the dataset's rows, and of own rows where calibration goes on online: D3.
 
-    Own rows have theirs when their episode is over; only such rows are drawn then.
+    Own rows have theirs when their episode is over; only such rows are drawn then. Rows of an episode that was broken
+    off (a simulator that does not repeat it after a stop) never have: -inf, no bound.
     """
 
     def __init__(self, args: Args, dataset: data.Dataset, units: data.Units, buffer: ReplayBuffer):
@@ -772,7 +773,7 @@ class Returns:
             raise run.UsageError("--calibrate-online", got, allowed)
         self.args, self.buffer, device = args, buffer, buffer.table.device
         self.dataset = self.of(units.rewards(dataset.rewards), dataset.ends).to(device)
-        self.own = torch.zeros(len(buffer.table), device=device)
+        self.own = torch.full((len(buffer.table),), -torch.inf, device=device)
         # own rows of episodes that are over
         self.finished = torch.zeros((), dtype=torch.int64, device=device)
 

@@ -1,6 +1,7 @@
 """Cal-QL and CQL: every part against a closed form, hand-computed rows or an independent implementation."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from torch.distributions import Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
 from algorithms import calql
-from common.buffer import Batch
+from common import data
+from common.buffer import Batch, ReplayBuffer
 
 
 def case(rows: int = 8, act_dim: int = 2, n: int = 3, dtype=torch.float64, **settings) -> tuple:
@@ -297,7 +299,27 @@ def test_online_returns_are_those_of_finished_episodes(dataset, tmp_path):
         episode = rewards[start : start + length].double()
         expected += [sum(0.99**k * x for k, x in enumerate(episode[t:].tolist())) for t in range(length)]
     assert torch.allclose(state["online_mc"][:finished], torch.tensor(expected).float(), rtol=1e-5)
-    assert not state["online_mc"][finished:].any()
+    assert (state["online_mc"][finished:] == -torch.inf).all()
+
+
+def test_an_episode_that_was_broken_off_bounds_nothing():
+    """Its rows are drawn with the next episode's, whose returns are known."""
+    buffer = ReplayBuffer(8, 2, 1, torch.device("cpu"))
+    args = SimpleNamespace(
+        calibrate=True, calibrate_online=True, sparse_reward=False, reward_bias=0.0, gamma=0.5
+    )
+    dataset = SimpleNamespace(rewards=np.ones(2, np.float32), ends=np.array([False, True]))
+    returns = calql.Returns(args, dataset, data.RAW, buffer)
+    for _ in range(5):
+        buffer.add(torch.zeros(2), torch.zeros(1), 1.0, torch.zeros(2), False)
+    returns.add_episode(3)
+    assert returns.drawable == 5
+    assert returns.own[:5].tolist() == [-math.inf, -math.inf, 1.75, 1.5, 1.0]
+    q = torch.full((2, 5, 3), -4.0, requires_grad=True)
+    gap, share = calql.conservative_gap(q, torch.zeros(2, 5), torch.zeros(5, 3), returns.own[:5], -200.0)
+    gap.sum().backward()
+    assert torch.allclose(gap[:, :2], torch.tensor(-4.0 + math.log(3)))  # CQL's
+    assert share == 6 / 10 and q.grad.isfinite().all()
 
 
 def test_settings_that_do_not_go_together_are_refused(dataset, tmp_path):
