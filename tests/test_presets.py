@@ -188,9 +188,8 @@ CHEETAHS = (
     "friction-2.0",
     "medium-replay-gravity-2.0",
 )
-DACER_CHEETAH = dict(
-    noise_scale={f"halfcheetah-{k}": 0.15 for k in CHEETAHS}
-)  # as of its Humanoid [its README]
+# HalfCheetah's is that of Humanoid [its README]
+DACER_CHEETAH = dict(noise_scale={f"halfcheetah-{k}": 0.15 for k in CHEETAHS})
 
 # Its code, config/locomotion.py; CleanDiffuser's scales, its H in AntMaze [D §3.1]; other tasks: U123; --distill: U125
 DIFFUSER = dict(

@@ -253,7 +253,7 @@ def train_sac(args: Args, env: gym.Env, epoch: int) -> tuple[Policy, dict[str, n
     """
     folder = args.work / args.env / f"seed{args.seed}{'-whole' if args.whole_episodes else ''}"
     folder.mkdir(parents=True, exist_ok=True)
-    snapshot, latest = folder / f"epoch{epoch}.pt", folder / "state.pt"
+    snapshot, latest = folder / f"epoch{epoch}.pt", folder / "latest.pt"
     torch.manual_seed(args.seed)
     sac = SAC(env.observation_space.shape[0], env.action_space.shape[0])
     replay: list[dict[str, np.ndarray]] = []
