@@ -37,7 +37,7 @@ Notes    D1, D2, D3, D5, U1 as in iql.py. The rest: what the paper has; what is 
             EDIS step (Fig. 3b). Table 6's thirds of a dataset: --dataset FILE.
          U62 Frozen-Lake (reasons at ENV_PRESETS): rewards of 10, β = 10, own rows only online, states as they are.
 Metrics  loss/{planner,distill,transition}; distill/*: judge.student; laplace/{n_eff, condition of G, data_std epistemic
-         on the fit's rows}; shift/offline, uq/*: judge.acting; score_online_mean in final.json: the paper's tables.
+         on the fit's rows}; shift/offline, uq/*: judge.acting, judge.error_rank; score_online_mean: the paper's tables.
 Run      python algorithms/dual.py --env hopper-medium-v2 --seed 0; another run's phase: --from-planner, --from-offline
          Table 4: w/o planner --horizon 1 --shift-weight 0 | w/o distillation --distill-steps 32 | w/o epistemic UQ --uq
          none | w/o shift-aware --shift-weight 0 | latencies --time-acting. Table 5: --shift-weight 0.1 to 1. Fig. 2b:
@@ -986,7 +986,8 @@ def train(args: Args) -> dict[str, float]:
         if (step + 1) % run.LOG_EVERY == 0:  # NEW
             explorer.tally.zero_()
         if args.uq == "laplace" and (step + 1) % args.laplace_every == 0:  # NEW
-            r.record(step + 1, explorer.fit([offline] if args.append_online else [offline, online], weigh))
+            rows = [offline] if args.append_online else [offline, online]
+            r.record(step + 1, judge.error_rank(explorer, online) | explorer.fit(rows, weigh))
         if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
             r.record(step + 1, evaluate(act, r.device))
     evaluate.export(act, r)

@@ -1274,7 +1274,7 @@ def train(args: Args) -> dict[str, float]:
         if (step + 1) % run.LOG_EVERY == 0:  # NEW
             explorer.tally.zero_()
         if args.uq == "laplace" and (step + 1) % args.laplace_every == 0:  # NEW: uniform rows, U142
-            r.record(step + 1, explorer.fit([replay], weigh))
+            r.record(step + 1, judge.error_rank(explorer, replay) | explorer.fit([replay], weigh))
         if (step + 1) % args.eval_every == 0 or step + 1 == args.online_steps:
             r.record(step + 1, evaluate(act, r.device))
     evaluate.export(act, r)

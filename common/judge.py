@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from common import data, envs, run
-from common.buffer import ReplayBuffer
+from common.buffer import Batch, ReplayBuffer
 from common.edm import Moments
 
 
@@ -370,6 +370,21 @@ def usual_shift(explorer: Any, dataset: ReplayBuffer) -> dict[str, float]:
         rows = rows + goes_on.sum()
     explorer.usual.copy_(errors / rows.clamp(min=1))
     return {"shift/offline": explorer.usual.item()}
+
+
+@torch.no_grad()
+def error_rank(explorer: Any, own: ReplayBuffer) -> dict[str, float]:
+    """uq/error_rank: rank correlation of an Explorer's epistemic variance with P̂'s error d, over rows not fitted yet.
+
+    Those rows of `own`, added last since the last fit, that end no episode; near 1, doubt is where P̂ errs. {} if none.
+    """
+    batch = own.last(min(explorer.args.laplace_every, len(own)))
+    batch = Batch(*(x[batch.terminations == 0] for x in batch))
+    if explorer.args.horizon == 1 or not len(batch.obs):
+        return {}
+    shifts = explorer.offsets @ explorer.actor.features(batch.obs)[0].T  # of the draws' actions, (K, A, N)
+    error = explorer.transition.prediction_error(batch)
+    return {"uq/error_rank": rank_correlation(shifts.var(0, correction=0).mean(0), error)}
 
 
 def time_acting(args: Any, task: data.Task, explorer: Callable) -> dict[str, float]:

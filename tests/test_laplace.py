@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, tiny_args
+from scipy import stats
 from test_planner import OBS, A, D, H, a_net, an_actor, filled
 
 from algorithms import dual
@@ -226,6 +227,31 @@ def test_action_is_equation_8_with_the_layers_drawn(steps):
     assert logs["uq/shift_ratio"].item() == pytest.approx(3.0)
     shares = sum(logs[f"uq/share_{k}"] for k in ("aleatoric", "epistemic", "shift"))
     assert shares.item() == pytest.approx(1.0)
+
+
+def test_error_rank_is_spearman_s_of_doubt_and_error_over_new_rows(monkeypatch):
+    """Doubt row by row, as each draw acts; the last rows alone, without those that end an episode."""
+    explorer = an_explorer(laplace_draws=5, laplace_every=12)
+    explorer.offsets.copy_(0.1 * torch.randn_like(explorer.offsets))
+    buffer = filled(30)
+    b = buffer.take(torch.arange(30))
+    rows = [i for i in range(18, 30) if b.terminations[i] == 0]
+    assert 2 < len(rows) < 12
+    error, doubt = torch.rand(30), []
+    seen = {tuple(b.next_obs[i].tolist()): error[i] for i in range(30)}
+    monkeypatch.setattr(
+        dual.PlanActor,
+        "prediction_error",
+        lambda _, x: torch.stack([seen[tuple(s.tolist())] for s in x.next_obs]),
+    )
+    for i in rows:
+        f1, base = explorer.actor.features(b.obs[i : i + 1])
+        actions = [base[0, :A] + offset @ f1[0] for offset in explorer.offsets]
+        doubt.append(float(np.mean(np.var(torch.stack(actions).detach().numpy(), 0))))
+    expected = stats.spearmanr(doubt, error[rows].numpy()).statistic
+    assert judge.error_rank(explorer, buffer)["uq/error_rank"] == pytest.approx(expected, abs=1e-4)
+    explorer.args = replace(explorer.args, horizon=1)
+    assert judge.error_rank(explorer, buffer) == {}
 
 
 def variance_of(explorer: dual.Explorer, obs: torch.Tensor, monkeypatch) -> torch.Tensor:

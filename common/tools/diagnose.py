@@ -88,6 +88,8 @@ for file in ("iql_dare", "calql_dare"):
 for file in ("dual", "calql_dual", "so2_dual"):
     claim(f"DUAL §3.1, `{file}`", "one denoising step plans as 32 do (ours: error below a tenth of the variance)",
           f"{file} distill/close")
+    claim(f"DUAL §3.3, `{file}`", "doubt of W is larger where P̂ errs more (rank correlation; the idea, no sentence)",
+          f"{file} uq/error_rank")
 # fmt: on
 
 Values = dict[tuple[str, str, str, str], float]  # (file, env, seed, metric) -> value
@@ -113,7 +115,9 @@ def derived(found: report.Found) -> dict[str, float]:
             line["split/gap_random"] = line["split/gap"] * left
         for k, v in line.items():
             series[k].append(v)
-    x = {k: float(np.mean(v)) if k.startswith(("split/", "ref/")) else v[-1] for k, v in series.items()}
+    x = {
+        k: float(np.mean(v)) if k.startswith(("split/", "ref/", "uq/")) else v[-1] for k, v in series.items()
+    }
     if "split/off_std" in x and "split/gap" in x:
         pooled = math.sqrt((x["split/off_std"] ** 2 + x["split/on_std"] ** 2) / 2)
         x["split/overlap"] = 1 - abs(x["split/gap"]) / pooled
