@@ -41,10 +41,17 @@ def module(stem: str):
     return importlib.import_module(f"algorithms.{stem}")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: at the end the others' processes would wait for it."""
+    items.sort(key=lambda x: x.name != "test_every_command_in_readme_runs")
+
+
 def tiny_args(stem: str, **changes):
     """Settings of algorithms/<stem>.py that train in a second or two; no preset. Sizes without effect are left out."""
     args_type, needs = module(stem).Args, getattr(module(stem), "NEEDS", {})
     small = {k: v for k, v in TINY.items() if k in args_type.__dataclass_fields__}
+    if args_type.utd > 4:
+        small["utd"] = 3  # else most of the suite's time would go to these files
     args = args_type(env="hopper-medium-v2", **small | changes)
     idle = {k for x, names in needs.items() if not eval(x, {}, vars(args)) for k in names} - set(changes)
     return args_type(env="hopper-medium-v2", **{k: v for k, v in small.items() if k not in idle} | changes)

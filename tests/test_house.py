@@ -289,19 +289,33 @@ def idle(stem: str, args) -> set[str]:
     return {name for x, names in needs.items() if not eval(x, {}, vars(args)) for name in names}
 
 
-NEEDS = [(stem, condition) for stem in FILES for condition in getattr(module(stem), "NEEDS", {})]
+def independent(stem: str) -> list[tuple[str, ...]]:
+    """The file's conditions, those together that have no setting in common: one run tests them all."""
+    found: list[tuple[tuple[str, ...], set[str]]] = []
+    for condition, names in getattr(module(stem), "NEEDS", {}).items():
+        words = {*re.findall(r"[a-z]\w+", condition), *names} - {"or", "and", "not"}
+        i = next((i for i, (_, known) in enumerate(found) if not known & words), len(found))
+        conditions, known = found[i] if i < len(found) else ((), set())
+        found[i:] = [((*conditions, condition), known | words), *found[i + 1 :]]
+    return [conditions for conditions, _ in found]
 
 
-@pytest.mark.parametrize(("stem", "condition"), NEEDS)
-def test_settings_that_are_refused_have_no_effect(stem, condition, random_rows, tmp_path, monkeypatch):
+NEEDS = [pytest.param(stem, x, id=f"{stem}-{'; '.join(x)}") for stem in FILES for x in independent(stem)]
+
+
+@pytest.mark.parametrize(("stem", "conditions"), NEEDS)
+def test_settings_that_are_refused_have_no_effect(stem, conditions, random_rows, tmp_path, monkeypatch):
     """Unless its condition holds: other values leave the log as it is; and no setting is unread but those named."""
-    algorithm = module(stem)
-    names, changes = algorithm.NEEDS[condition], unless(stem, condition)
+    algorithm, changes = module(stem), {}
+    for condition in conditions:
+        changes |= unless(stem, condition)
+    names = [k for condition in conditions for k in algorithm.NEEDS[condition]]
     common = dict(dataset=random_rows, online_steps=40) | changes
-    name = names[0]
-    other = common | {name: another(algorithm, name)}
-    with pytest.raises(run.UsageError, match=f"{run.flag(name)}: .*no effect unless"):
-        algorithm.train(tiny_args(stem, out_dir=tmp_path, **other))
+    for condition in conditions:
+        name = algorithm.NEEDS[condition][0]
+        other = common | {name: another(algorithm, name)}
+        with pytest.raises(run.UsageError, match=f"{run.flag(name)}: .*no effect unless"):
+            algorithm.train(tiny_args(stem, out_dir=tmp_path, **other))
     _, plain = trained(stem, tuple(changes.items()), random_rows)
     for k in (k for k in names if k not in changes and others(algorithm, k)):
         common[k] = another(algorithm, k)
