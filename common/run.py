@@ -341,7 +341,7 @@ class Run:
         except Timeout as e:
             raise UsageError("run directory", self.dir, "one that no other process is using") from e
         self.release, self.lock = weakref.finalize(self, lock.release), Path(lock.lock_file)
-        self.anew = args.overwrite  # what is there does not count, and is removed by `register`
+        self.anew = args.overwrite  # what is there does not count, and is removed by `_begin`
         for name, path in vars(args).items() if self.anew else ():
             if name.startswith("from_") and path is not None:
                 self._check_source(name.removeprefix("from_"), path)
@@ -424,15 +424,10 @@ class Run:
         in the order of the arguments. Call once, after everything is built and before anything is captured.
         """
         self.objects = objects
-        for old in self.dir.iterdir() if self.anew else ():
-            if old.is_dir():
-                shutil.rmtree(old)  # tensorboard
-            elif old != self.lock:
-                old.unlink()
-        self.anew = False
-        write_json(self.info, self.dir / "args.json")
+        if not self.anew:
+            write_json(self.info, self.dir / "args.json")
         path = self.dir / "state.pt"
-        if path.exists():
+        if path.exists() and not self.anew:
             state = load_state(path, self.device)
             self._restore(objects, state, path)
             self.done, self.passed = state["done"], state["passed"]
@@ -446,6 +441,17 @@ class Run:
             print(f"{self.dir}: resumed at " + ", ".join(f"{k} {v}" for k, v in self.done.items() if v))
         if self.args.wandb:
             self._start_wandb()
+
+    def _begin(self) -> None:
+        """Remove what --overwrite replaces: by the first phase, as up to there the command may be refused."""
+        if self.anew:
+            for old in self.dir.iterdir():
+                if old.is_dir():
+                    shutil.rmtree(old)  # tensorboard
+                elif old != self.lock:
+                    old.unlink()
+            self.anew = False
+            write_json(self.info, self.dir / "args.json")
 
     def _restore(self, objects: dict[str, Any], state: dict, path: Path) -> None:
         try:
@@ -531,6 +537,7 @@ class Run:
 
         Each phase has random numbers of its own: it goes on alike, whether those before it ran here or were imported.
         """
+        self._begin()
         self.current, first = name, self.done.setdefault(name, 0)
         if first >= steps:
             return

@@ -106,13 +106,16 @@ def test_a_finished_run_says_so_and_overwrite_starts_anew(dataset, tmp_path, cap
 
 
 def test_overwrite_removes_nothing_before_the_command_is_valid(dataset, tmp_path):
-    """A path that is not there, the run's own folder, a batch without rows: the finished run stays."""
+    """A path that is not there, the run's own folder, another's of other settings, a batch without rows: it stays."""
+    other = tmp_path / "other"
+    module("iql").train(tiny_args("iql", dataset=dataset, out_dir=other, online_steps=0, gamma=0.5))
     first = module("iql").train(tiny_args("iql", dataset=dataset, out_dir=tmp_path))
     folder = run_dir(tmp_path, "iql", dataset)
     for changes, words in (
         (dict(from_offline=tmp_path / "typo"), "--from-offline: got .*typo"),
         (dict(from_offline=folder), "--from-offline: got .*--overwrite removes this one"),
         (dict(from_offline=folder / "offline.pt"), "--from-offline: got .*--overwrite removes this one"),
+        (dict(from_offline=run_dir(other, "iql", dataset)), "--from-offline: got gamma 0.5 -> 0.99"),
         (dict(offline_frac=0.01), "rows of a batch"),
     ):
         with pytest.raises(run.UsageError, match=words):
