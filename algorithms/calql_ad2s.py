@@ -63,8 +63,8 @@ Fails    where reward is high at the goal alone: D_re, rows of the highest rewar
          most regenerations 3 to 4 % of the rows end an episode, of the dataset's 0.7 %. It is not seen to be why it
          scores less there: online average with all rows (same flags) 13.1, as it is 13.6 (seeds 0 to 2; Cal-QL 22.1).
          Reacher: guidance pushes half of the rewards past the data's, to the clip (syn/clipped_rewards 0.5; with
-         --guidance-eta -1 0.01, reward_error 0.06-0.10, not 0.15-0.21): D42, D43 are ours; four pairs: -3.2 final,
-         -2.4 online average. w_ψ learns few episodes by heart all the same (align/ratio_loss 1.2-2.5; w = 1: 1.386).
+         --guidance-eta -1 0.01, reward_error 0.06-0.10, not 0.15-0.21): D42, D43 are ours; five pairs: -3.1 final,
+         -2.5 online average. w_ψ learns few episodes by heart all the same (align/ratio_loss 1.2-2.5; w = 1: 1.386).
 """
 
 import math
