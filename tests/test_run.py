@@ -156,6 +156,7 @@ def test_two_processes_cannot_share_a_run_directory(dataset, tmp_path):
     args = tiny_args("iql", dataset=dataset, out_dir=tmp_path, overwrite=True)
     first = run.Run(args, "iql.py", "somewhere", {})
     first.register()
+    assert not list(first.phase("offline", 0))  # what was there is gone now
     with pytest.raises(run.UsageError, match="no other process"):
         run.Run(args, "iql.py", "somewhere", {})
     assert (first.dir / "args.json").exists()
