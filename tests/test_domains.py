@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -41,12 +42,15 @@ def files(tmp_path_factory):
 
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("stem", FILES)
-def test_every_file_trains_on_every_domain(stem, name, files, tmp_path):
-    """30 steps offline, 30 online; finite scores."""
-    algorithm = module(stem)
+def test_every_file_trains_on_every_domain(stem, name, files, tmp_path, monkeypatch):
+    """30 steps offline, 30 online; finite scores. Episodes of 100 steps: the ant's 700 would be most of the time."""
+    algorithm, make = module(stem), data.make_env
+    monkeypatch.setattr(data, "make_env", lambda *x: gym.wrappers.TimeLimit(make(*x), 100))
     tiny = vars(tiny_args(stem))  # without sizes that have no effect
     known = {k: v for k, v in TINY.items() if tiny.get(k) == v}
-    sizes = dict(offline_steps=30, online_steps=30, warmup_steps=10, eval_every=30, eval_episodes=1)
+    sizes = dict(
+        offline_steps=30, online_steps=30, warmup_steps=10, eval_every=30, eval_episodes=1, utd=tiny["utd"]
+    )
     sizes |= {k: 10 for k in ("regenerate_every", "laplace_every") if k in known}
     args = run.with_presets(algorithm.Args, algorithm.ENV_PRESETS, name, **known | sizes, dataset=files[name],
                             out_dir=tmp_path)  # fmt: skip
