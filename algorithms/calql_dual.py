@@ -42,9 +42,10 @@ Run      python algorithms/calql_dual.py --env hopper-medium-v2 --seed 0; anothe
          --shift-weight 0 | --distill-steps 32 | --uq none | --uq latent | --laplace-weights elbo | --time-acting
 Cost     reacher-mini-v0: 2.1 CPU minutes; published sizes want a GPU (not measured there).
 Fails    on reacher-mini-v0 to end where Cal-QL does, 4.9 [1.8, 8.0] below; without the epistemic noise, or the shift
-         term, it ends there, too (five pairs; README). The network of μ is most of why: calql.py with the preset's (one
-         block, U50) for its actor's layers ends 5.2 [2.4, 7.9] below itself (seeds 0, 4, 5, 8), without the last norm
-         3.9 [2.0, 5.8], with three blocks 1.2 [-3.2, 5.6]; with one σ per action for its own, nothing below.
+         term, it ends there, too (five pairs; README). Seeds 100 and 101 end 2.0 above it and 0.3 below. The network of
+         μ can be why: calql.py with the preset's (U50, one block) for its actor's layers ends 5.2 [2.4, 7.9] below
+         itself on seeds 0, 4, 5, 8 (three of them those of the largest losses), without the last norm 3.9 [2.0, 5.8],
+         with three blocks 1.2 [-3.2, 5.6]. Not why: one σ per action, --policy-lr 1e-4 or 1e-3.
 """
 
 import math
